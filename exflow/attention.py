@@ -1,0 +1,29 @@
+"""Causal attention over whole sequences of one length: training and profiling, where no cache is needed."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from exflow.decoder import Rows
+from exflow.profiling.trace import PREFILL
+
+
+def rows_of_batch(num_sequences: int, length: int, device: torch.device, first_sequence: int = 0) -> Rows:
+    """Rows of `num_sequences` sequences of equal length, one sequence after the other."""
+    sequence_T = torch.arange(first_sequence, first_sequence + num_sequences, device=device)
+    position_T = torch.arange(length, device=device)
+    return Rows(sequence_T.repeat_interleave(length), position_T.repeat(num_sequences), PREFILL)
+
+
+class CausalAttention:
+    """AttentionContext for rows laid out by `rows_of_batch`."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.num_sequences = num_sequences
+
+    def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
+        q, k, v = (
+            part.unflatten(0, (self.num_sequences, -1)).transpose(1, 2) for part in (q_THC, k_TJC, v_TJC)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,165 @@
+"""Checkpoints: a folder with `config.json`, `model.safetensors` (sharded if large) and `tokenizer.json`.
+
+Expert weights are stacked, slot after slot, so a rank reads the rows of its own experts and nothing else.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from exflow.config import ModelConfig, load_model_config
+from exflow.decoder import Decoder
+from exflow.errors import InputError
+from exflow.files import make_ordinary, read_json, write_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+REMEDY = "copy the checkpoint again, or give another"
+
+
+def save_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    state: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 14 << 20,
+) -> None:
+    """Write a checkpoint folder; it appears whole or not at all, and replaces an earlier one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write_json(staging / "config.json", config.model_dump())
+        tokenizer.save(str(staging / TOKENIZER))
+        _save_weights(staging, {name: value.to("cpu", dtype) for name, value in state.items()}, max_shard_bytes)
+        for path in (staging, *staging.iterdir()):
+            make_ordinary(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in state.items():
+        if shards[-1] and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value.contiguous()
+        size += value.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for value in state.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a checkpoint folder."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer; {REMEDY}")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for a malformed file
+        raise InputError(f"{path}: not a tokenizer ({error}); {REMEDY}") from error
+
+
+def load_decoder(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_here: list[list[int]] | None = None,
+) -> Decoder:
+    """Build the decoder and read its weights from `folder`.
+
+    experts_here: for each MoE layer the logical expert of each slot of this rank, all with the same number of
+    slots; only these experts are read. None reads all of them.
+    Raises InputError for a missing, truncated or mismatched file and for weights that are not finite.
+    """
+    config = load_model_config(folder)
+    slots = config.num_experts if experts_here is None else len(experts_here[0])
+    with torch.device("meta"):
+        decoder = Decoder(config, slots)
+    wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+    rows = {} if experts_here is None else _expert_rows(config, experts_here)
+    state = {}
+    for name, value in _read_weights(folder, wanted, rows, config.num_experts):
+        if not torch.isfinite(value).all():
+            raise InputError(f"{folder}: the weights '{name}' hold NaN or infinite values; {REMEDY}")
+        state[name] = value.to(device, dtype)
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval().requires_grad_(False)
+
+
+def _expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
+    return {
+        f"blocks.{layer}.mlp.experts.{part}": experts
+        for layer, experts in zip(config.moe_layer_ids, experts_here, strict=True)
+        for part in ("w_in", "w_out")
+    }
+
+
+def _read_weights(
+    folder: Path, wanted: dict[str, tuple[int, ...]], rows: dict[str, list[int]], num_experts: int
+) -> Iterator[tuple[str, Tensor]]:
+    file_of = _weight_files(folder, wanted)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(_open(folder / file)) for file in sorted(set(file_of.values()))}
+        for name, shape in wanted.items():
+            file = opened[file_of[name]]
+            if name not in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                raise InputError(f"{folder / file_of[name]}: the weights '{name}' are missing; {REMEDY}")
+            stored = file.get_slice(name)
+            expected = [num_experts, *shape[1:]] if name in rows else list(shape)
+            if stored.get_shape() != expected:
+                raise InputError(
+                    f"{folder / file_of[name]}: '{name}' has shape {stored.get_shape()}, config.json implies "
+                    f"{expected}; {REMEDY}"
+                )
+            if name in rows:
+                yield name, torch.cat([stored[expert : expert + 1] for expert in rows[name]])
+            else:
+                yield name, file.get_tensor(name)
+
+
+def _weight_files(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """The file of each wanted tensor."""
+    if (folder / WEIGHTS).is_file():
+        return dict.fromkeys(wanted, WEIGHTS)
+    index = read_json(folder / INDEX, "weights", f"a checkpoint has {WEIGHTS}, or shards and {INDEX}")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{folder / INDEX}: the key 'weight_map' is missing; {REMEDY}")
+    missing = [name for name in wanted if name not in weight_map]
+    if missing:
+        raise InputError(f"{folder / INDEX}: the weights '{missing[0]}' are missing; {REMEDY}")
+    return {name: weight_map[name] for name in wanted}
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such weights; {REMEDY}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read, truncated? ({error}); {REMEDY}") from error

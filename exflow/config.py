@@ -1,0 +1,97 @@
+"""What a model is: the hyper-parameters stored as `config.json` beside its weights."""
+
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+
+from exflow.errors import InputError
+from exflow.files import read_json
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(StrictModel):
+    """A decoder-only Mixture-of-Experts transformer.
+
+    `gpt-moe` is the model of the ExFlow paper (section II): pre-LayerNorm, learned positions, GELU experts,
+    every `moe_every`-th layer a Mixture of Experts (the last layer of each such group), the others dense.
+    """
+
+    model_type: Literal["gpt-moe"] = "gpt-moe"
+    name: str = "gpt-moe"
+    vocab_size: PositiveInt
+    max_positions: PositiveInt
+    num_hidden_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    intermediate_size: PositiveInt
+    num_experts: PositiveInt
+    top_k: PositiveInt = 1
+    moe_every: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if not self.moe_layer_ids:
+            raise ValueError(
+                f"moe_every {self.moe_every} leaves no MoE layer among {self.num_hidden_layers} layers"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers of keys and values a token adds in one layer (w in the traffic count)."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """Hidden-layer index of each MoE layer."""
+        return tuple(range(self.moe_every - 1, self.num_hidden_layers, self.moe_every))
+
+
+def validated(kind: type[Model], value: Any, source: Path) -> Model:
+    """Build a pydantic model from what `source` held; the first thing wrong becomes a one-line InputError."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(kind.model_fields)
+            raise InputError(f"{source}: unknown key '{key}'; remove it (known: {known})") from error
+        if first["type"] == "missing":
+            raise InputError(f"{source}: the key '{key}' is missing; add it") from error
+        where = f"{key} = {first['input']!r}: " if key else ""
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source}: {where}{reason}") from error
+
+
+def load_model_config(folder: Path) -> ModelConfig:
+    """Read `config.json` of a checkpoint folder."""
+    path = folder / "config.json"
+    remedy = "give the folder of a checkpoint (config.json, model.safetensors, tokenizer.json)"
+    return validated(ModelConfig, read_json(path, "model configuration", remedy), path)

@@ -1,0 +1,56 @@
+"""What a person sees while work goes on: progress on stderr, so that stdout holds results alone."""
+
+import json
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from exflow.train import Progress as TrainingProgress
+
+stderr = Console(stderr=True)
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    )
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: JSON for tools, else one figure a line."""
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):<24} {value}")
+
+
+class TrainingLog:
+    """A bar with the latest figures; checkpoints stay on the screen as lines of their own."""
+
+    def __init__(self, steps: int) -> None:
+        self.bar = progress_bar()
+        self.task = self.bar.add_task("training", total=steps)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def report(self, progress: "TrainingProgress") -> None:
+        figures = f"loss {progress.loss:.3f}  busiest expert {progress.balance:.2f}x  {progress.tokens_per_s:,.0f} tokens/s"
+        self.bar.update(self.task, completed=progress.step, description=figures)
+        bits = progress.held_out_bits_per_byte
+        if bits is not None or not stderr.is_terminal:
+            held_out = "" if bits is None else f"  held-out {bits:.3f} bits per byte"
+            self.bar.console.print(f"step {progress.step}  {figures}{held_out}")

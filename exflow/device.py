@@ -1,0 +1,16 @@
+"""Which device to compute on."""
+
+import torch
+
+from exflow.errors import InputError
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or cuda where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: no such device; give cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU; give cpu, or install a CUDA build of torch")
+    return torch.device(name)

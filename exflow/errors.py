@@ -1,0 +1,9 @@
+"""The one error that means: the user's input is at fault, not the program."""
+
+
+class InputError(ValueError):
+    """Bad input: a missing, truncated or mismatched file, an impossible setting, an unwritable output.
+
+    The message is one line that names the file or setting, the value found and the remedy. The command
+    line prints it without a traceback and exits with code 2.
+    """

@@ -1,0 +1,60 @@
+"""Reading and writing files so that bad input gets a clear error and a stop leaves nothing half-written."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exflow.errors import InputError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
+
+    Readers see the old file or the whole new one, never a part. Raises InputError if the folder cannot be
+    written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield temporary
+        make_ordinary(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """Read a JSON file; `what` names it and `remedy` says what to do, both for the message of an InputError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such {what}; {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise InputError(f"{path}: the {what} is not valid JSON ({error}); {remedy}") from error
+
+
+def make_ordinary(path: Path) -> None:
+    """Give a file or folder the usual permissions: temporary ones are made for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -1,0 +1,22 @@
+"""What happens in an MoE layer, for each way to lay experts out over ranks."""
+
+from torch import Tensor
+
+from exflow.decoder import MoE, Rows, Routing
+
+
+class AllExpertsHere:
+    """MoELayout of a single process: slot = logical expert, and no token ever leaves.
+
+    `routings` collects every layer's routing when given a list; training reads the balance loss off it.
+    """
+
+    def __init__(self, routings: list[Routing] | None = None) -> None:
+        self.routings = routings
+
+    def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        normed_TD = layer.norm(hidden_TD)
+        routing = layer.route(normed_TD, rows)
+        if self.routings is not None:
+            self.routings.append(routing)
+        return hidden_TD + layer.experts(normed_TD, routing.expert_TK, routing.weight_TK), rows

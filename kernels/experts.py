@@ -1,0 +1,52 @@
+"""The expert MLP over the slots of one rank, with interchangeable back ends for its two products."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from exflow.kernels import reference
+from exflow.kernels.reference import Activation
+
+Backend = Literal["reference", "grouped_mm"]
+
+
+def expert_mlp(
+    hidden_TD: Tensor,
+    slots_TK: Tensor,
+    weights_TK: Tensor,
+    w_in_SFD: Tensor,
+    w_out_SDF: Tensor,
+    activation: Activation,
+    backend: Backend,
+) -> Tensor:
+    """Weighted sum over each token's experts that live here -> [T, D].
+
+    slots_TK holds local slots, -1 where the expert lives on another rank: summed over all ranks the results
+    are the layer's output. Differentiable. Raises ValueError for shapes that do not fit.
+    """
+    if slots_TK.shape != weights_TK.shape or len(slots_TK) != len(hidden_TD):
+        raise ValueError(
+            f"slots {tuple(slots_TK.shape)} and weights {tuple(weights_TK.shape)} must be equal, with one "
+            f"row a token (hidden {tuple(hidden_TD.shape)})"
+        )
+    rows = reference.dispatch(slots_TK, weights_TK, num_slots=len(w_in_SFD))
+    out_RD = BACKENDS[backend](hidden_TD[rows.token_R], rows.counts_S, w_in_SFD, w_out_SDF, activation)
+    return reference.combine(out_RD, rows, num_tokens=len(hidden_TD))
+
+
+def grouped_experts(
+    rows_RD: Tensor, counts_S: Tensor, w_in_SFD: Tensor, w_out_SDF: Tensor, activation: Activation
+) -> Tensor:
+    """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later."""
+    ends_S = counts_S.cumsum(0).to(torch.int32)
+    inner_RF = activation(grouped_mm(rows_RD, w_in_SFD.mT, offs=ends_S))
+    return grouped_mm(inner_RF, w_out_SDF.mT, offs=ends_S)
+
+
+BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]] = {
+    "reference": reference.experts,
+    "grouped_mm": grouped_experts,
+}

@@ -1,0 +1,57 @@
+"""Dispatch, experts and combine in plain torch: the oracle every faster back end is tested against.
+
+Shapes: T tokens, K choices a token, R = rows (token, choice) computed here, S slots, D hidden, F inner width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SlotRows:
+    """The (token, choice) pairs whose expert lives here, in ascending order of slot.
+
+    token_R    int64, the row of `hidden` each pair reads and adds to
+    weight_R   gate weight of the pair
+    counts_S   int64, pairs per slot; they sum to R
+    """
+
+    token_R: Tensor
+    weight_R: Tensor
+    counts_S: Tensor
+
+
+def dispatch(slots_TK: Tensor, weights_TK: Tensor, num_slots: int) -> SlotRows:
+    """Group the pairs by slot; a slot of -1 is an expert that lives elsewhere and is left out.
+
+    Three tokens, two slots, top-2: slots [[1, -1], [0, 1], [-1, -1]] gives token_R [1, 0, 1], counts_S [1, 2].
+    """
+    slot_R, order_R = torch.sort(slots_TK.flatten(), stable=True)
+    order_R = order_R[slot_R >= 0]
+    counts_S = torch.bincount(slot_R[slot_R >= 0], minlength=num_slots)
+    return SlotRows(order_R // slots_TK.shape[1], weights_TK.flatten()[order_R], counts_S)
+
+
+def experts(
+    rows_RD: Tensor, counts_S: Tensor, w_in_SFD: Tensor, w_out_SDF: Tensor, activation: Activation
+) -> Tensor:
+    """Apply expert s to its counts_S[s] consecutive rows: activation(rows @ w_in.T) @ w_out.T -> [R, D]."""
+    parts = [
+        activation(rows @ w_in_FD.T) @ w_out_DF.T
+        for rows, w_in_FD, w_out_DF in zip(
+            rows_RD.split(counts_S.tolist()), w_in_SFD, w_out_SDF, strict=True
+        )
+        if len(rows)
+    ]
+    return torch.cat(parts) if parts else rows_RD
+
+
+def combine(out_RD: Tensor, rows: SlotRows, num_tokens: int) -> Tensor:
+    """Sum each token's weighted expert outputs -> [T, D]; a token with no expert here gets zeros."""
+    weighted_RD = out_RD * rows.weight_R[:, None].to(out_RD.dtype)
+    return out_RD.new_zeros(num_tokens, out_RD.shape[1]).index_add(0, rows.token_R, weighted_RD)

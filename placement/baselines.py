@@ -1,0 +1,32 @@
+"""The placements everything is measured against: what engines do today, and chance."""
+
+import numpy as np
+import numpy.typing as npt
+
+from exflow.errors import InputError
+
+
+def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> npt.NDArray[np.int64]:
+    """rank_of_expert [num_layers, num_experts]: the first E/G experts of every layer on rank 0, and so on.
+
+    Raises InputError if the ranks do not share the experts equally.
+    """
+    ranks = np.arange(num_experts) // _experts_per_rank(num_experts, num_ranks)
+    return np.tile(ranks, (num_layers, 1))
+
+
+def random(num_layers: int, num_experts: int, num_ranks: int, seed: int) -> npt.NDArray[np.int64]:
+    """rank_of_expert [num_layers, num_experts]: each layer an independent random split into equal parts.
+
+    The same seed gives the same placement. Raises InputError if the ranks do not share the experts equally.
+    """
+    return np.random.default_rng(seed).permuted(contiguous(num_layers, num_experts, num_ranks), axis=1)
+
+
+def _experts_per_rank(num_experts: int, num_ranks: int) -> int:
+    if num_ranks < 1 or num_experts < 1 or num_experts % num_ranks:
+        raise InputError(
+            f"{num_experts} experts cannot be shared equally by {num_ranks} ranks; "
+            "choose a number of ranks that divides the number of experts"
+        )
+    return num_experts // num_ranks

@@ -1,0 +1,113 @@
+"""Chains of swaps: two parts exchange at most one expert each in every layer, all layers at once.
+
+Experts that follow one another through the layers form tracks. Moving a whole track to another part pays
+off only when its last layer has moved, which single swaps, each of which has to pay for itself, do not
+see. Between two parts the best such set of swaps is a shortest path: a state per layer (no swap, or one of
+the (E/G)^2 swaps), a price per state, and a price per pair of states in adjacent layers.
+"""
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from exflow.placement.problem import Assignment, PlacementProblem, Prices
+
+IntArray = NDArray[np.int64]
+
+
+def swap_chain(problem: PlacementProblem, assignment: Assignment, part: int, other: int) -> Assignment:
+    """The best assignment [L, E] within one chain of swaps between two parts; never dearer than the given."""
+    negligible = 1e-12 * (problem.inter.sum() + problem.intra.sum())  # less than this is rounding
+    assignment = assignment.copy()
+    _apply_best_chain(problem.inter, problem.intra, assignment, part, other, negligible)
+    return assignment
+
+
+@njit(cache=True, nogil=True)
+def _apply_best_chain(
+    inter: Prices, intra: Prices, assignment: Assignment, part: int, other: int, negligible: float
+) -> None:
+    """State 0 of a layer swaps nothing; state 1 + x * m + y swaps members x of `part` and y of `other`."""
+    num_layers = assignment.shape[0]
+    members = _members(assignment, part, other)
+    size = members.shape[2]
+    gain = np.zeros(1 + size * size)
+    previous = np.zeros((num_layers, 1 + size * size), dtype=np.int64)
+    for layer in range(num_layers):
+        if layer > 0:
+            gain, previous[layer] = _step(inter[layer - 1], members[layer - 1], members[layer], gain)
+        _add_single_gains(inter, intra, members, layer, gain)
+
+    state = gain.argmax()
+    if gain[state] <= negligible:
+        return
+    for layer in range(num_layers - 1, -1, -1):
+        if state > 0:
+            x, y = divmod(state - 1, size)
+            assignment[layer, members[layer, 0, x]] = other
+            assignment[layer, members[layer, 1, y]] = part
+        state = previous[layer, state]
+
+
+@njit(cache=True, nogil=True)
+def _members(assignment: Assignment, part: int, other: int) -> IntArray:
+    """[L, 2, E/G]: the experts of both parts."""
+    num_layers = assignment.shape[0]
+    size = np.sum(assignment[0] == part)
+    members = np.empty((num_layers, 2, size), dtype=np.int64)
+    for layer in range(num_layers):
+        members[layer, 0] = np.nonzero(assignment[layer] == part)[0]
+        members[layer, 1] = np.nonzero(assignment[layer] == other)[0]
+    return members
+
+
+@njit(cache=True, nogil=True)
+def _add_single_gains(inter: Prices, intra: Prices, members: IntArray, layer: int, gain: Prices) -> None:
+    """Add to every state of `layer` what it would gain if no other layer changed."""
+    size = members.shape[2]
+    pull = np.zeros((2, size))  # how much more each expert has to do with its own part than with the other
+    for side in range(2):
+        for x in range(size):
+            expert = members[layer, side, x]
+            for y in range(size):
+                mate, stranger = members[layer, side, y], members[layer, 1 - side, y]
+                pull[side, x] += intra[layer, expert, mate] - intra[layer, expert, stranger]
+                if layer > 0:
+                    mate, stranger = members[layer - 1, side, y], members[layer - 1, 1 - side, y]
+                    pull[side, x] += inter[layer - 1, mate, expert] - inter[layer - 1, stranger, expert]
+                if layer + 1 < members.shape[0]:
+                    mate, stranger = members[layer + 1, side, y], members[layer + 1, 1 - side, y]
+                    pull[side, x] += inter[layer, expert, mate] - inter[layer, expert, stranger]
+    for x in range(size):
+        for y in range(size):
+            apart = intra[layer, members[layer, 0, x], members[layer, 1, y]]
+            gain[1 + x * size + y] -= pull[0, x] + pull[1, y] + 2 * apart
+
+
+@njit(cache=True, nogil=True)
+def _step(prices: Prices, before: IntArray, after: IntArray, gain: Prices) -> tuple[Prices, IntArray]:
+    """The best gain of every state of a layer over the states of the layer before, and which one gives it.
+
+    Where both layers swap, each expert of one ends beside the experts of the other that it had before: what
+    both single gains counted as lost (or won) stays, so it is given back twice.
+    """
+    size = after.shape[1]
+    best = np.full(len(gain), gain[0])
+    previous = np.zeros(len(gain), dtype=np.int64)
+    back = np.empty((2, size))
+    for state in range(1, len(gain)):
+        x, y = divmod(state - 1, size)
+        for side in range(2):
+            for z in range(size):
+                expert = after[side, z]
+                back[side, z] = 2 * (prices[before[0, x], expert] - prices[before[1, y], expert])
+        if gain[state] > best[0]:
+            best[0], previous[0] = gain[state], state
+        target = 1
+        for z in range(size):
+            for w in range(size):
+                total = gain[state] + back[0, z] - back[1, w]
+                if total > best[target]:
+                    best[target], previous[target] = total, state
+                target += 1
+    return best, previous

@@ -1,0 +1,85 @@
+"""What a plan is worth on a trace: every strategy's traffic, locality and balance; `exflow evaluate`."""
+
+from typing import Any
+
+from exflow.errors import InputError
+from exflow.placement.plan import Plan
+from exflow.placement.traffic import Traffic, count_traffic, imbalance, local_fraction
+from exflow.profiling.trace import RoutingTrace
+
+
+def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
+    """The figures that `exflow evaluate --json` prints, ready for JSON.
+
+    Under "strategies" each strategy has, as means per token and MoE layer, "messages_per_token_layer" (which
+    is "intra_node" + "inter_node", and also "dispatch" + "return"); "kv_copies" per token and attention layer
+    (background); "exchanges_per_step", the synchronous collectives of a decode step; and "totals", the
+    integers behind the means. "node_coherent" is there only with several nodes. "replicated" sends no
+    message: its "all_reduces_per_step" each move "all_reduce_copies" rows a token, all ranks together
+    (a ring: every rank sends 2 (G - 1) / G of a row), on the critical path. "local_fraction" is the share of
+    adjacent-layer first-choice transitions that stay on a rank; it is 1 for a single MoE layer.
+    "imbalance" is the busiest rank's load over the mean load, per layer, its mean and its maximum.
+    All rows of the trace count. Raises InputError if the trace is empty or of another model than the plan.
+    """
+    plan.check_trace(trace)
+    if not trace.num_tokens:
+        raise InputError("the trace has no tokens to evaluate the plan on; choose one that has")
+    local, load = local_fraction(trace, plan), imbalance(trace, plan)
+    return {
+        "model": plan.model,
+        "method": plan.method,
+        "tokens": trace.num_tokens,
+        "layers": plan.num_layers,
+        "top_k": trace.top_k,
+        "experts": plan.num_experts,
+        "ranks": plan.num_ranks,
+        "nodes": plan.topology.num_nodes,
+        "strategies": _strategies(plan, trace),
+        "local_fraction": float(local.mean()) if len(local) else 1.0,
+        "imbalance": {"mean": float(load.mean()), "max": float(load.max()), "per_layer": load.tolist()},
+    }
+
+
+def exchanges_per_step(num_layers: int, top_k: int, group_size: int, num_ranks: int) -> int:
+    """All-to-alls of a decode step: one a MoE layer where a token can stay at its only expert, else two."""
+    return num_layers if top_k == 1 and group_size == num_ranks else 2 * num_layers
+
+
+def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
+    ranks, layers = plan.num_ranks, plan.num_layers
+    group_sizes = {"dispatch_combine": 1, "coherent": ranks}
+    if plan.topology.num_nodes > 1:
+        group_sizes["node_coherent"] = plan.topology.gpus_per_node
+    figures = {
+        name: _figures(count_traffic(trace, plan, size), exchanges_per_step(layers, trace.top_k, size, ranks))
+        for name, size in group_sizes.items()
+    }
+    silent = Traffic(trace.num_tokens, layers, plan.num_hidden_layers, 0, 0, 0, 0, 0, 0)
+    figures["replicated"] = _figures(silent, layers) | {
+        "all_reduces_per_step": layers,
+        "all_reduce_copies": 2 * (ranks - 1),
+    }
+    return figures
+
+
+def _figures(traffic: Traffic, exchanges: int) -> dict[str, Any]:
+    return {
+        "messages_per_token_layer": traffic.per_token_layer(traffic.messages),
+        "intra_node": traffic.per_token_layer(traffic.intra_node),
+        "inter_node": traffic.per_token_layer(traffic.inter_node),
+        "dispatch": traffic.per_token_layer(traffic.dispatched),
+        "return": traffic.per_token_layer(traffic.returned),
+        "kv_copies": traffic.per_token_attention(traffic.kv_intra + traffic.kv_inter),
+        "kv_intra_node": traffic.per_token_attention(traffic.kv_intra),
+        "kv_inter_node": traffic.per_token_attention(traffic.kv_inter),
+        "exchanges_per_step": exchanges,
+        "totals": {
+            "messages": traffic.messages,
+            "dispatch_intra": traffic.dispatch_intra,
+            "dispatch_inter": traffic.dispatch_inter,
+            "return_intra": traffic.return_intra,
+            "return_inter": traffic.return_inter,
+            "kv_intra": traffic.kv_intra,
+            "kv_inter": traffic.kv_inter,
+        },
+    }

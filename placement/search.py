@@ -1,0 +1,194 @@
+"""Annealed swaps: the search for problems too large to solve exactly.
+
+State: an assignment, and for every expert and part the prices that tie the expert to that part
+(`pull`, [L, G, E]). A trial swaps two experts of one layer; thanks to `pull` its price is four look-ups and
+only an accepted swap costs O(E). After every temperature the parts of whole layers are renamed for the best
+(`align_layers`), a step that swaps cannot take; the end is `sweep`.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Event
+from time import monotonic
+
+import numpy as np
+from numba import njit
+
+from exflow.errors import InputError
+from exflow.placement.baselines import contiguous, random
+from exflow.placement.problem import Assignment, PlacementProblem, Prices
+from exflow.placement.sweep import Stop, align_layers, one_hot, sweep
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and how hot to anneal. Raises InputError on values that make no schedule.
+
+    starts      independent runs, each from another assignment; the best result counts
+    trials      swaps tried in each run, spread evenly over the temperatures
+    levels      number of temperatures, falling geometrically from `hot` to `cold`
+    hot, cold   in units of the standard deviation of a swap's price in a random assignment
+    """
+
+    starts: int = 8
+    trials: int = 20_000_000
+    levels: int = 100
+    hot: float = 1.0
+    cold: float = 0.015
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "trials", "levels"):
+            if getattr(self, name) < 1:
+                raise InputError(f"search: {name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.cold <= self.hot < math.inf:
+            raise InputError(f"search: cold is {self.cold} and hot {self.hot}; choose 0 < cold <= hot")
+
+
+def search(
+    problem: PlacementProblem,
+    *,
+    seed: int = 0,
+    settings: SearchSettings | None = None,
+    time_limit: float = math.inf,
+    report: Report | None = None,
+) -> Assignment:
+    """The best assignment [L, E] of several annealed runs; never dearer than the contiguous one.
+
+    The amount of work is fixed by `settings`: the same seed gives the same assignment, unless `time_limit`
+    (seconds) ends the runs before that. Ctrl-C ends them too; either way the best assignment so far is
+    returned. `report` is called now and then with the least cost so far.
+    """
+    settings = settings or SearchSettings()
+    costs = [math.inf] * settings.starts
+    interrupted = Event()
+    deadline = monotonic() + time_limit
+
+    def stop() -> bool:
+        return interrupted.is_set() or monotonic() >= deadline
+
+    def run(index: int) -> tuple[float, Assignment]:
+        def note(cost: float) -> None:
+            costs[index] = cost
+
+        start = _start(problem, seed, index, stop)
+        return anneal(problem, start, np.random.default_rng([seed, index]), settings, stop, note)
+
+    with ThreadPoolExecutor(max_workers=min(settings.starts, os.cpu_count() or 1)) as pool:
+        runs = [pool.submit(run, index) for index in range(settings.starts)]
+        try:
+            _watch(runs, costs, report)
+        except KeyboardInterrupt:
+            interrupted.set()
+        return min((run.result() for run in runs), key=lambda result: result[0])[1]
+
+
+def anneal(
+    problem: PlacementProblem,
+    assignment: Assignment,
+    rng: np.random.Generator,
+    settings: SearchSettings,
+    stop: Stop = lambda: False,
+    note: Report = lambda cost: None,
+) -> tuple[float, Assignment]:
+    """(cost, assignment) of the best state after any temperature of one run, taken downhill by `sweep`."""
+    passes = max(1, settings.trials // (settings.levels * problem.load.size))
+    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
+    deviation = swap_deviation(problem, rng)
+    cost, best = problem.cost(assignment), assignment
+    for temperature in np.geomspace(settings.hot * deviation, settings.cold * deviation, settings.levels):
+        if stop() or deviation == 0:
+            break
+        assignment = assignment.copy()
+        pull = pulls(problem, assignment)
+        _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, temperature, passes, rng)
+        assignment = align_layers(problem, assignment)
+        if (level_cost := problem.cost(assignment)) < cost:
+            cost, best = level_cost, assignment
+        note(cost)
+    best = sweep(problem, best, stop)
+    note(cost := problem.cost(best))
+    return cost, best
+
+
+def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
+    """[L, G, E]: the sum of the prices between an expert and those on a part, neighbour layers and its own."""
+    hot = one_hot(assignment, problem.num_parts)
+    pull = problem.intra @ hot
+    pull[:-1] += problem.inter @ hot[1:]
+    pull[1:] += problem.inter.transpose(0, 2, 1) @ hot[:-1]
+    return np.ascontiguousarray(pull.transpose(0, 2, 1))
+
+
+def swap_deviation(problem: PlacementProblem, rng: np.random.Generator) -> float:
+    """The standard deviation of the price of a swap between parts in a random assignment; 0 for one part."""
+    assignment = rng.permuted(contiguous(*problem.shape), axis=1)
+    pull = pulls(problem, assignment)
+    here = np.take_along_axis(pull, assignment[:, None, :], axis=1)[:, 0, :]  # [L, E]
+    there = np.take_along_axis(pull, assignment[:, :, None], axis=1)  # [L, E, E]: of f, to the part of e
+    price = here[:, :, None] + here[:, None, :] - there - there.transpose(0, 2, 1) + 2 * problem.intra
+    apart = assignment[:, :, None] != assignment[:, None, :]
+    return float(price[apart].std()) if apart.any() else 0.0
+
+
+def _start(problem: PlacementProblem, seed: int, index: int, stop: Stop) -> Assignment:
+    """The contiguous assignment, what `sweep` makes of it, then random ones."""
+    if index == 0:
+        return contiguous(*problem.shape)
+    if index == 1:
+        return sweep(problem, contiguous(*problem.shape), stop)
+    return random(*problem.shape, seed=seed + index)
+
+
+def _watch(runs: list[Future[tuple[float, Assignment]]], costs: list[float], report: Report | None) -> None:
+    pending = set(runs)
+    while pending:
+        pending = wait(pending, timeout=0.1).not_done
+        if report and min(costs) < math.inf:
+            report(min(costs))
+
+
+@njit(cache=True, nogil=True)
+def _try_swaps(
+    inter: Prices,  # [L-1, E, E]
+    inter_back: Prices,  # the same with its experts exchanged, for rows that lie together
+    intra: Prices,  # [L, E, E]
+    assignment: Assignment,  # changed in place
+    pull: Prices,  # [L, G, E], kept up to date
+    temperature: float,
+    passes: int,
+    rng: np.random.Generator,
+) -> None:
+    """Metropolis: in every pass each expert is tried against a random one of its layer."""
+    num_layers, num_experts = assignment.shape
+    for _ in range(passes):
+        for layer in range(num_layers):
+            parts, pulled, within = assignment[layer], pull[layer], intra[layer]
+            for e in range(num_experts):
+                f = int(rng.random() * num_experts)
+                p, q = parts[e], parts[f]
+                if p == q:
+                    continue
+                price = pulled[p, e] - pulled[q, e] + pulled[q, f] - pulled[p, f] + 2 * within[e, f]
+                if price > 0 and rng.random() >= math.exp(-price / temperature):
+                    continue
+                parts[e], parts[f] = q, p
+                _move_pull(within[e], within[f], pulled[p], pulled[q])
+                if layer > 0:
+                    back = inter_back[layer - 1]
+                    _move_pull(back[e], back[f], pull[layer - 1, p], pull[layer - 1, q])
+                if layer + 1 < num_layers:
+                    _move_pull(inter[layer, e], inter[layer, f], pull[layer + 1, p], pull[layer + 1, q])
+
+
+@njit(cache=True, nogil=True)
+def _move_pull(of_e: Prices, of_f: Prices, pull_p: Prices, pull_q: Prices) -> None:
+    """Expert e has left part p for q, and f the other way."""
+    for expert in range(len(of_e)):
+        change = of_f[expert] - of_e[expert]
+        pull_p[expert] += change
+        pull_q[expert] -= change

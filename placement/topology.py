@@ -1,0 +1,37 @@
+"""Where the GPUs are: nodes, and the GPUs inside each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from exflow.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Equal nodes of `gpus_per_node` GPUs; node n holds the ranks n * gpus_per_node and up.
+
+    Raises InputError where a count is below 1.
+    """
+
+    num_nodes: int = 1
+    gpus_per_node: int
+
+    def __post_init__(self) -> None:
+        for name, count in (("num_nodes", self.num_nodes), ("gpus_per_node", self.gpus_per_node)):
+            if count < 1:
+                raise InputError(f"topology: {name} is {count}; it must be at least 1")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def node_of_rank(self) -> npt.NDArray[np.int64]:
+        """[num_ranks] int64."""
+        return np.arange(self.num_ranks) // self.gpus_per_node
+
+    def __str__(self) -> str:
+        nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
+        return f"{self.num_ranks} ranks ({nodes} of {self.gpus_per_node})"

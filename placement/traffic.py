@@ -1,0 +1,198 @@
+"""The one count of traffic: every message that a trace causes under a plan and a coherence group size.
+
+Shapes: T tokens, L MoE layers, K = top_k, E experts, G ranks.
+
+Example. Experts 0 and 1 live on rank 0, experts 2 and 3 on rank 1; a sequence at home on rank 0 selects
+expert 2 in layer 0 and expert 3 in layer 1. Dispatch-combine (group size 1) brings it home after each layer:
+2 messages to dispatch, 2 to return. Coherent (group size 2) leaves it on rank 1 after the first: 1 message.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from exflow.errors import InputError
+from exflow.placement.owners import distinct_hosts
+from exflow.placement.plan import Plan
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Totals over all tokens and layers of a trace; a message is one hidden state from one GPU to another.
+
+    K/V copies are counted over all `attention_layers` (dense and MoE), messages over the MoE layers.
+    """
+
+    tokens: int
+    moe_layers: int
+    attention_layers: int
+    dispatch_intra: int
+    dispatch_inter: int
+    return_intra: int
+    return_inter: int
+    kv_intra: int
+    kv_inter: int
+
+    @property
+    def dispatched(self) -> int:
+        return self.dispatch_intra + self.dispatch_inter
+
+    @property
+    def returned(self) -> int:
+        return self.return_intra + self.return_inter
+
+    @property
+    def intra_node(self) -> int:
+        return self.dispatch_intra + self.return_intra
+
+    @property
+    def inter_node(self) -> int:
+        return self.dispatch_inter + self.return_inter
+
+    @property
+    def messages(self) -> int:
+        return self.dispatched + self.returned
+
+    def per_token_layer(self, messages: int) -> float:
+        """A total of messages as a mean per token and MoE layer."""
+        return messages / (self.tokens * self.moe_layers)
+
+    def per_token_attention(self, copies: int) -> float:
+        """A total of K/V copies as a mean per token and attention layer."""
+        return copies / (self.tokens * self.attention_layers)
+
+
+def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int) -> Traffic:
+    """Follow every row of the trace through the layers and count what crosses between GPUs.
+
+    A sequence is at home on the rank "sequence id modulo G", and its tokens may be owned by the ranks of the
+    home's coherence group: the block of `group_size` consecutive ranks that it lies in. Group size 1 is
+    dispatch-combine, G coherent, `gpus_per_node` coherent inside the node. In each layer the owner sends the
+    hidden state to the other ranks that host selected experts; then the next owner is chosen among those of
+    them that lie in the group, by the largest sum of the plan's `next_owner` over the selected experts (ties
+    to the lowest rank), or stays where none does; the other hosts return their results to it. A sequence's
+    first row starts at home, a later one where the row before it ended.
+
+    Rows are counted in the order given, all of them: select those of one phase first if only that is meant.
+    Raises InputError if the trace does not fit the plan, or `group_size` does not divide the ranks.
+    """
+    plan.check_trace(trace)
+    if group_size < 1 or plan.num_ranks % group_size:
+        raise InputError(
+            f"group size {group_size} does not split {plan.num_ranks} ranks into equal groups; "
+            f"choose a divisor of {plan.num_ranks}"
+        )
+    sequence_ids, sequence = np.unique(trace.sequence, return_inverse=True)
+    next_owner = plan.next_owner
+    if next_owner is None:
+        next_owner = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int64)
+    messages, attended = _follow(
+        np.asarray(trace.experts),  # a plain view: numba reads a memory map without copying it
+        sequence,
+        sequence_ids.astype(np.int64) % plan.num_ranks,
+        plan.rank_of_expert,
+        next_owner.astype(np.int64),
+        group_size,
+        plan.topology.node_of_rank,
+        _attention_before(plan),
+    )
+    kv_copies = attended @ _kv_copies(plan.topology, group_size)
+    totals = [*messages.ravel().tolist(), *kv_copies.tolist()]
+    return Traffic(trace.num_tokens, plan.num_layers, plan.num_hidden_layers, *totals)
+
+
+def rank_load(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.int64]:
+    """[L, G] (token, choice) pairs that each rank computes, over all top_k choices."""
+    plan.check_trace(trace)
+    load = np.zeros((plan.num_layers, plan.num_ranks), dtype=np.int64)
+    for layer, ranks in enumerate(plan.rank_of_expert):
+        pairs = np.bincount(trace.experts[:, layer].ravel(), minlength=plan.num_experts)
+        np.add.at(load[layer], ranks, pairs)
+    return load
+
+
+def imbalance(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.float64]:
+    """[L] the busiest rank's load over the mean load; 1 is perfect balance, G is all on one rank."""
+    load = rank_load(trace, plan)
+    return np.asarray(load.max(axis=1) / load.mean(axis=1), dtype=np.float64)
+
+
+def local_fraction(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.float64]:
+    """[L-1] share of the tokens whose first choices in layers l and l + 1 live on one rank."""
+    plan.check_trace(trace)
+    ranks, first = plan.rank_of_expert, trace.experts[:, :, 0]
+    boundaries = range(plan.num_layers - 1)
+    return np.array([(ranks[i][first[:, i]] == ranks[i + 1][first[:, i + 1]]).mean() for i in boundaries])
+
+
+def _attention_before(plan: Plan) -> npt.NDArray[np.int64]:
+    """[L + 1] attention layers, dense ones too, before each MoE layer's experts, and after the last one's."""
+    return np.diff([-1, *plan.moe_layer_ids, plan.num_hidden_layers - 1])
+
+
+def _kv_copies(topology: Topology, group_size: int) -> npt.NDArray[np.int64]:
+    """[G, 2] for each rank the other ranks of its coherence group: those on its node, those elsewhere."""
+    group, node = np.arange(topology.num_ranks) // group_size, topology.node_of_rank
+    inside = ((group[:, None] == group) & (node[:, None] == node)).sum(axis=1)
+    return np.stack([inside - 1, group_size - inside], axis=1)
+
+
+@njit(cache=True, nogil=True)
+def _follow(
+    experts: IntArray,  # [T, L, K]
+    sequence: IntArray,  # [T] 0, 1, ... without gaps
+    home: IntArray,  # [sequences] rank
+    rank_of_expert: IntArray,  # [L, E]
+    next_owner: IntArray,  # [L, E, G]
+    group_size: int,
+    node: IntArray,  # [G]
+    attention: IntArray,  # [L + 1] attention layers before each MoE layer's experts, and after the last
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Messages [dispatch or return, intra or inter], and attention layers computed by each rank [G]."""
+    num_tokens, num_layers, top_k = experts.shape
+    messages = np.zeros((2, 2), dtype=np.int64)
+    attended = np.zeros(len(node), dtype=np.int64)
+    hosts = np.empty(top_k, dtype=np.int64)
+    owner_of = home.copy()
+    for token in range(num_tokens):
+        owner = owner_of[sequence[token]]
+        for layer in range(num_layers):
+            attended[owner] += attention[layer]
+            chosen = experts[token, layer]
+            present = hosts[: distinct_hosts(chosen, rank_of_expert[layer], hosts)]
+            _send(owner, present, node, messages[0])
+            owner = _choose_owner(owner, present, chosen, next_owner[layer], group_size)
+            _send(owner, present, node, messages[1])
+        attended[owner] += attention[num_layers]
+        owner_of[sequence[token]] = owner
+    return messages, attended
+
+
+@njit(cache=True, nogil=True)
+def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> None:
+    """Count a message between the owner and every other host: intra-node in messages[0], inter in [1]."""
+    for host in hosts:
+        if host != owner:
+            messages[int(node[host] != node[owner])] += 1
+
+
+@njit(cache=True, nogil=True)
+def _choose_owner(
+    owner: int, hosts: IntArray, chosen: IntArray, next_owner: IntArray, group_size: int
+) -> int:
+    """The host in the owner's group with the largest score, ties to the lowest rank; else the owner stays."""
+    best, best_score = owner, -1
+    for host in hosts:
+        if host // group_size == owner // group_size:
+            score = 0
+            for expert in chosen:
+                score += next_owner[expert, host]
+            if score > best_score or (score == best_score and host < best):
+                best, best_score = host, score
+    return best

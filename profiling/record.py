@@ -1,0 +1,154 @@
+"""record(model): a context manager that writes down which experts each token visits."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from exflow.errors import InputError
+from exflow.profiling.layout import RoutingLayout as RoutingLayout
+from exflow.profiling.shard import Rows, concatenate
+from exflow.profiling.trace import RoutingTrace
+from exflow.profiling.writer import SHARD_TOKENS, TraceWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exflow.profiling.staging import Staging
+
+
+class RoutingListener(Protocol):
+    """Is told the routing of one MoE layer for the T tokens of a forward pass.
+
+    `layer` is the MoE layer's index l, `expert_ids` [T, k] int64 (logical ids, first choice first), `weights`
+    [T, k] floating point, `sequence` and `position` [T] integers, `phase` PREFILL or DECODE. In a pass the
+    layers come in order 0..L-1, each with the same rows. The listener may keep the tensors until the pass
+    is over: they must not be overwritten before that.
+    """
+
+    def __call__(
+        self,
+        layer: int,
+        expert_ids: "Tensor",
+        weights: "Tensor",
+        sequence: "Tensor",
+        position: "Tensor",
+        phase: int,
+    ) -> None: ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A model that announces its routing."""
+
+    def routing_layout(self) -> RoutingLayout:
+        """Which layers route, among how many experts."""
+
+    def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
+        """Call `listener` from now on, until the function returned is called."""
+
+
+class Recorder:
+    """Collects the passes of a recording; `trace` holds them once the `with` block is left."""
+
+    def __init__(self, layout: RoutingLayout, path: Path | None, weights: bool, shard_tokens: int) -> None:
+        self._layout = layout
+        self._path = path
+        self._weights = weights
+        self._writer = (
+            None
+            if path is None
+            else TraceWriter(path, layout, has_weights=weights, shard_tokens=shard_tokens)
+        )
+        self._blocks: list[Rows] = []
+        self._staging: Staging | None = None
+        self._pass_ids: list[Tensor] = []
+        self._pass_weights: list[Tensor] = []
+        self._open = True
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """The recording: memory-mapped from its path, or in memory. InputError if it holds no tokens."""
+        if self._open:
+            raise InputError("record: the trace is read inside the with block; read it after the block")
+        if self._path is not None:
+            return RoutingTrace.load(self._path)
+        if not self._blocks:
+            raise InputError("record: the trace holds no tokens; run the model inside the with block")
+        fields: dict[str, Any] = {**concatenate(self._blocks), **asdict(self._layout)}
+        del fields["top_k"]  # the shape of experts says it
+        return RoutingTrace.from_arrays(**fields)
+
+    def listen(
+        self,
+        layer: int,
+        expert_ids: "Tensor",
+        weights: "Tensor",
+        sequence: "Tensor",
+        position: "Tensor",
+        phase: int,
+    ) -> None:
+        """A RoutingListener: keeps the layers of a pass, and stages the rows when the last has come."""
+        if layer == 0:  # also after a pass that an exception cut short: only whole passes count
+            self._pass_ids, self._pass_weights = [], []
+        assert layer == len(self._pass_ids), f"MoE layer {layer} came after {len(self._pass_ids)} layers"
+        self._pass_ids.append(expert_ids)
+        self._pass_weights.append(weights)
+        if layer == self._layout.num_layers - 1:
+            staging = self._staging or self._start(expert_ids)
+            staging.add_pass(self._pass_ids, self._pass_weights, sequence, position, phase)
+            self._pass_ids, self._pass_weights = [], []
+
+    def close(self) -> None:
+        """Complete the trace with the whole passes seen so far."""
+        self._open = False
+        try:
+            if self._staging is not None:
+                self._staging.flush()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+    def _start(self, ids: "Tensor") -> "Staging":
+        from exflow.profiling.staging import Staging  # torch is loaded only where a model runs
+
+        sink = self._blocks.append if self._writer is None else self._writer.append
+        self._staging = Staging(self._layout, self._weights, ids.device, sink)
+        return self._staging
+
+
+@contextmanager
+def record(
+    model: Recordable,
+    path: str | Path | None = None,
+    *,
+    weights: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Iterator[Recorder]:
+    """Record the routing of every forward pass of `model` inside the block.
+
+        with record(model, "trace") as recorder:
+            model.generate(...)
+        trace = recorder.trace
+
+    With a `path` the trace is written there as it grows, so memory stays bounded and a stop keeps what is
+    complete; an exception in the block keeps every whole pass. Without one it is collected in memory.
+    `weights` records the gate's weights too, at three times the size. Sequences are numbered in order of
+    appearance; an id that starts again from an earlier position counts as a new sequence.
+
+    Raises InputError if the model does not announce its routing, or if `path` holds anything but a trace.
+    """
+    if not isinstance(model, Recordable):
+        raise InputError(
+            f"record: {type(model).__name__} does not announce its routing; give an exflow model, or an "
+            f"object with routing_layout() and add_routing_listener()"
+        )
+    target = None if path is None else Path(path)
+    recorder = Recorder(model.routing_layout(), target, weights, shard_tokens)
+    remove = model.add_routing_listener(recorder.listen)
+    try:
+        yield recorder
+    finally:
+        remove()
+        recorder.close()

@@ -1,0 +1,79 @@
+"""What the arrays of a trace must satisfy, whether they come from a caller or from a file."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exflow.errors import InputError
+from exflow.profiling.shard import Rows
+
+_MAX_INT32 = np.iinfo(np.int32).max
+
+
+def checked_integers(
+    name: str, values: npt.ArrayLike, dtype: npt.DTypeLike, shape: tuple[int, ...], stop: int = _MAX_INT32 + 1
+) -> npt.NDArray[Any]:
+    """`values` as an array of `dtype`; InputError unless they are integers in 0..stop-1 of this shape."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{name}: dtype is {array.dtype}; give integers")
+    _check_shape(name, array, shape)
+    _check_range(name, array, stop)
+    return array.astype(dtype, copy=False)
+
+
+def checked_weights(values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    """Gate weights as float16; InputError unless they are floating-point numbers of this shape."""
+    array = np.asarray(values)
+    if array.dtype.kind != "f":
+        raise InputError(f"weights: dtype is {array.dtype}; give floating-point numbers")
+    _check_shape("weights", array, shape)
+    return array.astype(np.float16, copy=False)
+
+
+def check_values(where: str, rows: Rows, num_experts: int) -> None:
+    """InputError, beginning with `where`, if a value of correctly typed rows is out of range.
+
+    Reads a memory-mapped array once and allocates nothing of its size.
+    """
+    stops = {"experts": num_experts, "sequence": _MAX_INT32 + 1, "position": _MAX_INT32 + 1, "phase": 2}
+    for name, stop in stops.items():
+        _check_range(f"{where}: {name}", rows[name], stop)
+
+
+def disordered_sequence(sequence: npt.NDArray[np.int32], position: npt.NDArray[np.int32]) -> int | None:
+    """The first sequence whose positions decrease somewhere, or None if all rows are in order."""
+    order = np.argsort(sequence, kind="stable")
+    by_sequence, positions = sequence[order], position[order]
+    backwards = (by_sequence[1:] == by_sequence[:-1]) & (positions[1:] < positions[:-1])
+    return int(by_sequence[np.argmax(backwards)]) if backwards.any() else None
+
+
+def check_order(where: str, sequence: npt.NDArray[np.int32], position: npt.NDArray[np.int32]) -> None:
+    """InputError, beginning with `where`, unless positions never decrease within a sequence."""
+    wrong = disordered_sequence(sequence, position)
+    if wrong is not None:
+        raise InputError(f"{where}: the rows of sequence {wrong} are not in order of position; sort them")
+
+
+def count_up(sequence: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """0, 1, 2, ... within each sequence: [5, 5, 7, 5, 7] -> [0, 1, 0, 2, 1]."""
+    order = np.argsort(sequence, kind="stable")
+    _, first, count = np.unique(sequence[order], return_index=True, return_counts=True)
+    position = np.empty(len(sequence), np.int32)
+    position[order] = np.arange(len(sequence)) - np.repeat(first, count)
+    return position
+
+
+def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise InputError(f"{name}: shape is {array.shape}; {shape} is needed to match experts")
+
+
+def _check_range(name: str, array: npt.NDArray[Any], stop: int) -> None:
+    if not array.size:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= stop:
+        raise InputError(f"{name}: holds {low if low < 0 else high}; values must be from 0 to {stop - 1}")

@@ -1,0 +1,268 @@
+"""The plan: its file (docs/plan-format.md), and what a reader says of a file that is wrong."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from exflow.errors import InputError
+from exflow.placement.plan import Plan
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+DOCS = Path(__file__).parents[2] / "docs" / "plan-format.md"
+AGAIN = "make the plan again with exflow place"
+
+
+@pytest.fixture(scope="module")
+def example() -> str:
+    """The file in the docs."""
+    return DOCS.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
+
+
+@pytest.fixture
+def plan(example: str, tmp_path: Path) -> Plan:
+    path = tmp_path / "plan.json"
+    path.write_text(example, encoding="utf-8")
+    return Plan.load(path)
+
+
+@pytest.fixture
+def trace() -> RoutingTrace:
+    """The trace in the docs."""
+    experts = [[0, 2], [0, 3], [1, 2], [2, 0]]
+    return RoutingTrace.from_arrays(experts, num_experts=4, moe_layer_ids=[1, 2], model="tiny")
+
+
+def test_the_example_in_the_docs_reads_as_it_says(plan: Plan) -> None:
+    assert (plan.num_layers, plan.num_experts, plan.num_ranks, plan.slots_per_rank) == (2, 4, 2, 2)
+    assert (plan.num_hidden_layers, plan.moe_layer_ids) == (3, (1, 2))
+    assert plan.topology == Topology(num_nodes=1, gpus_per_node=2)
+    assert plan.rank_of_expert.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert plan.slot_of_expert.tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
+    assert plan.next_owner is not None
+    assert plan.next_owner[1, 2].tolist() == [500, 500]
+    assert plan.optimal
+    assert plan.gap == 0
+
+
+def test_the_example_in_the_docs_is_made_from_its_trace(
+    example: str, trace: RoutingTrace, tmp_path: Path
+) -> None:
+    plan = Plan.from_ranks(
+        np.array([[0, 0, 1, 1], [1, 1, 0, 0]]),
+        Topology(gpus_per_node=2),
+        trace,
+        method="by hand",
+        objective=0.0,
+        lower_bound=0.0,
+        optimal=True,
+        expected={"local_fraction": 1.0},
+    )
+    assert plan.trace_digest == trace.digest()
+    replace(plan, trace_digest="").save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == example
+
+
+def test_saving_what_was_loaded_changes_no_byte(plan: Plan, example: str, tmp_path: Path) -> None:
+    plan.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text(encoding="utf-8") == example
+
+
+def test_a_plan_without_what_is_optional(plan: Plan, tmp_path: Path) -> None:
+    bare = replace(plan, next_owner=None, objective=None, lower_bound=None, optimal=False, expected={})
+    bare.save(tmp_path / "bare.json")
+    loaded = Plan.load(tmp_path / "bare.json")
+    assert (loaded.next_owner, loaded.objective, loaded.lower_bound, loaded.gap) == (None, None, None, None)
+    assert not loaded.optimal
+
+
+def test_the_numbers_of_a_solver_are_saved_whatever_their_type(plan: Plan, tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {"objective": np.int64(8), "lower_bound": np.float32(6), "optimal": np.bool_(0)}
+    replace(plan, **numbers).save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").gap == 0.25
+
+
+def test_the_experts_of_a_rank_are_in_ascending_order(trace: RoutingTrace) -> None:
+    plan = Plan.from_ranks(
+        np.array([[1, 0, 1, 0], [0, 1, 1, 0]]), Topology(gpus_per_node=2), trace, method=""
+    )
+    assert plan.physical_to_logical_map.tolist() == [[1, 3, 0, 2], [0, 3, 1, 2]]
+    assert plan.rank_of_expert.tolist() == [[1, 0, 1, 0], [0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (
+            [[0, 0, 1, 1], [0, 1, 1, 1]],
+            "rank_of_expert[1]: gives the ranks [1, 3] of 4 experts; "
+            "give each of the 2 ranks the same number",
+        ),
+        (
+            [[0, 0, 1, 2], [0, 0, 1, 1]],
+            "rank_of_expert[0]: gives the ranks [2, 1] of 4 experts; "
+            "give each of the 2 ranks the same number",
+        ),
+        (
+            [[0, 0, 1, 1]],
+            "rank_of_expert: has the shape (1, 4) instead of (2, 4); place again on this trace",
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(trace: RoutingTrace, ranks: list[list[int]], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Plan.from_ranks(np.array(ranks), Topology(gpus_per_node=2), trace, method="")
+    assert str(error.value) == message
+
+
+def put(*place: Any) -> Callable[[dict[str, Any]], None]:
+    """An edit of the document: `put("topology", "num_nodes", 0)` sets document["topology"]["num_nodes"]."""
+    *path, key, value = place
+
+    def edit(document: Any) -> None:
+        for step in path:
+            document = document[step]
+        document[key] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (put("format", "exflow-trace"), f'is not a plan (no "format": "exflow-plan"); {AGAIN}'),
+        (put("version", 2), f"version is 2, this exflow reads version 1; {AGAIN}"),
+        (lambda document: document.pop("version"), f"version is None, this exflow reads version 1; {AGAIN}"),
+        (lambda document: document.pop("method"), f"key 'method' is missing; {AGAIN}"),
+        (put("colour", "red"), f"unknown key 'colour'; {AGAIN}"),
+        (put("topology", "racks", 2), f"unknown key 'topology.racks'; {AGAIN}"),
+        (
+            put("topology", "gpus_per_node", 0),
+            f"topology.gpus_per_node: input should be greater than or equal to 1 (found 0); {AGAIN}",
+        ),
+        (put("num_experts", 4.0), f"num_experts: input should be a valid integer (found 4.0); {AGAIN}"),
+        (put("optimal", 1), f"optimal: input should be a valid boolean (found 1); {AGAIN}"),
+        (put("objective", float("nan")), f"objective: input should be a finite number (found nan); {AGAIN}"),
+        (put("model", None), f"model: input should be a valid string (found None); {AGAIN}"),
+        (
+            put("moe_layer_ids", 1, "2"),
+            f"moe_layer_ids[1]: input should be a valid integer (found '2'); {AGAIN}",
+        ),
+        (put("topology", "num_nodes", 2), f"next_owner[0][0]: has 2 entries instead of 4; {AGAIN}"),
+        (
+            put("moe_layer_ids", [2, 1]),
+            "moe_layer_ids: are [2, 1] in a model of 3 hidden layers; "
+            "give ascending indices of hidden layers, at least one",
+        ),
+        (
+            put("num_hidden_layers", 2),
+            "moe_layer_ids: are [1, 2] in a model of 2 hidden layers; "
+            "give ascending indices of hidden layers, at least one",
+        ),
+        (put("moe_layer_ids", [0, 1, 2]), f"physical_to_logical_map: has 2 entries instead of 3; {AGAIN}"),
+        (
+            put("physical_to_logical_map", 1, [0, 1, 2]),
+            f"physical_to_logical_map[1]: has 3 entries instead of 4; {AGAIN}",
+        ),
+        (
+            put("physical_to_logical_map", 1, [2, 3, 3, 1]),
+            "physical_to_logical_map[1]: holds expert 3 once too often and expert 0 not at all; "
+            "place each expert 0..3 exactly once",
+        ),
+        (
+            put("physical_to_logical_map", 0, 3, 9),
+            "physical_to_logical_map[0]: holds expert 9 once too often and expert 3 not at all; "
+            "place each expert 0..3 exactly once",
+        ),
+        (put("next_owner", 0, 1, [1000]), f"next_owner[0][1]: has 1 entries instead of 2; {AGAIN}"),
+        (
+            put("next_owner", 0, 1, 1, 1001),
+            f"next_owner[0][1][1]: input should be less than or equal to 1000 (found 1001); {AGAIN}",
+        ),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(
+    example: str, tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    document = json.loads(example)
+    edit(document)
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        Plan.load(path)
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_a_missing_or_truncated_file_is_refused(example: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(InputError, match=f"plan.json: no such plan; {AGAIN}"):
+        Plan.load(path)
+    path.write_text(example[:100], encoding="utf-8")
+    with pytest.raises(InputError, match=f"plan.json: the plan is not valid JSON .*; {AGAIN}"):
+        Plan.load(path)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r'is not a plan \(no "format": "exflow-plan"\);'):
+        Plan.load(path)
+
+
+def test_ranks_that_cannot_share_the_experts_equally_are_refused(plan: Plan) -> None:
+    with pytest.raises(InputError) as error:
+        replace(plan, topology=Topology(gpus_per_node=3))
+    assert str(error.value) == (
+        "num_experts: 4 experts cannot be shared equally by 3 ranks (1 node of 3); "
+        "choose a number of ranks that divides it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            np.zeros((2, 4, 3), dtype=np.int16),
+            "next_owner: has the shape (2, 4, 3) instead of (2, 4, 2); place again on this trace",
+        ),
+        (np.full((2, 4, 2), -1), "next_owner: holds values outside 0..1000; give per mille"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(plan: Plan, table: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        replace(plan, next_owner=table)
+    assert str(error.value) == message
+
+
+def test_a_plan_fits_its_model(plan: Plan) -> None:
+    plan.check_model(num_experts=4, moe_layer_ids=[1, 2], num_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ((8, (1, 2), 2), "the plan is for 4 experts a layer, the model has 8; "),
+        ((4, (0, 1, 2), 2), "the plan is for 2 MoE layers, the model has 3; "),
+        ((4, (0, 2), 2), "the plan is for [1, 2] as moe_layer_ids, the model has [0, 2]; "),
+    ],
+)
+def test_another_model_is_refused(plan: Plan, model: tuple[int, tuple[int, ...], int], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan.check_model(*model)
+    assert str(error.value) == message + "use a plan that was placed on a trace of this model"
+
+
+def test_another_number_of_ranks_is_refused(plan: Plan) -> None:
+    with pytest.raises(InputError) as error:
+        plan.check_model(num_experts=4, moe_layer_ids=[1, 2], num_ranks=4)
+    assert str(error.value) == (
+        "the plan is for 2 ranks (1 node of 2), launched with 4; start 2 processes, or place again for 4"
+    )
+
+
+def test_loading_a_plan_needs_neither_compiler_nor_torch() -> None:
+    check = "import sys, exflow.placement.plan; assert not {'numba', 'torch'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", check], check=True)
