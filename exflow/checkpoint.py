@@ -3,9 +3,7 @@
 Expert weights are stacked, slot after slot, so a rank reads the rows of its own experts and nothing else.
 """
 
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from torch import Tensor
 from exflow.config import ModelConfig, load_model_config
 from exflow.decoder import Decoder
 from exflow.errors import InputError
-from exflow.files import make_ordinary, read_json, write_json
+from exflow.files import atomic_folder, read_json, write_json
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -35,21 +34,23 @@ def save_checkpoint(
     dtype: torch.dtype,
     max_shard_bytes: int = 14 << 20,
 ) -> None:
-    """Write a checkpoint folder; it appears whole or not at all, and replaces an earlier one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write_json(staging / "config.json", config.model_dump())
-        tokenizer.save(str(staging / TOKENIZER))
-        _save_weights(staging, {name: value.to("cpu", dtype) for name, value in state.items()}, max_shard_bytes)
-        for path in (staging, *staging.iterdir()):
-            make_ordinary(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """Write a checkpoint folder; it appears whole or not at all, and replaces an earlier one.
+
+    Raises InputError where it cannot be written, or would replace anything but a checkpoint.
+    """
+    if folder.is_dir():
+        replaceable = (folder / CONFIG).is_file() or not any(folder.iterdir())
+    else:
+        replaceable = not folder.exists()
+    if not replaceable:
+        raise InputError(
+            f"{folder}: is something other than a checkpoint; choose another place, or remove it"
+        )
+    with atomic_folder(folder) as staging:
+        write_json(staging / CONFIG, config.model_dump())
+        (staging / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        stored = {name: value.to("cpu", dtype) for name, value in state.items()}
+        _save_weights(staging, stored, max_shard_bytes)
 
 
 def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
@@ -64,7 +65,7 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
     if len(shards) == 1:
         save_file(shards[0], folder / WEIGHTS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file)
@@ -74,14 +75,20 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint folder."""
+    """Read `tokenizer.json` of a checkpoint folder. Raises InputError if it does not fit the model."""
     path = folder / TOKENIZER
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer; {REMEDY}")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise InputError(f"{path}: not a tokenizer ({error}); {REMEDY}") from error
+    known = load_model_config(folder).vocab_size
+    if tokenizer.get_vocab_size() > known:
+        raise InputError(
+            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model's vocab_size is {known}; {REMEDY}"
+        )
+    return tokenizer
 
 
 def load_decoder(
@@ -122,38 +129,39 @@ def _expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str
 def _read_weights(
     folder: Path, wanted: dict[str, tuple[int, ...]], rows: dict[str, list[int]], num_experts: int
 ) -> Iterator[tuple[str, Tensor]]:
-    file_of = _weight_files(folder, wanted)
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(_open(folder / file)) for file in sorted(set(file_of.values()))}
+        opened = [stack.enter_context(_open(file)) for file in _weight_files(folder)]
+        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+        _check_names(folder, wanted.keys(), file_of.keys())
         for name, shape in wanted.items():
-            file = opened[file_of[name]]
-            if name not in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                raise InputError(f"{folder / file_of[name]}: the weights '{name}' are missing; {REMEDY}")
-            stored = file.get_slice(name)
+            stored = file_of[name].get_slice(name)
             expected = [num_experts, *shape[1:]] if name in rows else list(shape)
-            if stored.get_shape() != expected:
+            if (found := stored.get_shape()) != expected:
                 raise InputError(
-                    f"{folder / file_of[name]}: '{name}' has shape {stored.get_shape()}, config.json implies "
-                    f"{expected}; {REMEDY}"
+                    f"{folder}: '{name}' has shape {found}, config.json implies {expected}; {REMEDY}"
                 )
             if name in rows:
                 yield name, torch.cat([stored[expert : expert + 1] for expert in rows[name]])
             else:
-                yield name, file.get_tensor(name)
+                yield name, file_of[name].get_tensor(name)
 
 
-def _weight_files(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, str]:
-    """The file of each wanted tensor."""
+def _check_names(folder: Path, wanted: Set[str], stored: Set[str]) -> None:
+    if missing := wanted - stored:
+        raise InputError(f"{folder}: the weights '{min(missing)}' are missing; {REMEDY}")
+    if unknown := stored - wanted:
+        raise InputError(f"{folder}: config.json implies no weights '{min(unknown)}'; {REMEDY}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
-        return dict.fromkeys(wanted, WEIGHTS)
-    index = read_json(folder / INDEX, "weights", f"a checkpoint has {WEIGHTS}, or shards and {INDEX}")
+        return [folder / WEIGHTS]
+    path = folder / INDEX
+    index = read_json(path, "weights", f"a checkpoint has {WEIGHTS}, or shards and {INDEX}")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{folder / INDEX}: the key 'weight_map' is missing; {REMEDY}")
-    missing = [name for name in wanted if name not in weight_map]
-    if missing:
-        raise InputError(f"{folder / INDEX}: the weights '{missing[0]}' are missing; {REMEDY}")
-    return {name: weight_map[name] for name in wanted}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{path}: the key 'weight_map' does not name a file for each tensor; {REMEDY}")
+    return [folder / file for file in sorted(set(weight_map.values()))]
 
 
 def _open(path: Path) -> Any:

@@ -10,8 +10,17 @@ from typing import Annotated
 
 import typer
 
-from exflow.console import TrainingLog, print_result, progress_bar
+from exflow.console import TrainingLog, progress_bar, say, status
 from exflow.errors import InputError
+from exflow.launch import RankDied, run_ranks, torchrun_place
+from exflow.show import (
+    plan_figures,
+    print_demo,
+    print_evaluation,
+    print_figures,
+    print_generation,
+    trace_figures,
+)
 
 app = typer.Typer(
     name="exflow",
@@ -23,14 +32,157 @@ app = typer.Typer(
     "a layer.",
 )
 
+Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
+Trace = Annotated[Path, typer.Argument(help="Folder of a routing trace.", show_default=False)]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="A file or folder of text; {stdlib} is Python's library. Repeatable."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+@app.command(epilog="Example: exflow profile models/gpt-moe-demo --text book.txt -o trace/")
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
+    text: Texts = None,
+    tokens: Annotated[int, typer.Option(help="Record at most so many, spread evenly over the text.", min=1)] = 32768,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's most.", min=1)] = None,
+    weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a model over text and record its routing."""
+    from exflow.profile import profile_text
+
+    with progress_bar() as bar:
+        task = bar.add_task("profiling", total=None)
+        trace = profile_text(
+            model,
+            text or ["{stdlib}"],
+            output,
+            max_tokens=tokens,
+            length=length,
+            weights=weights,
+            device=device,
+            advance=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
+
+
+@app.command("import", epilog="Example: exflow import routing.npz -o trace/")
+def import_trace(
+    files: Annotated[list[Path], typer.Argument(help="Files of one recording.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
+    format: Annotated[str | None, typer.Option(help="npz or npy; by default told from the content.")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Where the files do not say.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn routing recorded elsewhere into a trace."""
+    from exflow.profiling.importers.registry import read_trace
+
+    with status("importing"):
+        trace = read_trace(files, format, num_experts)
+        trace.save(output)
+    print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
+
+
+@app.command(epilog="Example: exflow place trace/ --gpus 8 --nodes 2 -o plan.json")
+def place(
+    trace: Trace,
+    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")],
+    nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
+    method: Annotated[
+        str, typer.Option(help="auto, exact, search, sweep, ilp, contiguous or random.")
+    ] = "auto",
+    time_limit: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Decide on which GPU each expert lives."""
+    from exflow.placement.place import place
+    from exflow.placement.topology import topology_of
+    from exflow.profiling.trace import RoutingTrace
+
+    with status("placing") as line:
+        plan = place(
+            RoutingTrace.load(trace),
+            topology_of(gpus, nodes),
+            method=method,
+            seed=seed,
+            time_limit=time_limit,
+            progress=lambda objective, bound, seconds: line.update(
+                f"placing: objective {objective:.4f}, bound {bound:.4f}, {seconds:.0f} s"
+            ),
+        )
+        plan.save(output)
+    print_figures({"plan": str(output), **plan_figures(plan)}, as_json)
+
+
+@app.command(epilog="Example: exflow evaluate plan.json trace/ --json")
+def evaluate(
+    plan: Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)],
+    trace: Trace,
+    phase: Annotated[str, typer.Option(help="Which tokens to count: all, prefill or decode.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """Count what a plan moves on a trace, for every strategy."""
+    from exflow.placement.evaluate import evaluate
+    from exflow.placement.plan import Plan
+    from exflow.profiling.trace import RoutingTrace
+
+    print_evaluation(evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase)), as_json)
+
+
+@app.command(epilog='Example: exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4')
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Where the experts live; by default contiguous.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)] = None,
+    strategy: Annotated[
+        str, typer.Option(help="dispatch-combine, coherent, node-coherent or replicated.")
+    ] = "coherent",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    ignore_end: Annotated[bool, typer.Option(help="Do not stop at the end-of-text token.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Record the run's routing to this folder.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text, on one process or on many ranks (torchrun is started with --nproc)."""
+    from exflow.generate import GenerateJob, generate, read_prompts
+    from exflow.sampling import Sampling
+
+    prompts = read_prompts(prompt or [], prompt_file)
+    sampling = Sampling(temperature, top_p, seed)
+    job = GenerateJob(
+        model, prompts, max_new_tokens, sampling, plan, strategy, device, dtype, trace, ignore_end
+    )
+    place = torchrun_place()
+    if place is None:
+        job.check(nproc or 1)
+        if nproc is not None:
+            run_ranks(sys.argv[1:], nproc)
+            return
+    result = generate(job)
+    if result is not None:
+        print_generation(prompts, result, as_json)
+
 
 @app.command(epilog="Example: exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file: model, data, training, checkpoint_steps.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")],
-    text: Annotated[list[str] | None, typer.Option(help="More files or folders of text.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last saved step.")] = False,
+    text: Texts = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last saved step.")] = False,
 ) -> None:
     """Train a small GPT-MoE from text."""
     from exflow.device import choose_device
@@ -45,51 +197,40 @@ def train(
     print(final)
 
 
-@app.command(epilog="Example: exflow profile models/gpt-moe-demo --text book.txt -o trace/")
-def profile(
-    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")],
-    text: Annotated[list[str], typer.Option(help="Files or folders of text; {stdlib} for the library's sources.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to record at most, spread evenly over the text.", min=1)] = 32768,
-    length: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's longest.", min=1)] = None,
-    weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was recorded as JSON.")] = False,
+@app.command(epilog="Example: exflow demo --text README.md")
+def demo(
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint; by default the shipped one.")] = None,
+    text: Texts = None,
+    as_json: Json = False,
+    rank_folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Run a model over text and record its routing."""
-    from exflow.profile import profile_text
+    """Profile, place and generate with the shipped model on 4 CPU ranks, and compare what is moved."""
+    from exflow.demo import demo, run_demo_rank, shipped_model
 
-    with progress_bar() as bar:
-        task = bar.add_task("profiling", total=None)
-        trace = profile_text(
-            model,
-            text,
-            output,
-            max_tokens=tokens,
-            length=length,
-            weights=weights,
-            device=device,
-            advance=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    print_result(
-        {
-            "trace": str(output),
-            "tokens": trace.num_tokens,
-            "moe_layers": trace.num_layers,
-            "experts": trace.num_experts,
-            "top_k": trace.top_k,
-        },
-        as_json,
-    )
+    if rank_folder is not None and model is not None:
+        run_demo_rank(model, rank_folder)
+        return
+    with status("starting") as line:
+        result = demo(model or shipped_model(), text or [], line.update)
+    print_demo(result, as_json)
 
 
 def main() -> None:
     """Entry point of the `exflow` command."""
+    place = torchrun_place()
     try:
         app()
     except InputError as error:
-        print(f"exflow: {error}", file=sys.stderr)
+        if place is None or place.rank == 0:  # in a job every rank finds the same fault
+            say(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("exflow: interrupted", file=sys.stderr)
+    except RankDied as error:
+        say(str(error))
         sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

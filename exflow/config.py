@@ -1,5 +1,6 @@
 """What a model is: the hyper-parameters stored as `config.json` beside its weights."""
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -7,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 
 from exflow.errors import InputError
 from exflow.files import read_json
-
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -50,6 +50,10 @@ class ModelConfig(StrictModel):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads "
                 f"{self.num_kv_heads}"
             )
+        for name in ("hidden_size", "intermediate_size"):
+            width = getattr(self, name)
+            if width % 8:
+                raise ValueError(f"{name} {width} is not a multiple of 8, as grouped matrix products need")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         if not self.moe_layer_ids:
@@ -78,16 +82,25 @@ def validated(kind: type[Model], value: Any, source: Path) -> Model:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(kind.model_fields)
-            raise InputError(f"{source}: unknown key '{key}'; remove it (known: {known})") from error
-        if first["type"] == "missing":
-            raise InputError(f"{source}: the key '{key}' is missing; add it") from error
-        where = f"{key} = {first['input']!r}: " if key else ""
-        reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{source}: {where}{reason}") from error
+        raise InputError(f"{source}: {_first_wrong(kind, error)}") from error
+
+
+def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    found = reprlib.repr(first["input"])
+    if not first["loc"] and first["type"] == "model_type":
+        return f"holds {found}, not the keys {', '.join(kind.model_fields)}; write them"
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        for part in first["loc"][:-1]:
+            kind = kind.model_fields[str(part)].annotation or kind  # the model that the key was found in
+        return f"unknown key {key!r}; remove it (known: {', '.join(kind.model_fields)})"
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing; add it"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # one of our own, which names the keys and their values
+        return f"{key}: {reason}" if key else reason
+    return f"{key} = {found}: {reason}"
 
 
 def load_model_config(folder: Path) -> ModelConfig:

@@ -1,16 +1,26 @@
-"""What a person sees while work goes on: progress on stderr, so that stdout holds results alone."""
+"""What a person sees while work goes on: progress and errors, on stderr, so that stdout holds results alone."""
 
-import json
+import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 if TYPE_CHECKING:
     from exflow.train import Progress as TrainingProgress
 
 stderr = Console(stderr=True)
+
+
+def say(message: str) -> None:
+    """One line on stderr, never wrapped."""
+    print(f"exflow: {message}", file=sys.stderr)
+
+
+def status(text: str) -> Status:
+    return stderr.status(text)
 
 
 def progress_bar() -> Progress:
@@ -22,15 +32,6 @@ def progress_bar() -> Progress:
         console=stderr,
         transient=True,
     )
-
-
-def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout: JSON for tools, else one figure a line."""
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        for name, value in result.items():
-            print(f"{name.replace('_', ' '):<24} {value}")
 
 
 class TrainingLog:

@@ -11,9 +11,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from exflow.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the bytes and the end of text
+LARGEST_VOCABULARY = 1 << 16  # token streams are uint16
 SUFFIXES = (".txt", ".md", ".rst", ".py")
-# pydoc_data (the language reference as text) stays unseen, so that the demo profiles text the model never read
-STDLIB_LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data", "encodings")
+# pydoc_data (the language reference as text) stays unseen: the demo profiles text the model never read
+STDLIB_LEFT_OUT = (
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "encodings",
+)
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,16 @@ def read_text(path: Path) -> str:
 
 
 def split_held_out(text: str, share: float) -> tuple[str, str]:
-    """Cut off the last `share` of a text, at a line end."""
-    cut = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1
+    """Cut off the last `share` of a text, at the line end before it; a text without one stays whole."""
+    cut = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1 or len(text)
     return text[:cut], text[cut:]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text can be encoded, nothing is unknown."""
+    """Byte-level BPE: every text can be encoded, nothing is unknown.
+
+    vocab_size, at least SMALLEST_VOCABULARY, is an upper bound: a short text has fewer pairs to merge.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,6 +95,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.uint16]:
+    """The texts as one stream, each ended by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     streams = [np.array([*encoding.ids, end], np.uint16) for encoding in tokenizer.encode_batch(texts)]
     return np.concatenate(streams)
@@ -89,8 +104,13 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.uint16]:
 def build_corpus(files: list[Path], held_out: float, vocab_size: int) -> tuple[Corpus, Tokenizer]:
     """Read, split each file, train the tokenizer on the training part, encode both parts."""
     parts = [split_held_out(read_text(file), held_out) for file in files]
-    train_texts = [train for train, _ in parts]
-    held_out_texts = [held for _, held in parts]
+    train_texts = [train for train, _ in parts if train]
+    held_out_texts = [held for _, held in parts if held]
+    if not train_texts or not held_out_texts:
+        raise InputError(
+            f"{files[0]}{' and others' if files[1:] else ''}: too short to hold out a share of {held_out}; "
+            "give more text"
+        )
     tokenizer = train_tokenizer(train_texts, vocab_size)
     size = sum(len(text.encode()) for text in held_out_texts)
     return Corpus(encode(tokenizer, train_texts), encode(tokenizer, held_out_texts), size), tokenizer

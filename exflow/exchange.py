@@ -14,17 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.distributed import Cluster
+from exflow.distributed import Cluster, CoherenceGroup
 
 Purpose = Literal["dispatch", "return"]
+
+# torch 2.13 renamed it, and warns at every call of the older name
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass
 class Counters:
     """What one rank sent in one phase; `total` over ranks gives the job's figures.
 
-    Messages are rows that left for another rank, told apart by purpose and by whether they left the node;
-    wire_bytes counts what the collectives carried off the rank, padding and headers included.
+    Messages and K/V copies are rows that left for another rank of the same node (intra) or of another one
+    (inter), as placement.traffic predicts them. hidden_bytes and kv_bytes are their size; wire_bytes is what
+    the collectives carried off the rank, padding and headers included.
     """
 
     all_to_alls: int = 0
@@ -34,7 +38,8 @@ class Counters:
     dispatch_inter: int = 0
     return_intra: int = 0
     return_inter: int = 0
-    kv_copies: int = 0
+    kv_intra: int = 0
+    kv_inter: int = 0
     hidden_bytes: int = 0
     kv_bytes: int = 0
     wire_bytes: int = 0
@@ -68,7 +73,7 @@ class PendingGather:
     row_bytes: int
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        self.work.wait()  # on GPUs the stream waits, not the host
         return _filled_rows(self.chunks, 1, self.row_bytes)
 
 
@@ -99,8 +104,7 @@ class Exchange:
         )
 
     def _count(self, dest_N: Tensor, purpose: Purpose, hidden_bytes: int, wire_bytes: int) -> None:
-        per_node = self.cluster.ranks_per_node
-        intra = int((dest_N // per_node == self.cluster.rank // per_node).sum())
+        intra = int((dest_N // self.cluster.ranks_per_node == self.cluster.node).sum())
         inter = len(dest_N) - intra
         if purpose == "dispatch":
             self.counters.dispatch_intra += intra
@@ -113,18 +117,23 @@ class Exchange:
         self.counters.wire_bytes += wire_bytes
 
     def start_gather(
-        self, rows_NB: Tensor, capacity: int, group: dist.ProcessGroup, members: int, kv_bytes: int
+        self, rows_NB: Tensor, capacity: int, group: CoherenceGroup, kv_bytes: int
     ) -> PendingGather:
-        """Begin to give all members of `group` each other's rows; at most `capacity` a member."""
-        header = rows_NB.new_tensor([[len(rows_NB)]], dtype=torch.int32)
-        chunk = _chunks(rows_NB, torch.zeros(len(rows_NB), dtype=torch.int64, device=rows_NB.device), header, capacity)
-        chunks = chunk.new_empty(members, chunk.shape[1])
-        work = dist.all_gather_into_tensor(chunks, chunk, group=group, async_op=True)
-        copies = len(rows_NB) * (members - 1)
+        """Begin to give all members of `group` each other's rows; at most `capacity` a member.
+
+        kv_bytes: the part of a row that is keys and values, for the count.
+        """
+        to_first_N = torch.zeros(len(rows_NB), dtype=torch.int64, device=rows_NB.device)
+        header = torch.full((1, 1), len(rows_NB), device=rows_NB.device)
+        chunk = _chunks(rows_NB, to_first_N, header, capacity)
+        chunks = chunk.new_empty(group.size, chunk.shape[1])
+        work = _all_gather(chunks, chunk, group=group.processes, async_op=True)
+        others_in_node = sum(self.cluster.node_of(rank) == self.cluster.node for rank in group.ranks) - 1
         self.counters.gathers += 1
-        self.counters.kv_copies += copies
-        self.counters.kv_bytes += copies * kv_bytes
-        self.counters.wire_bytes += (members - 1) * chunk.numel()
+        self.counters.kv_intra += len(rows_NB) * others_in_node
+        self.counters.kv_inter += len(rows_NB) * (group.size - 1 - others_in_node)
+        self.counters.kv_bytes += len(rows_NB) * (group.size - 1) * kv_bytes
+        self.counters.wire_bytes += (group.size - 1) * chunk.numel()
         return PendingGather(work, chunks, rows_NB.shape[1])
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -159,9 +168,8 @@ def _chunks(rows_NB: Tensor, dest_N: Tensor, header: Tensor, capacity: int) -> T
     order = torch.argsort(dest_N, stable=True)
     counts = torch.bincount(dest_N, minlength=len(header))
     place_N = torch.arange(len(dest_N), device=dest_N.device) - (counts.cumsum(0) - counts)[dest_N[order]]
-    body = chunks[:, head_bytes:].unflatten(1, (capacity, row_bytes)) if capacity else None
-    if body is not None:
-        body[dest_N[order], place_N] = rows_NB[order]
+    body = chunks[:, head_bytes:].view(len(header), capacity, row_bytes)
+    body[dest_N[order], place_N] = rows_NB[order]
     return chunks
 
 
@@ -171,8 +179,7 @@ def _headers(chunks: Tensor, fields: int) -> Tensor:
 
 def _filled_rows(chunks: Tensor, fields: int, row_bytes: int) -> Tensor:
     """The rows that are filled, chunk after chunk, [M, B]."""
-    body = chunks[:, 4 * fields :].unflatten(1, (-1, row_bytes)) if chunks.shape[1] > 4 * fields else None
-    if body is None:
-        return chunks.new_empty(0, row_bytes)
-    filled = torch.arange(body.shape[1], device=chunks.device) < _headers(chunks, fields)[:, :1]
+    capacity = (chunks.shape[1] - 4 * fields) // row_bytes
+    body = chunks[:, 4 * fields :].view(len(chunks), capacity, row_bytes)
+    filled = torch.arange(capacity, device=chunks.device) < _headers(chunks, fields)[:, :1]
     return body[filled]

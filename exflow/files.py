@@ -35,6 +35,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; it takes the place of `path` if the block succeeds, and vanishes if not.
+
+    A folder that was at `path` is removed once the new one is complete. Raises InputError if the place
+    cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                make_ordinary(file)
+            try:
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -42,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
-    """Read a JSON file; `what` names it and `remedy` says what to do, both for the message of an InputError."""
+    """Read a JSON file; `what` names it and `remedy` says what to do, both for an InputError's message."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -54,7 +81,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def make_ordinary(path: Path) -> None:
-    """Give a file or folder the usual permissions: temporary ones are made for their owner alone."""
+    """Give a file the usual permissions: temporary ones are made for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod(0o666 & ~mask)

@@ -1,8 +1,19 @@
-"""What happens in an MoE layer, for each way to lay experts out over ranks."""
+"""What happens in an MoE layer, for each way to lay experts out over ranks: route, dispatch, experts, own.
 
+Shapes: T tokens at hand, D hidden, K choices, E experts, L MoE layers, G ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
 from torch import Tensor
 
 from exflow.decoder import MoE, Rows, Routing
+from exflow.exchange import Exchange, pack, unpack
+from exflow.placement.plan import Plan
+
+ELSEWHERE = -1
 
 
 class AllExpertsHere:
@@ -20,3 +31,178 @@ class AllExpertsHere:
         if self.routings is not None:
             self.routings.append(routing)
         return hidden_TD + layer.experts(normed_TD, routing.expert_TK, routing.weight_TK), rows
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """A plan as tensors on the device of rank `rank`.
+
+    rank_of_expert [L, E] int64; local_slot [L, E] int64, ELSEWHERE for other ranks' experts; next_owner
+    [L, E, G] int64 per mille (Plan.next_owner).
+    """
+
+    rank_of_expert: Tensor
+    local_slot: Tensor
+    next_owner: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int, device: torch.device) -> Self:
+        ranks = torch.from_numpy(plan.rank_of_expert).long()
+        slots = torch.from_numpy(plan.slot_of_expert).long()
+        if plan.next_owner is None:
+            owners = torch.zeros(*ranks.shape, plan.num_ranks, dtype=torch.int64)
+        else:
+            owners = torch.from_numpy(plan.next_owner).long()
+        local = (slots - rank * plan.slots_per_rank).where(ranks == rank, ELSEWHERE)
+        return cls(ranks.to(device), local.to(device), owners.to(device))
+
+
+class Replicated:
+    """Every rank runs attention for every token; one all-reduce sums what the ranks' experts contribute."""
+
+    def __init__(self, exchange: Exchange, tables: PlanTables) -> None:
+        self.exchange = exchange
+        self.tables = tables
+
+    def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        normed_TD = layer.norm(hidden_TD)
+        routing = layer.route(normed_TD, rows)
+        slots_TK = self.tables.local_slot[layer.index][routing.expert_TK]
+        partial_TD = layer.experts(normed_TD, slots_TK, routing.weight_TK)
+        return hidden_TD + self.exchange.all_reduce(partial_TD), rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Everything about the tokens at hand, and what travels in a dispatch.
+
+    hidden_TD is the residual stream before the layer (the receiver repeats the norm); owner_T the rank that
+    holds the token after the layer.
+    """
+
+    hidden_TD: Tensor
+    weight_TK: Tensor
+    expert_TK: Tensor
+    sequence_T: Tensor
+    position_T: Tensor
+    owner_T: Tensor
+
+    def pack(self, take: Tensor) -> Tensor:
+        """The rows `take` as bytes."""
+        whole = torch.cat(
+            [self.expert_TK, self.sequence_T[:, None], self.position_T[:, None], self.owner_T[:, None]], dim=1
+        )
+        return pack(self.hidden_TD[take], self.weight_TK[take], whole[take].to(torch.int32))
+
+    def and_received(self, rows_MB: Tensor) -> "Tokens":
+        """These tokens followed by received ones."""
+        width, choices = self.hidden_TD.shape[1], self.expert_TK.shape[1]
+        hidden, weight, whole = unpack(
+            rows_MB,
+            (self.hidden_TD.dtype, width),
+            (self.weight_TK.dtype, choices),
+            (torch.int32, choices + 3),
+        )
+        expert, sequence, position, owner = whole.long().split([choices, 1, 1, 1], dim=1)
+        return Tokens(
+            torch.cat([self.hidden_TD, hidden]),
+            torch.cat([self.weight_TK, weight]),
+            torch.cat([self.expert_TK, expert]),
+            torch.cat([self.sequence_T, sequence[:, 0]]),
+            torch.cat([self.position_T, position[:, 0]]),
+            torch.cat([self.owner_T, owner[:, 0]]),
+        )
+
+
+class ExpertParallel:
+    """One token, one owner: a token travels to its experts, and may stay where one of them lives.
+
+    `group_size` ranks share the context of their sequences (a coherence group), so a token may be owned by
+    any of them: 1 is dispatch-combine, all ranks is the coherent strategy of ExFlow, the ranks of a node lie
+    between. Every rank knows how many tokens each rank owns (`owned`, an upper bound), since it travels with
+    every dispatch: the capacity of the next exchange follows from it, and counts are never exchanged alone.
+    """
+
+    def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
+        self.exchange = exchange
+        self.tables = tables
+        self.group_size = group_size
+        self.rank = exchange.cluster.rank
+        self.num_ranks = exchange.cluster.num_ranks
+        self.history: list[list[int]] = []
+
+    def begin(self, owned: list[int]) -> None:
+        """Start a forward pass in which rank r owns at most owned[r] tokens."""
+        self.history = [owned]
+
+    @property
+    def owned(self) -> list[int]:
+        return self.history[-1]
+
+    def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        routing = layer.route(layer.norm(hidden_TD), rows)
+        hosts_TG, owner_T = self.choose_owners(layer.index, routing.expert_TK, rows.sequence_T)
+        mine = Tokens(
+            hidden_TD, routing.weight_TK, routing.expert_TK, rows.sequence_T, rows.position_T, owner_T
+        )
+        here = self.dispatch(mine, hosts_TG)
+        slots_TK = self.tables.local_slot[layer.index][here.expert_TK]
+        partial_TD = layer.experts(layer.norm(here.hidden_TD), slots_TK, here.weight_TK)
+        return self.settle(here, partial_TD, slots_TK, rows.phase)
+
+    def choose_owners(self, layer: int, expert_TK: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Which ranks host a token's experts [T, G], and which rank owns it next [T].
+
+        Of the hosts inside the home's coherence group the one likeliest to host the next experts, the lowest
+        rank among equals; without such a host the token stays where it is.
+        """
+        ranks_G = torch.arange(self.num_ranks, device=expert_TK.device)
+        hosts_TG = torch.zeros(len(expert_TK), self.num_ranks, dtype=torch.bool, device=expert_TK.device)
+        hosts_TG.scatter_(1, self.tables.rank_of_expert[layer][expert_TK], True)
+        home_T = sequence_T % self.num_ranks
+        group_TG = ranks_G // self.group_size == (home_T // self.group_size)[:, None]
+        score_TG = self.tables.next_owner[layer][expert_TK].sum(dim=1) * self.num_ranks - ranks_G
+        candidates_TG = hosts_TG & group_TG
+        best_T = score_TG.masked_fill(~candidates_TG, torch.iinfo(torch.int64).min).argmax(dim=1)
+        return hosts_TG, best_T.where(candidates_TG.any(dim=1), self.rank)
+
+    def dispatch(self, mine: Tokens, hosts_TG: Tensor) -> Tokens:
+        """Send each of my tokens to every other rank that hosts an expert of it; mine, then my guests."""
+        away_TG = hosts_TG.clone()
+        away_TG[:, self.rank] = False
+        token_N, dest_N = away_TG.nonzero(as_tuple=True)
+        owners_G = torch.bincount(mine.owner_T, minlength=self.num_ranks)
+        received = self.exchange.all_to_all(
+            mine.pack(token_N), dest_N, owners_G, max(self.owned), "dispatch", mine.hidden_TD[:1].nbytes
+        )
+        self.history.append(received.notes.sum(dim=0).tolist())
+        return mine.and_received(received.rows_MB)
+
+    def settle(
+        self, here: Tokens, partial_TD: Tensor, slots_TK: Tensor, phase: int
+    ) -> tuple[Tensor, Rows]:
+        """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
+        keep_T = here.owner_T == self.rank
+        key_T = here.sequence_T << 32 | here.position_T
+        order_T = torch.argsort(key_T[keep_T])
+        hidden_TD = (here.hidden_TD + partial_TD)[keep_T][order_T]
+        kept_T = key_T[keep_T][order_T]
+        if self.has_return(slots_TK.shape[1]):
+            send_N = (~keep_T & (slots_TK >= 0).any(dim=1)).nonzero()[:, 0]
+            received = self.exchange.all_to_all(
+                pack(partial_TD[send_N], key_T[send_N, None]),
+                here.owner_T[send_N],
+                key_T.new_empty(0),
+                max(self.owned),
+                "return",
+                partial_TD[:1].nbytes,
+            )
+            partial_MD, key_M1 = unpack(
+                received.rows_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1)
+            )
+            hidden_TD = hidden_TD.index_add(0, torch.searchsorted(kept_T, key_M1[:, 0]), partial_MD)
+        return hidden_TD, Rows(kept_T >> 32, kept_T & 0xFFFFFFFF, phase)
+
+    def has_return(self, top_k: int) -> bool:
+        """False where it is certain that a token's only expert lives with its next owner."""
+        return top_k > 1 or self.group_size < self.num_ranks

@@ -1,6 +1,6 @@
 """Run a model over text and record its routing: the `exflow profile` command."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,20 +46,16 @@ def profile_text(
 def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tokens: int) -> torch.Tensor:
     """The texts as sequences [N, length] of token ids; a shorter rest is dropped.
 
-    With more text than `max_tokens`, the windows are spread evenly over it. Raises InputError where the text
-    does not fill one window.
+    With more text than `max_tokens`, as many windows as fit into it (at least one) are spread evenly over the
+    text. Raises InputError where the text does not fill one window.
     """
     ids = np.concatenate([np.array(encoding.ids, np.int64) for encoding in tokenizer.encode_batch(texts)])
     available = len(ids) // length
     count = min(available, max(1, max_tokens // length))
     if not count:
-        raise InputError(f"the text has {len(ids)} tokens, fewer than one sequence of {length}; give more text")
+        raise InputError(f"the text has {len(ids)} tokens, one sequence takes {length}; give more text")
     starts = np.linspace(0, available - 1, count).astype(np.int64) * length
     return torch.from_numpy(ids[starts[:, None] + np.arange(length)])
-
-
-def batches_of(windows_NS: torch.Tensor, batch_tokens: int) -> Iterator[torch.Tensor]:
-    return iter(windows_NS.split(max(1, batch_tokens // windows_NS.shape[1])))
 
 
 @torch.inference_mode()
@@ -76,11 +72,12 @@ def profile(
     advance: called after each batch with the tokens done and the tokens in all.
     """
     device = decoder.embedding.weight.device
+    length = windows_NS.shape[1]
     first = 0
     with record(decoder, path, weights=weights) as recorder:
-        for batch_BS in batches_of(windows_NS, batch_tokens):
-            rows = rows_of_batch(*batch_BS.shape, device=device, first_sequence=first)
+        for batch_BS in torch.split(windows_NS, max(1, batch_tokens // length)):
+            rows = rows_of_batch(len(batch_BS), length, device, first_sequence=first)
             decoder(batch_BS.flatten().to(device), rows, CausalAttention(len(batch_BS)), AllExpertsHere())
             first += len(batch_BS)
-            advance(first * windows_NS.shape[1], windows_NS.numel())
+            advance(first * length, windows_NS.numel())
     return recorder.trace

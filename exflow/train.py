@@ -1,6 +1,8 @@
 """Train a small GPT-MoE from text: next-token loss plus the GShard balance loss, bf16 on GPUs.
 
 Batches are a function of the seed and the step alone, so a resumed run sees what an unbroken one would have.
+
+Shapes: B sequences, S tokens of one sequence, T = B * S, K choices, E experts.
 """
 
 import math
@@ -51,33 +53,68 @@ class OptimiserConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What `exflow train CONFIG` reads; see configs/."""
+    """What `exflow train CONFIG` reads; see configs/. A checkpoint of the last step is always kept."""
 
     model: ModelConfig
     data: DataConfig
     training: OptimiserConfig
-    checkpoint_steps: list[NonNegativeInt] = []
+    checkpoint_steps: tuple[NonNegativeInt, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        vocab_size, length = self.model.vocab_size, self.training.sequence_length
+        if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+            raise ValueError(
+                f"model.vocab_size {vocab_size} is not from {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}, as "
+                "the tokenizer needs"
+            )
+        if length > self.model.max_positions:
+            raise ValueError(
+                f"training.sequence_length {length} is more than model.max_positions {self.model.max_positions}"
+            )
+        last = max(self.checkpoint_steps, default=0)
+        if last > self.training.steps:
+            raise ValueError(
+                f"checkpoint_steps names step {last}, and training.steps ends at {self.training.steps}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """loss in nats a token; balance is the busiest expert's load over the mean, in the worst layer."""
+
+    loss: float
+    balance: float
+    tokens_per_s: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of the training log: balance is the busiest expert's load over the mean, worst layer."""
+    """What was measured after `step` steps: figures of the last step, or at a checkpoint the held-out text."""
 
     step: int
-    loss: float
-    balance: float
-    tokens_per_s: float
+    figures: StepFigures | None = None
     held_out_bits_per_byte: float | None = None
 
 
 def load_train_config(path: Path) -> TrainConfig:
+    """Read the YAML file of a training run."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: no such configuration ({error.strerror}); see configs/") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({str(error).splitlines()[0]}); see configs/") from error
+        raise InputError(
+            f"{path}: the configuration cannot be read ({error.strerror}); see configs/"
+        ) from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: the configuration is not YAML ({reason}); see configs/") from error
     return validated(TrainConfig, value, path)
+
+
+def load_of_experts(routing: Routing) -> Tensor:
+    """The number of (token, choice) pairs of each expert [E] int64."""
+    return torch.bincount(routing.expert_TK.flatten(), minlength=routing.probability_TE.shape[1])
 
 
 def balance_loss(routing: Routing) -> Tensor:
@@ -85,22 +122,15 @@ def balance_loss(routing: Routing) -> Tensor:
 
     GShard (Lepikhin et al. 2021, section 2.2), in the scaling of Switch Transformers (Fedus et al. 2022).
     """
-    num_experts = routing.probability_TE.shape[1]
-    chosen_E = torch.bincount(routing.expert_TK.flatten(), minlength=num_experts)
-    share_E = chosen_E / chosen_E.sum()
-    return num_experts * (share_E * routing.probability_TE.mean(dim=0)).sum()
+    load_E = load_of_experts(routing)
+    share_E = load_E / load_E.sum()
+    return len(load_E) * (share_E * routing.probability_TE.mean(dim=0)).sum()
 
 
 def busiest_over_mean(routings: list[Routing]) -> Tensor:
     """The worst layer's busiest expert, as a multiple of the mean load."""
-    ratios = [
-        counts.max() / counts.float().mean()
-        for routing in routings
-        for counts in [
-            torch.bincount(routing.expert_TK.flatten(), minlength=routing.probability_TE.shape[1])
-        ]
-    ]
-    return torch.stack(ratios).max()
+    loads_E = [load_of_experts(routing) for routing in routings]
+    return torch.stack([load_E.max() / load_E.float().mean() for load_E in loads_E]).max()
 
 
 def forward_loss(decoder: Decoder, tokens_BS: Tensor) -> tuple[Tensor, list[Routing]]:
@@ -136,20 +166,25 @@ class MasterAdamW:
 
     def __init__(self, decoder: Decoder, config: OptimiserConfig) -> None:
         self.config = config
-        self.parameters = list(decoder.parameters())
-        self.master = [value.detach().float().clone() for value in self.parameters]
-        groups = [
-            {"params": [value for value in self.master if value.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [value for value in self.master if value.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=self.master[0].is_cuda)
+        self.parameters = dict(decoder.named_parameters())
+        self.master = {name: value.detach().float().clone() for name, value in self.parameters.items()}
+        matrices = [value for value in self.master.values() if value.dim() >= 2]
+        vectors = [value for value in self.master.values() if value.dim() < 2]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            fused=matrices[0].is_cuda,
+        )
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        for parameter, master in zip(self.parameters, self.master, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        for name, parameter in self.parameters.items():
+            self.master[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.master, self.config.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(self.master.values(), self.config.gradient_clip)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.config, step)
         self.adamw.step()
@@ -158,28 +193,28 @@ class MasterAdamW:
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the master weights into the decoder."""
-        for parameter, master in zip(self.parameters, self.master, strict=True):
-            parameter.copy_(master)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.master[name])
 
     def state(self) -> dict[str, Tensor]:
-        """Master weights and moments as named tensors."""
-        moments = self.adamw.state_dict()["state"]
-        state = {f"master.{index}": value for index, value in enumerate(self.master)}
-        return state | {
-            f"{key}.{index}": value for index, entry in moments.items() for key, value in entry.items()
-        }
+        """Master weights and moments as tensors named `master/blocks.0...`, `exp_avg/blocks.0...`."""
+        state = {f"master/{name}": value for name, value in self.master.items()}
+        for name, value in self.master.items():
+            moments = self.adamw.state.get(value, {})
+            state |= {f"{moment}/{name}": tensor for moment, tensor in moments.items()}
+        return state
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            key, index = name.rsplit(".", 1)
-            if key == "master":
-                self.master[int(index)].copy_(value)
+        """Take over what `state` returned."""
+        for key, tensor in state.items():
+            kind, name = key.split("/")
+            value = self.master[name]
+            if kind == "master":
+                value.copy_(tensor)
             else:
-                moments.setdefault(int(index), {})[key] = value
-        groups = self.adamw.state_dict()["param_groups"]
-        self.adamw.load_state_dict({"state": moments, "param_groups": groups})
+                device = "cpu" if kind == "step" and not value.is_cuda else value.device
+                self.adamw.state[value][kind] = tensor.to(device)
         self.publish()
 
 

@@ -32,7 +32,13 @@ def expert_mlp(
             f"slots {tuple(slots_TK.shape)} and weights {tuple(weights_TK.shape)} must be equal, with one "
             f"row a token (hidden {tuple(hidden_TD.shape)})"
         )
-    rows = reference.dispatch(slots_TK, weights_TK, num_slots=len(w_in_SFD))
+    num_slots, inner, hidden = w_in_SFD.shape
+    if hidden != hidden_TD.shape[1] or w_out_SDF.shape != (num_slots, hidden, inner):
+        raise ValueError(
+            f"w_in {tuple(w_in_SFD.shape)} and w_out {tuple(w_out_SDF.shape)} must be [S, F, D] and "
+            f"[S, D, F] with the D of hidden {tuple(hidden_TD.shape)}"
+        )
+    rows = reference.dispatch(slots_TK, weights_TK, num_slots)
     out_RD = BACKENDS[backend](hidden_TD[rows.token_R], rows.counts_S, w_in_SFD, w_out_SDF, activation)
     return reference.combine(out_RD, rows, num_tokens=len(hidden_TD))
 
@@ -40,7 +46,15 @@ def expert_mlp(
 def grouped_experts(
     rows_RD: Tensor, counts_S: Tensor, w_in_SFD: Tensor, w_out_SDF: Tensor, activation: Activation
 ) -> Tensor:
-    """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later."""
+    """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later.
+
+    Raises ValueError where a row of the weights is not a multiple of 16 bytes.
+    """
+    for width in w_in_SFD.shape[1:]:
+        if width * rows_RD.element_size() % 16:
+            raise ValueError(
+                f"a width of {width} is not a multiple of 16 bytes in {rows_RD.dtype}, which grouped_mm needs"
+            )
     ends_S = counts_S.cumsum(0).to(torch.int32)
     inner_RF = activation(grouped_mm(rows_RD, w_in_SFD.mT, offs=ends_S))
     return grouped_mm(inner_RF, w_out_SDF.mT, offs=ends_S)

@@ -29,7 +29,8 @@ class SlotRows:
 def dispatch(slots_TK: Tensor, weights_TK: Tensor, num_slots: int) -> SlotRows:
     """Group the pairs by slot; a slot of -1 is an expert that lives elsewhere and is left out.
 
-    Three tokens, two slots, top-2: slots [[1, -1], [0, 1], [-1, -1]] gives token_R [1, 0, 1], counts_S [1, 2].
+    Three tokens, two slots, top-2: slots [[1, -1], [0, 1], [-1, -1]] give token_R [1, 0, 1] and
+    counts_S [1, 2].
     """
     slot_R, order_R = torch.sort(slots_TK.flatten(), stable=True)
     order_R = order_R[slot_R >= 0]
@@ -44,7 +45,7 @@ def experts(
     parts = [
         activation(rows @ w_in_FD.T) @ w_out_DF.T
         for rows, w_in_FD, w_out_DF in zip(
-            rows_RD.split(counts_S.tolist()), w_in_SFD, w_out_SDF, strict=True
+            torch.split(rows_RD, counts_S.tolist()), w_in_SFD, w_out_SDF, strict=True
         )
         if len(rows)
     ]

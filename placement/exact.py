@@ -5,7 +5,7 @@ what comes after does not depend on what came before.
 """
 
 from itertools import product
-from math import factorial
+from math import comb, factorial, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ def is_exactly_solvable(problem: PlacementProblem) -> bool:
 
 def count_transitions(problem: PlacementProblem) -> int:
     """Pairs of balanced partitions, one labelled and one not, that a Viterbi step compares."""
-    labelled = factorial(problem.num_experts) // factorial(problem.experts_per_part) ** problem.num_parts
+    size = problem.experts_per_part
+    labelled = prod(comb(unplaced, size) for unplaced in range(problem.num_experts, 0, -size))
     return labelled * (labelled // factorial(problem.num_parts))
 
 
@@ -122,7 +123,8 @@ def _best_predecessors(
 
 def _kept_within(intra: Prices, hot: Prices) -> Prices:
     """[L, N]: the prices inside each layer that each of the N partitions keeps together."""
-    return np.einsum("lef,neg,nfg->ln", intra, hot, hot, optimize=True) / 2
+    kept: Prices = np.einsum("lef,neg,nfg->ln", intra, hot, hot, optimize=True) / 2
+    return kept
 
 
 def _balanced_partitions(num_experts: int, num_parts: int) -> NDArray[np.int64]:
@@ -154,4 +156,4 @@ def _canonical_forms(
 
 def _one_hot(partitions: NDArray[np.int64], num_parts: int) -> Prices:
     """[N, E, G] float64: 1 where the expert is on the part."""
-    return (partitions[:, :, None] == np.arange(num_parts)).astype(np.float64)
+    return np.asarray(partitions[:, :, None] == np.arange(num_parts), dtype=np.float64)

@@ -39,17 +39,13 @@ class PlacementProblem:
 
     def __post_init__(self) -> None:
         if self.load.ndim != 2 or self.load.size == 0:
-            raise InputError(
-                f"load: shape {self.load.shape}, expected [layers, experts] with at least one of each"
-            )
+            raise InputError(f"load: shape {self.load.shape}; give [layers, experts], at least one of each")
         num_layers, num_experts = self.load.shape
         _check_prices("load", self.load, (num_layers, num_experts))
         _check_prices("inter", self.inter, (num_layers - 1, num_experts, num_experts))
         _check_prices("intra", self.intra, (num_layers, num_experts, num_experts))
         if not np.array_equal(self.intra, self.intra.transpose(0, 2, 1)):
-            raise InputError(
-                "intra: not symmetric; give each pair of experts one price, at [e, f] and at [f, e]"
-            )
+            raise InputError("intra: not symmetric; give each pair one price, at [e, f] and at [f, e]")
         if np.diagonal(self.intra, axis1=1, axis2=2).any():
             raise InputError("intra: the diagonal is not zero; an expert is never apart from itself")
         if self.num_parts < 1 or num_experts % self.num_parts:
@@ -60,11 +56,11 @@ class PlacementProblem:
 
     @property
     def num_layers(self) -> int:
-        return self.load.shape[0]
+        return int(self.load.shape[0])
 
     @property
     def num_experts(self) -> int:
-        return self.load.shape[1]
+        return int(self.load.shape[1])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -87,7 +83,7 @@ class PlacementProblem:
         return assignment.shape == balanced.shape and np.array_equal(np.sort(assignment), balanced)
 
     def restricted(self, experts: NDArray[np.int64], num_parts: int) -> "PlacementProblem":
-        """The same prices among only `experts` [L, n] (ids, one row a layer), to be spread over `num_parts`."""
+        """The same prices among `experts` [L, n] only (ids, a row a layer), to be spread over `num_parts`."""
         layer = np.arange(self.num_layers)[:, None]
         return PlacementProblem(
             inter=self.inter[layer[:-1, :, None], experts[:-1, :, None], experts[1:, None, :]],
@@ -98,7 +94,7 @@ class PlacementProblem:
 
 
 def problem_from_counts(counts: AffinityCounts, num_parts: int) -> PlacementProblem:
-    """Prices in messages per token: `cost` bounds the expected coherent messages from above, exactly for top-1.
+    """Prices in messages per token, so that `cost` bounds the coherent messages from above; top-1: exactly.
 
     Under the coherent strategy a token whose k experts of layer l live on the parts G_l, and whose owner is
     o, sends |G_l \\ {o}| messages to them and gets |G_l| - 1 back: 2 (|G_l| - 1) + [o not in G_l]. Both

@@ -30,19 +30,19 @@ class SearchSettings:
     """How long and how hot to anneal. Raises InputError on values that make no schedule.
 
     starts      independent runs, each from another assignment; the best result counts
-    trials      swaps tried in each run, spread evenly over the temperatures
     levels      number of temperatures, falling geometrically from `hot` to `cold`
+    passes      at each temperature, how often each expert is tried against another
     hot, cold   in units of the standard deviation of a swap's price in a random assignment
     """
 
     starts: int = 8
-    trials: int = 20_000_000
     levels: int = 100
+    passes: int = 30
     hot: float = 1.0
-    cold: float = 0.015
+    cold: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("starts", "trials", "levels"):
+        for name in ("starts", "levels", "passes"):
             if getattr(self, name) < 1:
                 raise InputError(f"search: {name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.cold <= self.hot < math.inf:
@@ -96,7 +96,6 @@ def anneal(
     note: Report = lambda cost: None,
 ) -> tuple[float, Assignment]:
     """(cost, assignment) of the best state after any temperature of one run, taken downhill by `sweep`."""
-    passes = max(1, settings.trials // (settings.levels * problem.load.size))
     inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
     deviation = swap_deviation(problem, rng)
     cost, best = problem.cost(assignment), assignment
@@ -105,7 +104,9 @@ def anneal(
             break
         assignment = assignment.copy()
         pull = pulls(problem, assignment)
-        _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, temperature, passes, rng)
+        _try_swaps(
+            problem.inter, inter_back, problem.intra, assignment, pull, temperature, settings.passes, rng
+        )
         assignment = align_layers(problem, assignment)
         if (level_cost := problem.cost(assignment)) < cost:
             cost, best = level_cost, assignment
@@ -116,7 +117,7 @@ def anneal(
 
 
 def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
-    """[L, G, E]: the sum of the prices between an expert and those on a part, neighbour layers and its own."""
+    """[L, G, E]: the sum of the prices between an expert and those on a part, in its layer and beside it."""
     hot = one_hot(assignment, problem.num_parts)
     pull = problem.intra @ hot
     pull[:-1] += problem.inter @ hot[1:]

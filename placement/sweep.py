@@ -86,4 +86,4 @@ def replace_layer(problem: PlacementProblem, assignment: Assignment, layer: int)
 
 def one_hot(assignment: Assignment, num_parts: int) -> Prices:
     """[..., E, G] float64: 1 where the expert is on the part."""
-    return (assignment[..., None] == np.arange(num_parts)).astype(np.float64)
+    return np.asarray(assignment[..., None] == np.arange(num_parts), dtype=np.float64)

@@ -35,3 +35,10 @@ class Topology:
     def __str__(self) -> str:
         nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
         return f"{self.num_ranks} ranks ({nodes} of {self.gpus_per_node})"
+
+
+def topology_of(gpus: int, nodes: int) -> Topology:
+    """`gpus` GPUs in all on `nodes` equal nodes. Raises InputError if they cannot be equal."""
+    if gpus % nodes:
+        raise InputError(f"--gpus {gpus}: cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}")
+    return Topology(num_nodes=nodes, gpus_per_node=gpus // nodes)

@@ -154,6 +154,16 @@ class RoutingTrace:
         check_order("select", rows["sequence"], rows["position"])
         return self._of(rows, self.layout)
 
+    def of_phase(self, phase: str) -> Self:
+        """The rows of phase "prefill" or "decode", or of "all". Raises InputError where there are none."""
+        codes = {"all": (PREFILL, DECODE), "prefill": (PREFILL,), "decode": (DECODE,)}
+        if phase not in codes:
+            raise InputError(f"phase {phase}: no such phase; give {', '.join(codes)}")
+        rows = np.isin(self.phase, codes[phase])
+        if not rows.any():
+            raise InputError(f"phase {phase}: the trace holds no such tokens; give all, or another trace")
+        return self.select(rows)
+
     def digest(self) -> str:
         """SHA-256 (hex) of the metadata and all rows; it does not depend on how the rows are sharded."""
         rows = self._rows()

@@ -1,0 +1,131 @@
+"""`exflow demo`: profile, place and generate with the shipped model, and show what placement and coherence move.
+
+The parent process profiles and places; four ranks then run every variant in one job and write its figures.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+from exflow.bench import Variant, measure
+from exflow.checkpoint import load_decoder, load_tokenizer
+from exflow.corpus import find_texts, read_text
+from exflow.deploy import load_model
+from exflow.distributed import join_cluster
+from exflow.engine import Request
+from exflow.errors import InputError
+from exflow.files import read_json, write_json
+from exflow.launch import run_ranks
+from exflow.placement.plan import Plan
+from exflow.placement.place import place
+from exflow.placement.topology import Topology
+from exflow.profile import profile, windows_of_text
+from exflow.profiling.trace import RoutingTrace
+from exflow.sampling import Sampling
+from exflow.strategies import Name
+
+SHIPPED = Path("models/gpt-moe-demo")
+RANKS = 4
+PROFILED_TOKENS = 16384
+NEW_TOKENS = 32
+STRATEGIES: tuple[Name, ...] = ("dispatch-combine", "coherent", "replicated")
+PROMPTS = (
+    "The captain looked at the sea and",
+    "My fellow citizens, this year our country",
+    'def read(self, path):\n    """Return',
+    "A list is a sequence of",
+    "Ownership is a set of rules that",
+    "Tom has 12 apples and gives",
+    "Prince Andrew entered the room",
+    "ROMEO:\nWhat",
+)
+
+
+def shipped_model() -> Path:
+    """The checkpoint in the repository that the demo is run from."""
+    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        if (root / SHIPPED / "config.json").is_file():
+            return root / SHIPPED
+    raise InputError(f"{SHIPPED}: no such checkpoint here; run it in the repository, or give --model")
+
+
+def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[str, Any]:
+    """Run the whole pipeline; the result that `exflow demo --json` prints.
+
+    texts: files or folders to profile; none means the language reference that Python ships (which the model
+    was not trained on). report: is told what is going on. Raises InputError, RankDied, or RuntimeError where
+    variants disagree.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
+    try:
+        report(f"profiling {PROFILED_TOKENS:,} tokens of text")
+        trace = _profile(model, texts)
+        report(f"placing {trace.num_experts} experts x {trace.num_layers} layers on {RANKS} ranks")
+        for method, name in (("contiguous", "contiguous"), ("auto", "affinity")):
+            place(trace, Topology(gpus_per_node=RANKS), method=method).save(folder / f"{name}.json")
+        request = demo_request(model)
+        report("generating in one process")
+        alone = load_model(model).generate(request)
+        report(f"generating on {RANKS} ranks, every strategy, contiguous and affinity placement")
+        run_ranks(["demo", "--model", str(model), "--rank-folder", str(folder)], RANKS)
+        result = read_json(folder / "result.json", "result", "run the demo again")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    tokens = [alone.tokens, *result.pop("tokens")]
+    completions = load_tokenizer(model).decode_batch(alone.tokens)
+    same = all(each == tokens[0] for each in tokens)
+    return {
+        "same_tokens": same,
+        **result,
+        "summary": _summary(result["variants"]),
+        "text": [prompt + text for prompt, text in zip(PROMPTS, completions, strict=True)],
+        "verdict": _verdict(same, len(tokens)),
+    }
+
+
+def _summary(variants: list[dict[str, Any]]) -> str:
+    messages = {
+        (variant["strategy"], variant["placement"]): variant["messages_per_token_layer"] for variant in variants
+    }
+    before, after = messages["dispatch-combine", "contiguous"], messages["coherent", "affinity"]
+    return (
+        f"coherent with affinity placement sends {1 - after / before:.0%} fewer messages than dispatch-combine "
+        f"with contiguous placement ({after:.3f} against {before:.3f} a token and layer)"
+    )
+
+
+def _verdict(same: bool, runs: int) -> str:
+    if same:
+        return f"checked: all {runs} runs, one process included, produced the same tokens"
+    return "DIFFERENT TOKENS: the variants do not agree; this is a bug, please report it"
+
+
+def _profile(model: Path, texts: list[str]) -> RoutingTrace:
+    files = [read_text(file) for file in find_texts(texts)] if texts else list(topics.values())
+    windows = windows_of_text(load_tokenizer(model), files, length=256, max_tokens=PROFILED_TOKENS)
+    return profile(load_decoder(model, torch.device("cpu"), torch.float32), windows, path=None)
+
+
+def run_demo_rank(model: Path, folder: Path) -> None:
+    """The part of one rank: run all variants; rank 0 writes `result.json` into `folder`."""
+    with join_cluster("cpu") as cluster:
+        variants = [
+            Variant(strategy, placement, Plan.load(folder / f"{placement}.json"))
+            for strategy in STRATEGIES
+            for placement in ("contiguous", "affinity")
+        ]
+        figures, generations = measure(model, variants, demo_request(model), cluster, torch.float32)
+        if cluster.rank == 0:
+            tokens = [generation.tokens for generation in generations]
+            write_json(folder / "result.json", {"variants": figures, "tokens": tokens})
+
+
+def demo_request(model: Path) -> Request:
+    tokenizer = load_tokenizer(model)
+    prompts = [encoding.ids for encoding in tokenizer.encode_batch(list(PROMPTS))]
+    return Request(prompts, NEW_TOKENS, Sampling(temperature=0.7, top_p=0.9))

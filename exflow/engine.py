@@ -1,0 +1,210 @@
+"""Generation: admit prompts, prefill, then decode step by step until every sequence has ended.
+
+The same loop runs a single process and a rank of many; the strategy knows the difference.
+Shapes: T tokens at hand, N sequences of the request, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.config import ModelConfig
+from exflow.decoder import Decoder, Rows
+from exflow.errors import InputError
+from exflow.exchange import Counters, total
+from exflow.kv_cache import KVCache
+from exflow.profiling.layout import RoutingLayout
+from exflow.profiling.record import RoutingListener
+from exflow.profiling.trace import DECODE, PREFILL
+from exflow.sampling import Sampling, choose_tokens
+from exflow.strategies import Strategy
+
+Item = TypeVar("Item")
+Observer = Callable[[Rows, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: token ids of each prompt, how many new tokens, how to choose them, what ends one."""
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    end_token: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The new tokens of each prompt, and what it took: seconds, decode steps, the job's counted traffic.
+
+    `prefill` and `decode` are sums over ranks (collectives: as every rank took part in them).
+    """
+
+    tokens: list[list[int]]
+    prefill_s: float
+    decode_s: float
+    steps: int
+    prefill: Counters
+    decode: Counters
+
+    @property
+    def decoded_tokens(self) -> int:
+        """New tokens that a decode step made; each sequence's first one comes out of prefill."""
+        return sum(len(tokens) - 1 for tokens in self.tokens)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode throughput of the whole job."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+
+class Engine:
+    """A decoder and a strategy. `generate` is collective: every rank of the job calls it alike."""
+
+    def __init__(self, decoder: Decoder, strategy: Strategy) -> None:
+        self.decoder = decoder
+        self.strategy = strategy
+        self.device = decoder.embedding.weight.device
+        self.first_sequence = 0  # sequence ids go on from request to request
+
+    @torch.inference_mode()
+    def generate(self, request: Request, observe: Observer | None = None) -> Generation:
+        """Run `request`; every rank returns the same Generation.
+
+        observe: called with the rows and logits [T, V] of every choice made on this rank.
+        Raises InputError for prompts that are empty or do not fit the model.
+        """
+        check_request(request, self.decoder.config)
+        run = _Run(self, request, observe)
+        self.first_sequence += len(request.prompts)
+        prefill, prefill_s = self._counted(run.prefill)
+        decode, decode_s = self._counted(run.decode)
+        results = self.of_all_ranks((run.chosen, prefill, decode))
+        return Generation(
+            run.collect([chosen for chosen, _, _ in results]),
+            prefill_s,
+            decode_s,
+            run.steps,
+            total([counters for _, counters, _ in results]),
+            total([counters for _, _, counters in results]),
+        )
+
+    def _counted(self, phase: Callable[[], None]) -> tuple[Counters, float]:
+        counters = Counters()
+        if self.strategy.exchange is not None:
+            self.strategy.exchange.counters = counters
+        self._synchronise()
+        start = time.perf_counter()
+        phase()
+        self._synchronise()
+        return counters, time.perf_counter() - start
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def of_all_ranks(self, mine: Item) -> list[Item]:
+        """Every rank's `mine`, by rank; collective, and not counted."""
+        if self.strategy.exchange is None:
+            return [mine]
+        gathered: list[Item | None] = [None] * self.strategy.exchange.cluster.num_ranks
+        dist.all_gather_object(gathered, mine)
+        return [item for item in gathered if item is not None]
+
+    def routing_layout(self) -> RoutingLayout:
+        return self.decoder.routing_layout()
+
+    def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
+        return self.decoder.add_routing_listener(listener)
+
+
+class _Run:
+    """One request on this rank: the sequences it owns now, and the tokens it chose."""
+
+    def __init__(self, engine: Engine, request: Request, observe: Observer | None) -> None:
+        self.engine, self.request, self.observe = engine, request, observe
+        self.decoder, self.strategy, self.device = engine.decoder, engine.strategy, engine.device
+        self.first = engine.first_sequence
+        self.sequence_N = torch.arange(self.first, self.first + len(request.prompts), device=self.device)
+        self.lengths = [len(prompt) for prompt in request.prompts]
+        self.longest = max(self.lengths)
+        self.cache = KVCache(
+            self.decoder.config,
+            held=self.sequence_N[self.strategy.holds(self.sequence_N)],
+            num_positions=self.longest + request.max_new_tokens,
+            device=self.device,
+            dtype=self.decoder.embedding.weight.dtype,
+        )
+        self.chosen: dict[tuple[int, int], int] = {}
+        self.steps = 0
+
+    def prefill(self) -> None:
+        """Run the prompts admitted here; leave the first new token of each to decode."""
+        attention, layout = self.strategy.prefill(self.cache, self.sequence_N, self.lengths)
+        admitted = self.sequence_N[self.strategy.admits(self.sequence_N)].tolist()
+        prompts = [torch.tensor(self.request.prompts[sequence - self.first]) for sequence in admitted]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64)
+        rows = Rows(
+            torch.tensor(admitted, dtype=torch.int64).repeat_interleave(lengths).to(self.device),
+            torch.cat([empty, *(torch.arange(len(prompt)) for prompt in prompts)]).to(self.device),
+            PREFILL,
+        )
+        hidden_TD, rows = self.decoder(torch.cat([empty, *prompts]).to(self.device), rows, attention, layout)
+        last = (lengths.cumsum(0) - 1).to(self.device)
+        self._choose(hidden_TD[last], Rows(rows.sequence_T[last], rows.position_T[last], PREFILL))
+
+    def decode(self) -> None:
+        for step in range(1, self.request.max_new_tokens):
+            attention, layout = self.strategy.step(self.cache, self.longest + step)
+            hidden_TD, rows = self.decoder(self.token_T, self.rows, attention, layout)
+            if self.strategy.idle(rows):
+                break
+            self.steps += 1
+            self.strategy.share(attention)
+            self._choose(hidden_TD, rows)
+
+    def _choose(self, hidden_TD: Tensor, rows: Rows) -> None:
+        """Choose the token after each row; what has not ended goes into the next step."""
+        logits_TV = self.decoder.logits(hidden_TD)
+        if self.observe is not None:
+            self.observe(rows, logits_TV)
+        next_T = rows.position_T + 1
+        token_T = choose_tokens(logits_TV, self.request.sampling, rows.sequence_T - self.first, next_T)
+        places = zip((rows.sequence_T - self.first).tolist(), next_T.tolist(), strict=True)
+        self.chosen.update(zip(places, token_T.tolist(), strict=True))
+        end = self.request.end_token
+        alive_T = torch.ones_like(token_T, dtype=torch.bool) if end is None else token_T != end
+        self.token_T = token_T[alive_T]
+        self.rows = Rows(rows.sequence_T[alive_T], next_T[alive_T], DECODE)
+
+    def collect(self, chosen_by_rank: list[dict[tuple[int, int], int]]) -> list[list[int]]:
+        """The new tokens of each sequence, in order, whoever chose them."""
+        tokens: list[list[int]] = [[] for _ in self.lengths]
+        chosen = {place: token for each in chosen_by_rank for place, token in each.items()}
+        for (sequence, _), token in sorted(chosen.items()):
+            tokens[sequence].append(token)
+        return tokens
+
+
+def check_request(request: Request, config: ModelConfig) -> None:
+    """Raise InputError for a request that the model cannot serve."""
+    if not request.prompts:
+        raise InputError("no prompt was given; give at least one")
+    if request.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {request.max_new_tokens}: nothing to generate; give 1 or more")
+    for number, prompt in enumerate(request.prompts):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty; give at least one token")
+        if len(prompt) + request.max_new_tokens > config.max_positions:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens: with {request.max_new_tokens} new ones it exceeds "
+                f"the model's {config.max_positions} positions; shorten it or lower --max-new-tokens"
+            )
+        if max(prompt) >= config.vocab_size:
+            raise InputError(f"prompt {number} has token id {max(prompt)}, the vocabulary {config.vocab_size} entries")

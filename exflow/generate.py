@@ -1,0 +1,108 @@
+"""The `exflow generate` command: text in, text out, in this process or as one rank of a job."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exflow.checkpoint import load_tokenizer
+from exflow.config import load_model_config
+from exflow.corpus import END_OF_TEXT, read_text
+from exflow.deploy import Deployment, deploy, load_model, plan_for
+from exflow.device import choose_device
+from exflow.distributed import Cluster, join_cluster
+from exflow.engine import Engine, Generation, Request, check_request
+from exflow.errors import InputError
+from exflow.job_trace import JobRecorder
+from exflow.launch import torchrun_place
+from exflow.placement.topology import Topology
+from exflow.sampling import Sampling
+from exflow.strategies import strategy_named
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """The arguments of the command, checked against each other by `check`."""
+
+    model: Path
+    prompts: list[str]
+    max_new_tokens: int
+    sampling: Sampling
+    plan: Path | None
+    strategy: str
+    device: str | None
+    dtype: str
+    trace: Path | None
+    ignore_end: bool
+
+    def request(self) -> Request:
+        tokenizer = load_tokenizer(self.model)
+        end = None if self.ignore_end else tokenizer.token_to_id(END_OF_TEXT)
+        prompts = [encoding.ids for encoding in tokenizer.encode_batch(self.prompts)]
+        return Request(prompts, self.max_new_tokens, self.sampling, end)
+
+    def check(self, num_ranks: int) -> None:
+        """Find what is at fault without starting the ranks, of one node. Raises InputError."""
+        strategy_named(self.strategy, num_nodes=1)
+        plan_for(self.model, self.plan, Topology(gpus_per_node=num_ranks))
+        check_request(self.request(), load_model_config(self.model))
+        choose_device(self.device)
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype}: no such type; give {' or '.join(DTYPES)}")
+
+
+def read_prompts(given: list[str], file: Path | None) -> list[str]:
+    """The prompts given, then the lines of a file. Raises InputError if there is none."""
+    lines = read_text(file).splitlines() if file is not None else []
+    prompts = [*given, *(line for line in lines if line)]
+    if not prompts:
+        raise InputError('no prompt was given; add --prompt "TEXT" or --prompt-file FILE')
+    return prompts
+
+
+@contextmanager
+def engine_of(job: GenerateJob) -> Iterator[tuple[Engine, Cluster | None]]:
+    """The engine of this process: one rank of a torchrun job, or the whole model."""
+    device, dtype = choose_device(job.device), DTYPES[job.dtype]
+    if torchrun_place() is None:
+        yield load_model(job.model, device, dtype), None
+        return
+    with join_cluster(device.type) as cluster:
+        topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
+        plan = plan_for(job.model, job.plan, topology)
+        yield deploy(Deployment(job.model, strategy_named(job.strategy, cluster.num_nodes), plan, dtype), cluster), cluster
+
+
+def generate(job: GenerateJob) -> dict[str, Any] | None:
+    """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
+    with engine_of(job) as (engine, cluster):
+        request = job.request()
+        recorder = JobRecorder(engine) if job.trace else None
+        generation = engine.generate(request)
+        trace = recorder.trace() if recorder else None
+        if cluster is not None and cluster.rank != 0:
+            return None
+        if trace is not None and job.trace is not None:
+            trace.save(job.trace)
+        return describe(job, generation, 1 if cluster is None else cluster.num_ranks)
+
+
+def describe(job: GenerateJob, generation: Generation, ranks: int) -> dict[str, Any]:
+    tokenizer = load_tokenizer(job.model)
+    return {
+        "strategy": job.strategy if ranks > 1 else "single-process",
+        "ranks": ranks,
+        "text": tokenizer.decode_batch(generation.tokens),
+        "tokens": generation.tokens,
+        "decode_steps": generation.steps,
+        "ttft_s": generation.prefill_s,
+        "tpot_ms": 1000 * generation.decode_s / max(1, generation.steps),
+        "tokens_per_s": generation.tokens_per_s,
+        "prefill": asdict(generation.prefill),
+        "decode": asdict(generation.decode),
+    }

@@ -1,0 +1,142 @@
+"""Results on stdout: JSON for tools, tables for people."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from exflow.placement.plan import Plan
+    from exflow.profiling.trace import RoutingTrace
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=1))
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """One figure a line."""
+    if as_json:
+        print_json(figures)
+        return
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+
+
+def trace_figures(trace: "RoutingTrace") -> dict[str, Any]:
+    return {
+        "model": trace.model,
+        "tokens": trace.num_tokens,
+        "sequences": len(set(trace.sequence.tolist())),
+        "moe_layers": trace.num_layers,
+        "experts": trace.num_experts,
+        "top_k": trace.top_k,
+    }
+
+
+def plan_figures(plan: "Plan") -> dict[str, Any]:
+    """What was solved and how well, and the expected traffic of every strategy."""
+    messages = {
+        f"messages_{name}": figures["messages_per_token_layer"]
+        for name, figures in plan.expected["strategies"].items()
+        if name != "replicated"
+    }
+    return {
+        "method": plan.method,
+        "objective": plan.objective,
+        "lower_bound": plan.lower_bound,
+        "gap": plan.gap,
+        "optimal": plan.optimal,
+        **messages,
+        "local_fraction": plan.expected["local_fraction"],
+        "imbalance_mean": plan.expected["imbalance"]["mean"],
+        "imbalance_max": plan.expected["imbalance"]["max"],
+    }
+
+
+def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
+    """A line a strategy, then locality and balance."""
+    if as_json:
+        print_json(result)
+        return
+    table = Table(title=f"per token and MoE layer, {result['tokens']:,} tokens on {result['ranks']} ranks")
+    table.add_column("strategy")
+    for name in ("messages", "dispatch", "return", "in node", "between nodes", "K/V copies", "exchanges a step"):
+        table.add_column(name, justify="right")
+    for name, figures in result["strategies"].items():
+        shown = [
+            figures[key]
+            for key in (
+                "messages_per_token_layer",
+                "dispatch",
+                "return",
+                "intra_node",
+                "inter_node",
+                "kv_copies",
+                "exchanges_per_step",
+            )
+        ]
+        table.add_row(name.replace("_", "-"), *(_readable(value) for value in shown))
+    Console().print(table)
+    imbalance = result["imbalance"]
+    print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
+    print(f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}")
+    reduced = result["strategies"]["replicated"]["all_reduce_copies"]
+    print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
+
+
+def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:
+    """The texts on stdout; the figures of the run below them."""
+    if as_json:
+        print_json(result)
+        return
+    for prompt, text in zip(prompts, result["text"], strict=True):
+        print(f"{prompt}{text}\n")
+    print(
+        f"{result['strategy']} on {result['ranks']} rank(s): TTFT {result['ttft_s']:.2f} s, "
+        f"TPOT {result['tpot_ms']:.1f} ms, {result['tokens_per_s']:.1f} tokens/s"
+    )
+
+
+def print_demo(result: dict[str, Any], as_json: bool) -> None:
+    """The comparison as one table, the text once, and whether all variants agree."""
+    if as_json:
+        print_json(result)
+        return
+    table = Table(title=f"{result['variants'][0]['ranks']} ranks, decode, per token and MoE layer")
+    for name in ("strategy", "placement"):
+        table.add_column(name)
+    for name in _DEMO_COLUMNS:
+        table.add_column(name, justify="right")
+    for variant in result["variants"]:
+        cells = [_readable(variant[key]) for key in _DEMO_COLUMNS.values()]
+        table.add_row(variant["strategy"], variant["placement"], *cells)
+    console = Console()
+    console.print(table)
+    print(result["summary"])
+    print()
+    for text in result["text"]:
+        print(f"| {text}".replace("\n", "\n|   "))
+    print()
+    print(result["verdict"])
+
+
+_DEMO_COLUMNS = {
+    "messages": "messages_per_token_layer",
+    "bytes critical": "critical_bytes_per_token_layer",
+    "K/V bytes behind": "background_bytes_per_token_layer",
+    "local": "local_fraction",
+    "imbalance": "imbalance",
+    "all-to-alls a step": "all_to_alls_per_step",
+    "gathers": "gathers_per_step",
+    "all-reduces": "all_reduces_per_step",
+    "tokens/s": "tokens_per_s",
+}
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3f}"
+    return str(value)
