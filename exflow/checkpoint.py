@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -38,14 +38,9 @@ def save_checkpoint(
 
     Raises InputError where it cannot be written, or would replace anything but a checkpoint.
     """
-    if folder.is_dir():
-        replaceable = (folder / CONFIG).is_file() or not any(folder.iterdir())
-    else:
-        replaceable = not folder.exists()
-    if not replaceable:
-        raise InputError(
-            f"{folder}: is something other than a checkpoint; choose another place, or remove it"
-        )
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not empty and not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: is something other than a checkpoint; choose another place or remove it")
     with atomic_folder(folder) as staging:
         write_json(staging / CONFIG, config.model_dump())
         (staging / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -63,12 +58,12 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
         shards[-1][name] = value.contiguous()
         size += value.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(save(shards[0]))
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file)
+        (folder / file).write_bytes(save(shard))
         weight_map |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for value in state.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

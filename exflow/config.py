@@ -92,9 +92,10 @@ def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
         return f"holds {found}, not the keys {', '.join(kind.model_fields)}; write them"
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        found_in: Any = kind
         for part in first["loc"][:-1]:
-            kind = kind.model_fields[str(part)].annotation or kind  # the model that the key was found in
-        return f"unknown key {key!r}; remove it (known: {', '.join(kind.model_fields)})"
+            found_in = found_in.model_fields[str(part)].annotation
+        return f"unknown key {key!r}; remove it (known: {', '.join(found_in.model_fields)})"
     if first["type"] == "missing":
         return f"the key {key!r} is missing; add it"
     reason = first["msg"].removeprefix("Value error, ")

@@ -31,6 +31,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
+        disable=not stderr.is_terminal,
     )
 
 
@@ -45,13 +46,21 @@ class TrainingLog:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
 
     def report(self, progress: "TrainingProgress") -> None:
-        figures = f"loss {progress.loss:.3f}  busiest expert {progress.balance:.2f}x  {progress.tokens_per_s:,.0f} tokens/s"
-        self.bar.update(self.task, completed=progress.step, description=figures)
-        bits = progress.held_out_bits_per_byte
-        if bits is not None or not stderr.is_terminal:
-            held_out = "" if bits is None else f"  held-out {bits:.3f} bits per byte"
-            self.bar.console.print(f"step {progress.step}  {figures}{held_out}")
+        self.bar.update(self.task, completed=progress.step)
+        if (bits := progress.held_out_bits_per_byte) is not None:
+            self._print(progress.step, f"held-out {bits:.3f} bits per byte")
+        if (latest := progress.figures) is not None:
+            speed = f"{latest.tokens_per_s:,.0f} tokens/s"
+            figures = f"loss {latest.loss:.3f}  busiest expert {latest.balance:.2f}x  {speed}"
+            self.bar.update(self.task, description=figures)
+            if not stderr.is_terminal:
+                self._print(progress.step, figures)
+
+    def _print(self, step: int, text: str) -> None:
+        self.bar.console.print(f"step {step}  {text}", soft_wrap=True, highlight=False)

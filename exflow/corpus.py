@@ -1,5 +1,6 @@
 """Texts on disk to token streams: which files, the byte-level BPE, the held-out tail."""
 
+import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,11 @@ def find_texts(names: list[str]) -> list[Path]:
 
 
 def _stdlib_sources() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        file
-        for file in root.rglob("*.py")
-        if not set(file.relative_to(root).parts).intersection(STDLIB_LEFT_OUT)
-    )
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = set(subfolders).difference(STDLIB_LEFT_OUT)  # os.walk then enters these alone
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
 def read_text(path: Path) -> str:

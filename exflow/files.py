@@ -27,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     try:
         yield temporary
-        make_ordinary(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
@@ -48,8 +48,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
             yield new
-            for file in new.iterdir():
-                make_ordinary(file)
             try:
                 if path.exists():
                     path.rename(old)
@@ -80,8 +78,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: the {what} is not valid JSON ({error}); {remedy}") from error
 
 
-def make_ordinary(path: Path) -> None:
-    """Give a file the usual permissions: temporary ones are made for their owner alone."""
-    mask = os.umask(0)
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    return mask

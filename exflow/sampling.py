@@ -52,7 +52,8 @@ def keep_top_p(scores_TV: Tensor, top_p: float) -> Tensor:
     """
     if top_p == 1:
         return scores_TV
-    probability_TV, order_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    best_first_TV, order_TV = scores_TV.sort(dim=-1, descending=True, stable=True)
+    probability_TV = best_first_TV.softmax(dim=-1)
     before_TV = probability_TV.cumsum(dim=-1) - probability_TV
     drop_TV = torch.zeros_like(scores_TV, dtype=torch.bool).scatter(1, order_TV, before_TV >= top_p)
     return scores_TV.masked_fill(drop_TV, -torch.inf)

@@ -3,6 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -61,30 +62,31 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(title=f"per token and MoE layer, {result['tokens']:,} tokens on {result['ranks']} ranks")
-    table.add_column("strategy")
-    for name in ("messages", "dispatch", "return", "in node", "between nodes", "K/V copies", "exchanges a step"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    for name in _EVALUATION_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
     for name, figures in result["strategies"].items():
-        shown = [
-            figures[key]
-            for key in (
-                "messages_per_token_layer",
-                "dispatch",
-                "return",
-                "intra_node",
-                "inter_node",
-                "kv_copies",
-                "exchanges_per_step",
-            )
-        ]
-        table.add_row(name.replace("_", "-"), *(_readable(value) for value in shown))
+        cells = [_readable(figures[key]) for key in _EVALUATION_COLUMNS.values()]
+        table.add_row(name.replace("_", "-"), *cells)
+    print(f"{result['tokens']:,} tokens on {result['ranks']} ranks; messages per token and MoE layer")
     Console().print(table)
     imbalance = result["imbalance"]
     print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
     print(f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}")
     reduced = result["strategies"]["replicated"]["all_reduce_copies"]
     print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
+
+
+_EVALUATION_COLUMNS = {
+    "messages": "messages_per_token_layer",
+    "dispatch": "dispatch",
+    "return": "return",
+    "in node": "intra_node",
+    "between": "inter_node",
+    "K/V copies": "kv_copies",
+    "exchanges": "exchanges_per_step",
+}
 
 
 def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:
@@ -105,35 +107,42 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(title=f"{result['variants'][0]['ranks']} ranks, decode, per token and MoE layer")
-    for name in ("strategy", "placement"):
-        table.add_column(name)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("placement", no_wrap=True)
     for name in _DEMO_COLUMNS:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for variant in result["variants"]:
         cells = [_readable(variant[key]) for key in _DEMO_COLUMNS.values()]
         table.add_row(variant["strategy"], variant["placement"], *cells)
-    console = Console()
-    console.print(table)
+    Console().print(table)
+    print(_DEMO_LEGEND)
+    print()
     print(result["summary"])
     print()
     for text in result["text"]:
-        print(f"| {text}".replace("\n", "\n|   "))
+        print(f"| {text}".replace("\n", "\n| "))
     print()
     print(result["verdict"])
 
 
 _DEMO_COLUMNS = {
-    "messages": "messages_per_token_layer",
-    "bytes critical": "critical_bytes_per_token_layer",
-    "K/V bytes behind": "background_bytes_per_token_layer",
+    "msgs": "messages_per_token_layer",
+    "bytes": "critical_bytes_per_token_layer",
+    "K/V": "background_bytes_per_token_layer",
     "local": "local_fraction",
-    "imbalance": "imbalance",
-    "all-to-alls a step": "all_to_alls_per_step",
-    "gathers": "gathers_per_step",
-    "all-reduces": "all_reduces_per_step",
-    "tokens/s": "tokens_per_s",
+    "imbal": "imbalance",
+    "a2a": "all_to_alls_per_step",
+    "gat": "gathers_per_step",
+    "red": "all_reduces_per_step",
+    "tok/s": "tokens_per_s",
 }
+_DEMO_LEGEND = """\
+msgs, bytes  hidden states that cross between ranks on the critical path, per token and MoE layer
+K/V          bytes of keys and values shared in the background, per token and MoE layer
+local        share of adjacent-layer transitions that stay on a rank
+imbal        busiest rank's load over the mean, averaged over layers
+a2a gat red  all-to-alls, gathers and all-reduces in a decode step"""
 
 
 def _readable(value: Any) -> str:

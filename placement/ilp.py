@@ -18,7 +18,7 @@ import pulp
 from exflow.errors import InputError
 from exflow.placement.problem import Assignment, PlacementProblem
 
-# PuLP takes about a minute to write down this many constraints, and branch and bound gets nowhere with more.
+# PuLP takes a quarter of a minute to write this many down; branch and bound gets nowhere with more.
 MAX_CONSTRAINTS = 500_000
 
 Expert = tuple[int, int]  # (layer, expert)

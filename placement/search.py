@@ -23,6 +23,7 @@ from exflow.placement.problem import Assignment, PlacementProblem, Prices
 from exflow.placement.sweep import Stop, align_layers, one_hot, sweep
 
 Report = Callable[[float], None]
+_SAMPLES = 32  # swaps tried with each expert, to learn what prices are usual
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def search(
     returned. `report` is called now and then with the least cost so far.
     """
     settings = settings or SearchSettings()
+    deviation = swap_deviation(problem, np.random.default_rng(seed))
+    temperatures = np.geomspace(settings.hot, settings.cold, settings.levels) * deviation
     costs = [math.inf] * settings.starts
     interrupted = Event()
     deadline = monotonic() + time_limit
@@ -76,7 +79,8 @@ def search(
             costs[index] = cost
 
         start = _start(problem, seed, index, stop)
-        return anneal(problem, start, np.random.default_rng([seed, index]), settings, stop, note)
+        rng = np.random.default_rng([seed, index])
+        return anneal(problem, start, temperatures, settings.passes, rng, stop, note)
 
     with ThreadPoolExecutor(max_workers=min(settings.starts, os.cpu_count() or 1)) as pool:
         runs = [pool.submit(run, index) for index in range(settings.starts)]
@@ -90,23 +94,21 @@ def search(
 def anneal(
     problem: PlacementProblem,
     assignment: Assignment,
+    temperatures: Prices,
+    passes: int,
     rng: np.random.Generator,
-    settings: SearchSettings,
     stop: Stop = lambda: False,
     note: Report = lambda cost: None,
 ) -> tuple[float, Assignment]:
     """(cost, assignment) of the best state after any temperature of one run, taken downhill by `sweep`."""
     inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
-    deviation = swap_deviation(problem, rng)
     cost, best = problem.cost(assignment), assignment
-    for temperature in np.geomspace(settings.hot * deviation, settings.cold * deviation, settings.levels):
-        if stop() or deviation == 0:
+    for temperature in temperatures:
+        if stop() or temperature == 0:  # 0: all swaps cost the same
             break
         assignment = assignment.copy()
         pull = pulls(problem, assignment)
-        _try_swaps(
-            problem.inter, inter_back, problem.intra, assignment, pull, temperature, settings.passes, rng
-        )
+        _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, temperature, passes, rng)
         assignment = align_layers(problem, assignment)
         if (level_cost := problem.cost(assignment)) < cost:
             cost, best = level_cost, assignment
@@ -126,14 +128,15 @@ def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
 
 
 def swap_deviation(problem: PlacementProblem, rng: np.random.Generator) -> float:
-    """The standard deviation of the price of a swap between parts in a random assignment; 0 for one part."""
+    """The standard deviation, over a sample, of the price of a swap in a random assignment; 0 for one part."""
     assignment = rng.permuted(contiguous(*problem.shape), axis=1)
     pull = pulls(problem, assignment)
-    here = np.take_along_axis(pull, assignment[:, None, :], axis=1)[:, 0, :]  # [L, E]
-    there = np.take_along_axis(pull, assignment[:, :, None], axis=1)  # [L, E, E]: of f, to the part of e
-    price = here[:, :, None] + here[:, None, :] - there - there.transpose(0, 2, 1) + 2 * problem.intra
-    apart = assignment[:, :, None] != assignment[:, None, :]
-    return float(price[apart].std()) if apart.any() else 0.0
+    layer, e = np.indices(assignment.shape)
+    f = rng.integers(problem.num_experts, size=(_SAMPLES, *assignment.shape))
+    p, q = np.broadcast_arrays(assignment, assignment[layer, f])
+    price = pull[layer, p, e] - pull[layer, q, e] + pull[layer, q, f] - pull[layer, p, f]
+    price += 2 * problem.intra[layer, e, f]
+    return float(price[p != q].std()) if (p != q).any() else 0.0
 
 
 def _start(problem: PlacementProblem, seed: int, index: int, stop: Stop) -> Assignment:

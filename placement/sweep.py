@@ -20,12 +20,13 @@ Stop = Callable[[], bool]
 def sweep(problem: PlacementProblem, assignment: Assignment, stop: Stop = lambda: False) -> Assignment:
     """Repeat the three steps until none lowers the cost. `stop` is asked between steps and ends it early."""
     cost = problem.cost(assignment)
-    while True:
+    while not stop():
         improved = _sweep_once(problem, assignment, stop)
         improved_cost = problem.cost(improved)
         if improved_cost >= cost:
-            return assignment
+            break
         assignment, cost = improved, improved_cost
+    return assignment
 
 
 def _sweep_once(problem: PlacementProblem, assignment: Assignment, stop: Stop) -> Assignment:

@@ -1,6 +1,7 @@
 """The way of recorded rows from the accelerator to host memory, without making the model wait."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +14,21 @@ from exflow.profiling.shard import Rows
 _CAPACITY = 8192  # rows: a fraction of a second of work, a few MB of pinned memory
 
 
-class Staging:
-    """A host buffer of fixed size that collects whole forward passes and hands them on as numpy rows.
+@dataclass
+class _Buffer:
+    """Host tensors with room for _CAPACITY rows, of which `filled` are; complete once `copied` has passed."""
 
-    On CUDA the buffer is pinned and filled by asynchronous copies; the host waits for them once each time
-    the buffer is full, never in a pass. A pass costs a handful of launches, whatever its number of layers.
+    tensors: dict[str, Tensor]
+    filled: int = 0
+    copied: torch.cuda.Event | None = None
+
+
+class Staging:
+    """Two host buffers that collect forward passes in turn and hand them on as numpy rows.
+
+    On CUDA the buffers are pinned and filled by asynchronous copies. When one is full the other is handed on,
+    whose copies were started a whole buffer ago, so the host does not wait for the pass at hand. A pass costs
+    a handful of launches, whatever its number of layers.
     """
 
     def __init__(
@@ -25,23 +36,26 @@ class Staging:
     ) -> None:
         choices = (_CAPACITY, layout.num_layers, layout.top_k)
         id_dtype = torch.uint8 if layout.id_dtype == np.uint8 else torch.uint16
-        tensors = {
-            "experts": (choices, id_dtype),
-            "sequence": ((_CAPACITY,), torch.int64),
-            "position": ((_CAPACITY,), torch.int32),
-            "phase": ((_CAPACITY,), torch.uint8),
+        self._dtypes = {
+            "experts": id_dtype,
+            "sequence": torch.int64,
+            "position": torch.int32,
+            "phase": torch.uint8,
         }
         if weights:
-            tensors["weights"] = (choices, torch.float16)
+            self._dtypes["weights"] = torch.float16
         self._device = device
         self._on_gpu = device.type == "cuda"
-        with torch.inference_mode():
-            self._buffer = {
-                name: torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
-                for name, (shape, dtype) in tensors.items()
-            }
-        self._copied: torch.cuda.Event | None = None
-        self._filled = 0
+        shapes = {"experts": choices, "weights": choices}
+        self._filling, self._full = (
+            _Buffer(
+                {
+                    name: torch.empty(shapes.get(name, (_CAPACITY,)), dtype=dtype, pin_memory=self._on_gpu)
+                    for name, dtype in self._dtypes.items()
+                }
+            )
+            for _ in range(2)
+        )
         self._numbers = SequenceNumbers()
         self._sink = sink
 
@@ -56,30 +70,36 @@ class Staging:
     ) -> None:
         """Add T rows: `ids` and `weights` hold a tensor [T, k] for each MoE layer, the others are [T]."""
         rows = {"experts": torch.stack(list(ids), dim=1), "sequence": sequence, "position": position}
-        if "weights" in self._buffer:
+        if "weights" in self._dtypes:
             rows["weights"] = torch.stack(list(weights), dim=1)
-        rows = {name: tensor.to(self._buffer[name].dtype) for name, tensor in rows.items()}
+        rows = {name: tensor.to(self._dtypes[name]) for name, tensor in rows.items()}
         start, total = 0, len(sequence)
         while start < total:
-            count = min(total - start, _CAPACITY - self._filled)
-            here = slice(self._filled, self._filled + count)
+            buffer = self._filling
+            count = min(total - start, _CAPACITY - buffer.filled)
+            here = slice(buffer.filled, buffer.filled + count)
             for name, tensor in rows.items():
-                self._buffer[name][here].copy_(tensor[start : start + count], non_blocking=True)
-            self._buffer["phase"][here] = phase
+                buffer.tensors[name][here].copy_(tensor[start : start + count], non_blocking=True)
+            buffer.tensors["phase"][here] = phase
             if self._on_gpu:
-                self._copied = torch.cuda.current_stream(self._device).record_event()
+                buffer.copied = torch.cuda.current_stream(self._device).record_event()
             start += count
-            self._filled += count
-            if self._filled == _CAPACITY:
-                self.flush()
+            buffer.filled += count
+            if buffer.filled == _CAPACITY:
+                self._hand_on(self._full)
+                self._filling, self._full = self._full, self._filling
 
     def flush(self) -> None:
-        """Wait for the copies under way, and hand the rows collected so far to the sink."""
-        if not self._filled:
+        """Wait for the copies under way, and hand on everything collected."""
+        self._hand_on(self._full)
+        self._hand_on(self._filling)
+
+    def _hand_on(self, buffer: _Buffer) -> None:
+        if not buffer.filled:
             return
-        if self._copied is not None:
-            self._copied.synchronize()
-        rows = {name: tensor[: self._filled].numpy().copy() for name, tensor in self._buffer.items()}
+        if buffer.copied is not None:
+            buffer.copied.synchronize()
+        rows = {name: tensor[: buffer.filled].numpy().copy() for name, tensor in buffer.tensors.items()}
         rows["sequence"] = self._numbers.renumber(rows["sequence"], rows["position"])
-        self._filled = 0
+        buffer.filled = 0
         self._sink(rows)

@@ -1,0 +1,112 @@
+"""What recording costs: the same run with and without `exflow.record`, in turns, and the ratio.
+
+    python benchmarks/recording.py [--model models/gpt-moe-demo] [--device cuda] [--repeats 15] [-o FILE.json]
+
+Two loads: `profile` (whole sequences, 8,192 tokens a pass) and `decode` (a batch, one token a pass). Each
+repeat times both ways back to back, in alternating order; reported is the median of the repeats' ratios,
+with their quartiles as the spread.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exflow.attention import CausalAttention, rows_of_batch
+from exflow.deploy import load_model
+from exflow.engine import Engine, Request
+from exflow.moe import AllExpertsHere
+from exflow.profiling.record import record
+
+
+def profile_load(engine: Engine) -> Callable[[], None]:
+    tokens = torch.randint(engine.decoder.config.vocab_size, (32, 256), device=engine.device)
+    rows = rows_of_batch(32, 256, engine.device)
+    passes = 24 if engine.device.type == "cuda" else 2  # about a second
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(passes):
+            engine.decoder(tokens.flatten(), rows, CausalAttention(32), AllExpertsHere())
+
+    return run
+
+
+def decode_load(engine: Engine) -> Callable[[], None]:
+    prompts = torch.randint(engine.decoder.config.vocab_size, (32, 16)).tolist()
+
+    def run() -> None:
+        engine.generate(Request(prompts, max_new_tokens=32))
+
+    return run
+
+
+def seconds(engine: Engine, run: Callable[[], None], path: Path | None) -> float:
+    """Time of `run`, recorded to `path` or not at all; opening and closing the trace are part of it."""
+    start = time.perf_counter()
+    with nullcontext() if path is None else record(engine, path):
+        run()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(engine: Engine, run: Callable[[], None], repeats: int, folder: Path) -> dict[str, Any]:
+    seconds(engine, run, None)
+    seconds(engine, run, folder / "warm-up")
+    plain, ratios = [], []
+    for repeat in range(repeats):
+        order = [None, folder / f"{id(run)}-{repeat}"]
+        timed = {path is None: seconds(engine, run, path) for path in (order if repeat % 2 else order[::-1])}
+        plain.append(timed[True])
+        ratios.append(timed[False] / timed[True])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "seconds_without": statistics.median(plain),
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/gpt-moe-demo")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    engine = load_model(arguments.model, arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        results = {
+            name: compare(engine, load(engine), arguments.repeats, Path(folder))
+            for name, load in (("profile", profile_load), ("decode", decode_load))
+        }
+    for name, result in results.items():
+        low, high = result["ratio_quartiles"]
+        print(
+            f"{name:8} {result['seconds_without']:.3f} s without recording, x {result['ratio']:.4f} with it "
+            f"(quartiles {low:.4f} to {high:.4f})"
+        )
+    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if arguments.output:
+        setting = {
+            "date": date.today().isoformat(),
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "command": f"python benchmarks/recording.py --model {arguments.model} --device {arguments.device} --repeats {arguments.repeats}",
+        }
+        arguments.output.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Checkpoints: what is written is read, in part where a part is wanted, and damage is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from exflow import checkpoint
+from exflow.checkpoint import load_decoder, load_tokenizer, save_checkpoint
+from exflow.config import ModelConfig
+from exflow.corpus import train_tokenizer
+from exflow.decoder import Decoder
+from exflow.errors import InputError
+
+AGAIN = "copy the checkpoint again, or give another"
+W_IN = "blocks.2.mlp.experts.w_in"
+
+
+def load(folder: Path, experts_here: list[list[int]] | None = None) -> Decoder:
+    return load_decoder(folder, torch.device("cpu"), torch.float32, experts_here)
+
+
+def message(folder: Path, experts_here: list[list[int]] | None = None) -> str:
+    with pytest.raises(InputError) as error:
+        load(folder, experts_here)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors of an unsharded checkpoint; None removes one."""
+    state = load_file(folder / "model.safetensors") | changes
+    save_file({key: value for key, value in state.items() if value is not None}, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint()
+
+
+def test_a_saved_model_loads_the_same(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    config = tiny_config(top_k=2, moe_every=2)
+    folder = tiny_checkpoint(config, seed=5)
+    assert names(folder) == ["config.json", "model.safetensors", "tokenizer.json"]
+    loaded, saved = load(folder), tiny_decoder(config, seed=5)
+    assert loaded.config == config
+    assert not loaded.training
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert not any(value.requires_grad for value in loaded.parameters())
+
+
+def test_the_weights_take_the_type_asked_for(folder: Path) -> None:
+    decoder = load_decoder(folder, torch.device("cpu"), torch.bfloat16)
+    assert {value.dtype for value in decoder.parameters()} == {torch.bfloat16}
+
+
+def save(folder: Path, decoder: Decoder, tokenizer: Tokenizer, max_shard_bytes: int = 1 << 20) -> None:
+    save_checkpoint(
+        folder, decoder.config, decoder.state_dict(), tokenizer, torch.float32, max_shard_bytes
+    )
+
+
+def test_shards(tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer) -> None:
+    decoder, folder = tiny_decoder(), tmp_path / "tiny"
+    save(folder, decoder, byte_tokenizer, max_shard_bytes=40_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors" and len(shards) > 3
+    assert names(folder) == ["config.json", *shards, "model.safetensors.index.json", "tokenizer.json"]
+    assert index["weight_map"].keys() == decoder.state_dict().keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in decoder.parameters())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(folder / file)
+    for shard in shards:
+        tensors = load_file(folder / shard).values()
+        assert sum(value.nbytes for value in tensors) <= 40_000 or len(tensors) == 1
+    loaded = load(folder, [[7, 1]] * 4).state_dict()
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(loaded[name], value[[7, 1]] if ".experts." in name else value), name
+
+
+def test_a_rank_reads_its_experts_slot_by_slot(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    config = tiny_config(moe_every=2)
+    experts_here = [[6, 0, 3], [1, 7, 2]]
+    part = load(tiny_checkpoint(config), experts_here).state_dict()
+    whole = tiny_decoder(config).state_dict()
+    for layer, experts in zip(config.moe_layer_ids, experts_here, strict=True):
+        for name in (f"blocks.{layer}.mlp.experts.w_in", f"blocks.{layer}.mlp.experts.w_out"):
+            assert torch.equal(part[name], whole[name][experts])
+    for name in whole.keys() - {name for name in whole if ".experts." in name}:
+        assert torch.equal(part[name], whole[name]), name
+
+
+def test_only_the_experts_wanted_are_read(folder: Path) -> None:
+    poisoned = load_file(folder / "model.safetensors")[W_IN]
+    poisoned[[0, 1, 2, 4, 5, 7]] = torch.nan
+    rewrite(folder, **{W_IN: poisoned})
+    assert load(folder, [[3, 6]] * 4).blocks[2].mlp.experts.w_in.isfinite().all()
+    expected = f"{folder}: the weights '{W_IN}' hold NaN or infinite values; {AGAIN}"
+    assert message(folder, [[3, 7]] * 4) == expected
+    assert message(folder) == expected
+
+
+def test_infinite_weights(folder: Path) -> None:
+    rewrite(folder, **{"norm.weight": torch.full((32,), torch.inf)})
+    assert message(folder) == f"{folder}: the weights 'norm.weight' hold NaN or infinite values; {AGAIN}"
+
+
+def test_missing_weights(folder: Path) -> None:
+    rewrite(folder, **{W_IN: None})
+    assert message(folder) == f"{folder}: the weights '{W_IN}' are missing; {AGAIN}"
+    (folder / "model.safetensors").unlink()
+    assert message(folder) == (
+        f"{folder}/model.safetensors.index.json: no such weights; a checkpoint has model.safetensors, or shards "
+        "and model.safetensors.index.json"
+    )
+
+
+def test_weights_of_a_deeper_model(folder: Path) -> None:
+    """A config.json with fewer layers than the weights would otherwise load, as a different model."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    name = "blocks.3.attention.norm.bias"
+    assert message(folder) == f"{folder}: config.json implies no weights '{name}'; {AGAIN}"
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    rewrite(folder, **{W_IN: torch.zeros(4, 16, 32)})
+    expected = f"{folder}: '{W_IN}' has shape [4, 16, 32], config.json implies [8, 16, 32]; {AGAIN}"
+    assert message(folder) == expected
+    assert message(folder, [[0, 1]] * 4) == expected
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, 100_000])
+def test_truncated_weights(folder: Path, size: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    assert message(folder).startswith(f"{path}: the weights cannot be read, truncated? (")
+    assert message(folder).endswith(f"; {AGAIN}")
+
+
+def test_a_missing_shard(
+    tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "tiny"
+    save(folder, tiny_decoder(), byte_tokenizer, max_shard_bytes=100_000)
+    shard = sorted(folder.glob("model-00002*"))[0]
+    shard.unlink()
+    assert message(folder) == f"{shard}: no such weights; {AGAIN}"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {"norm.weight": 3}}'])
+def test_an_index_that_names_no_files(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(content)
+    assert message(folder) == (
+        f"{index}: the key 'weight_map' does not name a file for each tensor; {AGAIN}"
+    )
+
+
+def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:
+    assert load_tokenizer(folder).to_str() == byte_tokenizer.to_str()
+
+    path = folder / "tokenizer.json"
+    path.write_text('{"version": 1}')
+    with pytest.raises(InputError) as error:
+        load_tokenizer(folder)
+    assert str(error.value).startswith(f"{path}: not a tokenizer (")
+    assert str(error.value).endswith(f"; {AGAIN}") and "\n" not in str(error.value)
+
+    train_tokenizer(["the cat sat on the mat\n" * 20], vocab_size=262).save(str(path))
+    with pytest.raises(InputError) as error:
+        load_tokenizer(folder)
+    assert str(error.value) == f"{path}: has 262 tokens, the model's vocab_size is 257; {AGAIN}"
+
+    path.unlink()
+    with pytest.raises(InputError) as error:
+        load_tokenizer(folder)
+    assert str(error.value) == f"{path}: no such tokenizer; {AGAIN}"
+
+
+def test_an_earlier_checkpoint_is_replaced_whole(
+    tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer
+) -> None:
+    folder = tmp_path / "tiny"
+    save(folder, tiny_decoder(seed=1), byte_tokenizer, max_shard_bytes=40_000)
+    save(folder, tiny_decoder(seed=2), byte_tokenizer)
+    assert names(folder) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert torch.equal(load(folder).embedding.weight, tiny_decoder(seed=2).embedding.weight)
+    assert names(tmp_path) == ["tiny"]
+
+
+def test_a_stop_while_writing_leaves_the_earlier_checkpoint(
+    folder: Path,
+    tiny_decoder: Callable[..., Decoder],
+    byte_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(tensors: dict[str, torch.Tensor]) -> bytes:
+        raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, tiny_decoder(seed=2), byte_tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert names(folder.parent) == [folder.name]
+
+
+def test_nothing_but_a_checkpoint_is_replaced(
+    tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "home").mkdir()
+    save(tmp_path / "home", tiny_decoder(), byte_tokenizer)  # an empty folder may be taken
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").touch()
+    for taken in (thesis, thesis / "chapter.tex"):
+        with pytest.raises(InputError) as error:
+            save(taken, tiny_decoder(), byte_tokenizer)
+        assert str(error.value) == (
+            f"{taken}: is something other than a checkpoint; choose another place or remove it"
+        )
+    assert names(thesis) == ["chapter.tex"]
+
+
+def test_a_place_that_cannot_be_written(
+    tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "tiny"
+    with pytest.raises(InputError) as error:
+        save(folder, tiny_decoder(), byte_tokenizer)
+    assert str(error.value) == f"{folder}: cannot be written (File exists); choose another place"

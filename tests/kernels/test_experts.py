@@ -1,0 +1,151 @@
+"""What every back end of the expert MLP must do; a new one is tested by being in BACKENDS."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from exflow.kernels.experts import BACKENDS, Backend, expert_mlp
+
+torch.set_num_threads(1)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@dataclass
+class Case:
+    """Random inputs of an expert MLP: D = 8, F = 16."""
+
+    hidden_TD: Tensor
+    slots_TK: Tensor
+    weights_TK: Tensor
+    w_in_SFD: Tensor
+    w_out_SDF: Tensor
+
+    @classmethod
+    def random(cls, num_tokens: int, top_k: int, num_slots: int, seed: int = 0) -> "Case":
+        generator = torch.Generator().manual_seed(seed)
+        return cls(
+            torch.randn(num_tokens, 8, generator=generator),
+            torch.randint(-1, num_slots, (num_tokens, top_k), generator=generator),
+            torch.rand(num_tokens, top_k, generator=generator),
+            torch.randn(num_slots, 16, 8, generator=generator),
+            torch.randn(num_slots, 8, 16, generator=generator),
+        )
+
+    def run(self, backend: Backend) -> Tensor:
+        return expert_mlp(
+            self.hidden_TD,
+            self.slots_TK,
+            self.weights_TK,
+            self.w_in_SFD,
+            self.w_out_SDF,
+            F.gelu,
+            backend,
+        )
+
+    def naive(self) -> Tensor:
+        """A loop over tokens and a loop over their choices."""
+        out = []
+        for token, hidden_D in enumerate(self.hidden_TD):
+            total_D = torch.zeros_like(hidden_D)
+            for slot, weight in zip(self.slots_TK[token].tolist(), self.weights_TK[token], strict=True):
+                if slot != -1:
+                    total_D = total_D + weight * (
+                        self.w_out_SDF[slot] @ F.gelu(self.w_in_SFD[slot] @ hidden_D)
+                    )
+            out.append(total_D)
+        return torch.stack(out) if out else self.hidden_TD
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shape = draw(st.tuples(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4)))
+    return Case.random(*shape, seed=draw(st.integers(0, 2**32)))
+
+
+@each_backend
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_equals_the_loop_over_tokens_and_choices(backend: Backend, case: Case) -> None:
+    torch.testing.assert_close(case.run(backend), case.naive(), rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_partial_sums_of_the_ranks_add_up_to_the_layer(backend: Backend) -> None:
+    whole = Case.random(num_tokens=20, top_k=2, num_slots=6)
+    expert_TK = whole.slots_TK.clamp(min=0)
+    whole.slots_TK = expert_TK
+    partial = []
+    for held in ([4, 0], [1, 5], [3, 2]):  # the experts of three ranks, slot by slot
+        slot_of_expert = torch.full((6,), -1)
+        slot_of_expert[held] = torch.arange(2)
+        rank = Case(
+            whole.hidden_TD,
+            slot_of_expert[expert_TK],
+            whole.weights_TK,
+            whole.w_in_SFD[held],
+            whole.w_out_SDF[held],
+        )
+        partial.append(rank.run(backend))
+    torch.testing.assert_close(sum(partial), whole.run(backend), rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_gradients_are_those_of_the_loop(backend: Backend) -> None:
+    case = Case.random(num_tokens=10, top_k=2, num_slots=5)
+    case.slots_TK[case.slots_TK == 3] = -1  # an expert without a token has gradient zero, not none
+    inputs = [case.hidden_TD, case.weights_TK, case.w_in_SFD, case.w_out_SDF]
+    for value in inputs:
+        value.requires_grad_()
+    mix_TD = torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((case.run(backend) * mix_TD).sum(), inputs)
+    loop = torch.autograd.grad((case.naive() * mix_TD).sum(), inputs)
+    for found, expected in zip(ours, loop, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not ours[2][3].any()
+
+
+@each_backend
+def test_no_token_has_an_expert_here(backend: Backend) -> None:
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.slots_TK = torch.full((4, 2), -1)
+    assert case.run(backend).tolist() == torch.zeros(4, 8).tolist()
+
+
+@each_backend
+def test_bf16_stays_bf16(backend: Backend) -> None:
+    case = Case.random(num_tokens=6, top_k=2, num_slots=3)
+    exact_TD = case.run("reference")
+    for name in ("hidden_TD", "w_in_SFD", "w_out_SDF"):
+        setattr(case, name, getattr(case, name).bfloat16())
+    out_TD = case.run(backend)
+    assert out_TD.dtype == torch.bfloat16
+    torch.testing.assert_close(out_TD.float(), exact_TD, rtol=0.05, atol=0.3)
+
+
+@each_backend
+def test_shapes_that_do_not_fit_are_named(backend: Backend) -> None:
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.weights_TK = case.weights_TK[:, :1]
+    with pytest.raises(ValueError, match=r"slots \(4, 2\) and weights \(4, 1\) must be equal"):
+        case.run(backend)
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.hidden_TD = case.hidden_TD[:3]
+    with pytest.raises(ValueError, match=r"one row a token \(hidden \(3, 8\)\)"):
+        case.run(backend)
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.w_out_SDF = case.w_out_SDF[:2]
+    with pytest.raises(ValueError, match=r"w_in \(3, 16, 8\) and w_out \(2, 8, 16\) must be \[S, F, D\]"):
+        case.run(backend)
+
+
+def test_grouped_mm_names_a_width_it_cannot_take() -> None:
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.w_in_SFD, case.w_out_SDF = case.w_in_SFD[:, :6], case.w_out_SDF[:, :, :6]
+    with pytest.raises(ValueError, match=r"a width of 6 is not a multiple of 16 bytes in torch.float32"):
+        case.run("grouped_mm")
+    torch.testing.assert_close(case.run("reference"), case.naive(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,134 @@
+"""Who may import whom, what a bare import must not load, and what the wheel holds."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+PARTS = ("exflow", "kernels", "placement", "profiling")
+BASE = {"exflow.errors", "exflow.files"}
+
+
+def module_files() -> dict[str, Path]:
+    """Module name -> file. The folders at the top are symlinked into exflow/, and imported from there."""
+    found = {}
+    for part in PARTS:
+        for path in (REPO / part).rglob("*.py"):
+            names = path.relative_to(REPO).with_suffix("").parts
+            names = names if part == "exflow" else ("exflow", *names)
+            if part != "exflow" or names[1] not in PARTS:
+                found[".".join(names).removesuffix(".__init__")] = path
+    return found
+
+
+FILES = module_files()
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """What a file imports, anywhere in it, and whether that is for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in typing_only
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import"
+            for alias in node.names:  # "from exflow.profiling import trace" is an import of a module
+                inner_module = f"{node.module}.{alias.name}"
+                yield inner_module if inner_module in FILES else node.module, id(node) in typing_only
+
+
+def ours(module: str) -> set[str]:
+    """The modules of this project that `module` needs when it runs."""
+    return {
+        name for name, typing_only in imports(FILES[module]) if name.split(".")[0] == "exflow" and not typing_only
+    }
+
+
+def modules_in(part: str) -> list[str]:
+    found = [name for name in FILES if name.startswith(f"exflow.{part}.")]
+    assert found, part
+    return found
+
+
+def is_in(name: str, *parts: str) -> bool:
+    return name.startswith(tuple(f"exflow.{part}." for part in parts))
+
+
+def test_the_base_stands_alone() -> None:
+    assert ours("exflow.errors") == set()
+    assert ours("exflow.files") == {"exflow.errors"}
+
+
+@pytest.mark.parametrize("part", ["kernels", "profiling"])
+def test_kernels_and_profiling_stand_on_the_base(part: str) -> None:
+    for module in modules_in(part):
+        foreign = {name for name in ours(module) - BASE if not is_in(name, part)}
+        assert not foreign, f"{module} imports {foreign}"
+
+
+def test_placement_stands_on_the_base_and_traces() -> None:
+    for module in modules_in("placement"):
+        foreign = {name for name in ours(module) - BASE if not is_in(name, "placement", "profiling")}
+        assert not foreign, f"{module} imports {foreign}"
+        assert not {name for name, _ in imports(FILES[module]) if name.split(".")[0] == "torch"}, module
+
+
+def test_every_import_of_ours_exists_and_none_goes_in_circles() -> None:
+    needs = {module: ours(module) for module in FILES}
+    missing = {name for needed in needs.values() for name in needed} - FILES.keys() - {"exflow"}
+    assert not missing
+    list(TopologicalSorter(needs).static_order())  # CycleError names the circle
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages that a fresh interpreter has loaded after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_a_bare_import_loads_nothing_heavy() -> None:
+    assert not loaded_by("import exflow") & {"torch", "numpy", "numba", "scipy", "pulp", "pydantic"}
+    assert not loaded_by("import exflow.cli") & {"torch", "numba", "scipy", "pulp"}
+
+
+def test_the_offline_placer_runs_without_torch() -> None:
+    statement = f"import {', '.join(sorted(modules_in('placement')))}"
+    assert "torch" not in loaded_by(statement)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in (*PARTS, "pyproject.toml", "README.md", "LICENSE"):
+        if (REPO / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(REPO / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("exflow-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {
+        f"{module.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
+        for module, path in FILES.items()
+    }
+    assert packed == modules | {"exflow/py.typed"}
