@@ -1,8 +1,9 @@
-"""Causal attention over whole sequences of one length: training and profiling, where no cache is needed."""
+"""Attention itself, and its use over whole sequences of one length: training and profiling need no cache."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exflow.decoder import Rows
 from exflow.profiling.trace import PREFILL
@@ -15,6 +16,16 @@ def rows_of_batch(num_sequences: int, length: int, device: torch.device, first_s
     return Rows(sequence_T.repeat_interleave(length), position_T.repeat(num_sequences), PREFILL)
 
 
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over [..., heads, positions, width], fewer key than query heads allowed; causal without a mask.
+
+    cuDNN's kernel is left out: it builds a plan for every new shape, some 100 ms, and shapes change with every
+    decode step and, where tokens move between ranks, with every layer.
+    """
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
 class CausalAttention:
     """AttentionContext for rows laid out by `rows_of_batch`."""
 
@@ -25,5 +36,4 @@ class CausalAttention:
         q, k, v = (
             part.unflatten(0, (self.num_sequences, -1)).transpose(1, 2) for part in (q_THC, k_TJC, v_TJC)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return attended.transpose(1, 2).flatten(0, 1)
+        return scaled_dot_product(q, k, v).transpose(1, 2).flatten(0, 1)

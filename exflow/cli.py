@@ -1,9 +1,10 @@
 """The command line: one thin function a verb. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 success, 2 bad usage or bad input, 1 anything else. Torch and the solvers are imported inside the
-verbs that need them, so that `exflow --help` answers at once.
+Exit codes: 0 success, 2 bad usage or bad input, 128 + N stopped by signal N (130: Ctrl-C), 1 anything else.
+Torch and the solvers are imported inside the verbs that need them, so that `exflow --help` answers at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,16 @@ import typer
 
 from exflow.console import TrainingLog, progress_bar, say, status
 from exflow.errors import InputError
-from exflow.launch import RankDied, run_ranks, torchrun_place
+from exflow.launch import (
+    BAD_INPUT,
+    LOST_CONTACT,
+    LostContact,
+    RankDied,
+    Stopped,
+    answer_ctrl_c,
+    run_ranks,
+    torchrun_place,
+)
 from exflow.show import (
     plan_figures,
     print_demo,
@@ -171,6 +181,8 @@ def generate(
         if nproc is not None:
             run_ranks(sys.argv[1:], nproc)
             return
+    elif nproc not in (None, place.num_ranks):
+        raise InputError(f"--nproc {nproc}: torchrun has started {place.num_ranks} ranks; leave --nproc out")
     result = generate(job)
     if result is not None:
         print_generation(prompts, result, as_json)
@@ -217,19 +229,24 @@ def demo(
 
 def main() -> None:
     """Entry point of the `exflow` command."""
+    # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    answer_ctrl_c()
     place = torchrun_place()
     try:
         app()
     except InputError as error:
-        if place is None or place.rank == 0:  # in a job every rank finds the same fault
+        if place is None or place.local_rank == 0:  # all ranks find the same fault: once a node is enough
             say(str(error))
-        sys.exit(2)
+        sys.exit(BAD_INPUT)
     except RankDied as error:
         say(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(1)
+    except LostContact:  # the process that started the ranks says which one died
+        sys.exit(LOST_CONTACT)
+    except Stopped as stop:
+        say(str(stop))
+        sys.exit(128 + stop.signal)
 
 
 if __name__ == "__main__":

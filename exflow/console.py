@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: progress and errors, on stderr, so that stdout holds results alone."""
+"""What a person sees while work goes on: progress and errors, on stderr; stdout holds results alone."""
 
 import sys
 from types import TracebackType

@@ -1,6 +1,5 @@
 """This process's place among the others: ranks, nodes, device, process groups."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ import torch
 import torch.distributed as dist
 
 from exflow.errors import InputError
-from exflow.launch import torchrun_place
+from exflow.launch import LostContact, Place, torchrun_place
 
 Result = TypeVar("Result")
+
+_SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,13 @@ class Cluster:
 
 @contextmanager
 def join_cluster(device_type: str, timeout_s: float = 600) -> Iterator[Cluster]:
-    """Join the job that torchrun describes in the environment; gloo on CPUs, NCCL on GPUs."""
+    """Join the job that torchrun describes in the environment; gloo on CPUs, NCCL on GPUs.
+
+    Raises InputError for a job that cannot be, and LostContact if another rank goes away in an exchange.
+    """
     place = torchrun_place()
     assert place is not None
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"--nproc: rank {local_rank} of this node has no GPU, torch sees {torch.cuda.device_count()}; "
-                "start fewer ranks a node, or give --device cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = _device_of(place, device_type)
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
@@ -59,8 +54,30 @@ def join_cluster(device_type: str, timeout_s: float = 600) -> Iterator[Cluster]:
     )
     try:
         yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
+            raise LostContact(str(error)) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _device_of(place: Place, device_type: str) -> torch.device:
+    if place.num_ranks % place.ranks_per_node:
+        raise InputError(
+            f"torchrun: {place.ranks_per_node} of {place.num_ranks} ranks are on this node; "
+            "start the same number on every node"
+        )
+    if device_type != "cuda":
+        return torch.device(device_type)
+    if place.ranks_per_node > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc: {place.ranks_per_node} ranks are on this node, torch sees "
+            f"{torch.cuda.device_count()} GPU(s); start one a GPU, or give --device cpu"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:

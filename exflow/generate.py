@@ -1,7 +1,5 @@
 """The `exflow generate` command: text in, text out, in this process or as one rank of a job."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,11 @@ import torch
 
 from exflow.checkpoint import load_tokenizer
 from exflow.config import load_model_config
+from exflow.console import say
 from exflow.corpus import END_OF_TEXT, read_text
 from exflow.deploy import Deployment, deploy, load_model, plan_for
 from exflow.device import choose_device
-from exflow.distributed import Cluster, join_cluster
+from exflow.distributed import Cluster, alike_on_all_ranks, join_cluster
 from exflow.engine import Engine, Generation, Request, check_request
 from exflow.errors import InputError
 from exflow.job_trace import JobRecorder
@@ -41,19 +40,30 @@ class GenerateJob:
     ignore_end: bool
 
     def request(self) -> Request:
+        """The prompts as tokens. Raises InputError if the model cannot serve them."""
         tokenizer = load_tokenizer(self.model)
         end = None if self.ignore_end else tokenizer.token_to_id(END_OF_TEXT)
         prompts = [encoding.ids for encoding in tokenizer.encode_batch(self.prompts)]
-        return Request(prompts, self.max_new_tokens, self.sampling, end)
+        request = Request(prompts, self.max_new_tokens, self.sampling, end)
+        check_request(request, load_model_config(self.model))
+        return request
+
+    def deployment(self, topology: Topology) -> Deployment:
+        """What the ranks of `topology` are to run. Raises InputError if they cannot."""
+        strategy = strategy_named(self.strategy, topology.num_nodes)
+        return Deployment(self.model, strategy, plan_for(self.model, self.plan, topology), dtype_named(self.dtype))
 
     def check(self, num_ranks: int) -> None:
         """Find what is at fault without starting the ranks, of one node. Raises InputError."""
-        strategy_named(self.strategy, num_nodes=1)
-        plan_for(self.model, self.plan, Topology(gpus_per_node=num_ranks))
-        check_request(self.request(), load_model_config(self.model))
+        self.deployment(Topology(gpus_per_node=num_ranks))
+        self.request()
         choose_device(self.device)
-        if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype}: no such type; give {' or '.join(DTYPES)}")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"--dtype {name}: no such type; give {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
@@ -65,31 +75,28 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     return prompts
 
 
-@contextmanager
-def engine_of(job: GenerateJob) -> Iterator[tuple[Engine, Cluster | None]]:
-    """The engine of this process: one rank of a torchrun job, or the whole model."""
-    device, dtype = choose_device(job.device), DTYPES[job.dtype]
-    if torchrun_place() is None:
-        yield load_model(job.model, device, dtype), None
-        return
-    with join_cluster(device.type) as cluster:
-        topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
-        plan = plan_for(job.model, job.plan, topology)
-        yield deploy(Deployment(job.model, strategy_named(job.strategy, cluster.num_nodes), plan, dtype), cluster), cluster
-
-
 def generate(job: GenerateJob) -> dict[str, Any] | None:
     """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
-    with engine_of(job) as (engine, cluster):
-        request = job.request()
-        recorder = JobRecorder(engine) if job.trace else None
-        generation = engine.generate(request)
-        trace = recorder.trace() if recorder else None
-        if cluster is not None and cluster.rank != 0:
-            return None
-        if trace is not None and job.trace is not None:
-            trace.save(job.trace)
-        return describe(job, generation, 1 if cluster is None else cluster.num_ranks)
+    device = choose_device(job.device)
+    if torchrun_place() is None:
+        return run(job, load_model(job.model, device, dtype_named(job.dtype)), job.request())
+    with join_cluster(device.type) as cluster:
+        topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
+        deployment, request = alike_on_all_ranks(cluster, lambda: (job.deployment(topology), job.request()))
+        if cluster.rank == 0 and deployment.plan.topology != topology:
+            say(f"{job.plan}: the plan is for {deployment.plan.topology}, these are {topology}")
+        return run(job, deploy(deployment, cluster), request, cluster)
+
+
+def run(job: GenerateJob, engine: Engine, request: Request, cluster: Cluster | None = None) -> dict[str, Any] | None:
+    recorder = JobRecorder(engine) if job.trace else None
+    generation = engine.generate(request)
+    trace = recorder.trace() if recorder else None
+    if cluster is not None and cluster.rank != 0:
+        return None
+    if trace is not None and job.trace is not None:
+        trace.save(job.trace)
+    return describe(job, generation, 1 if cluster is None else cluster.num_ranks)
 
 
 def describe(job: GenerateJob, generation: Generation, ranks: int) -> dict[str, Any]:

@@ -6,9 +6,9 @@ Shapes: T tokens, H query heads, J key/value heads, C head width, P positions, N
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from exflow.attention import scaled_dot_product
 from exflow.config import ModelConfig
 from exflow.decoder import Rows
 from exflow.distributed import CoherenceGroup
@@ -94,9 +94,7 @@ class PrefillAttention:
         if self.sharing is not None:
             self.sharing.start(layer_T, [rows], kv_TW, self.group_tokens)
         attended = [
-            F.scaled_dot_product_attention(
-                *(part.transpose(0, 1) for part in parts), is_causal=True, enable_gqa=True
-            ).transpose(0, 1)
+            scaled_dot_product(*(part.transpose(0, 1) for part in parts)).transpose(0, 1)
             for parts in zip(*(part.split(self.lengths) for part in (q_THC, k_TJC, v_TJC)), strict=True)
         ]
         return torch.cat(attended) if attended else q_THC
@@ -121,9 +119,7 @@ class DecodeAttention:
         self.born.append((layer, rows, kv_TW))
         keys, values = self.cache.read(layer, rows.sequence_T, self.length)
         seen_T1P = torch.arange(self.length, device=keys.device) <= rows.position_T[:, None, None]
-        return F.scaled_dot_product_attention(
-            q_THC[:, :, None], keys, values, attn_mask=seen_T1P[:, None], enable_gqa=True
-        )[:, :, 0]
+        return scaled_dot_product(q_THC[:, :, None], keys, values, seen_T1P[:, None])[:, :, 0]
 
     def share(self, sharing: KVSharing, capacity: int) -> None:
         """Begin to share the step's new keys and values."""

@@ -6,6 +6,10 @@ import signal
 import sys
 import uuid
 from dataclasses import dataclass
+from typing import NoReturn
+
+BAD_INPUT = 2  # exit code where the user's input is at fault
+LOST_CONTACT = 3  # exit code of a rank that found another one gone
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,7 @@ class Place:
 
     rank: int
     num_ranks: int
+    local_rank: int
     ranks_per_node: int
 
 
@@ -21,19 +26,47 @@ def torchrun_place() -> Place | None:
     """This process's place in the job of a torchrun around it; None where there is none."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    return Place(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Place(*(int(os.environ[name]) for name in names))
 
 
 class RankDied(RuntimeError):
     """A rank of the job ended with an error; the others were stopped."""
 
 
+class LostContact(RuntimeError):
+    """Another rank went away in the middle of an exchange; whoever started the ranks knows why."""
+
+
+class Stopped(BaseException):
+    """A signal ended the work: Ctrl-C, or one that told the process that started the ranks to end.
+
+    No KeyboardInterrupt, which typer answers itself, and differently in different versions.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
+
+
+def answer_ctrl_c() -> None:
+    """Let Ctrl-C raise Stopped; a rank ends without a word, since the process that started it says one."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, _stop if torchrun_place() is None else signal.SIG_DFL)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
 def run_ranks(arguments: list[str], num_ranks: int) -> None:
     """Run `exflow ARGUMENTS` as `num_ranks` ranks under torchrun's agent; returns when all have ended well.
 
-    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise;
-    exits with code 2 if the ranks found the input at fault (the first of them has printed why).
+    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise,
+    and Stopped if a signal told this process to end; exits with code BAD_INPUT if the ranks found the input at
+    fault (the first of them has printed why). No rank outlives the call.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -49,13 +82,30 @@ def run_ranks(arguments: list[str], num_ranks: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is answered as everywhere
     )
     try:
         elastic_launch(config, sys.executable)("-m", "exflow.cli", *arguments)
+    except SignalException as error:
+        raise Stopped(error.sigval) from None
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if 2 in codes.values():
-            sys.exit(2)
-        rank = min(codes, key=codes.__getitem__)  # a signal (negative) is the cause of others' lost contact
+        if BAD_INPUT in codes.values():
+            sys.exit(BAD_INPUT)
+        rank = culprit(codes)
         how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
         raise RankDied(f"rank {rank} of {num_ranks} died ({how}); the job was stopped") from None
+
+
+def culprit(codes: dict[int, int]) -> int:
+    """The rank that died of itself; others lost contact with it, or were then stopped by the agent (SIGTERM).
+
+    codes: exit codes by rank, those of signals negative, in the order in which they were seen.
+    """
+
+    def doubt(rank: int) -> int:
+        if codes[rank] in (LOST_CONTACT, -signal.SIGTERM):
+            return 3 if codes[rank] == LOST_CONTACT else 2
+        return 0 if codes[rank] < 0 else 1
+
+    return min(codes, key=doubt)

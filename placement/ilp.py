@@ -56,10 +56,10 @@ def build_program(problem: PlacementProblem) -> IntegerProgram:
     program = pulp.LpProblem("expert_placement", pulp.LpMinimize)
 
     on = {
-        (layer, expert, part): pulp.LpVariable(f"on_l{layer}_e{expert}_g{part}", cat=pulp.LpBinary)
+        (layer, expert, part): program.add_variable(f"on_l{layer}_e{expert}_g{part}", cat=pulp.LpBinary)
         for layer, expert, part in product(layers, experts, parts)
     }
-    apart = {pair: pulp.LpVariable(f"apart_{_pair_name(*pair)}", 0, 1) for pair in prices}
+    apart = {pair: program.add_variable(f"apart_{_pair_name(*pair)}", 0, 1) for pair in prices}
 
     program += pulp.lpSum(price * apart[pair] for pair, price in prices.items()), "cost"
 

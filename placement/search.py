@@ -65,6 +65,7 @@ def search(
     returned. `report` is called now and then with the least cost so far.
     """
     settings = settings or SearchSettings()
+    _compile()
     deviation = swap_deviation(problem, np.random.default_rng(seed))
     temperatures = np.geomspace(settings.hot, settings.cold, settings.levels) * deviation
     costs = [math.inf] * settings.starts
@@ -128,7 +129,7 @@ def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
 
 
 def swap_deviation(problem: PlacementProblem, rng: np.random.Generator) -> float:
-    """The standard deviation, over a sample, of the price of a swap in a random assignment; 0 for one part."""
+    """The standard deviation of the price of a swap in a random assignment, from a sample; 0 for one part."""
     assignment = rng.permuted(contiguous(*problem.shape), axis=1)
     pull = pulls(problem, assignment)
     layer, e = np.indices(assignment.shape)
@@ -137,6 +138,12 @@ def swap_deviation(problem: PlacementProblem, rng: np.random.Generator) -> float
     price = pull[layer, p, e] - pull[layer, q, e] + pull[layer, q, f] - pull[layer, p, f]
     price += 2 * problem.intra[layer, e, f]
     return float(price[p != q].std()) if (p != q).any() else 0.0
+
+
+def _compile() -> None:
+    """Have numba compile what a run needs, or load it from its cache, before the clock starts."""
+    tiny = PlacementProblem(np.zeros((1, 2, 2)), np.zeros((2, 2, 2)), np.ones((2, 2)), num_parts=2)
+    anneal(tiny, contiguous(*tiny.shape), np.ones(1), 1, np.random.default_rng(0))
 
 
 def _start(problem: PlacementProblem, seed: int, index: int, stop: Stop) -> Assignment:

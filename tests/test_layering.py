@@ -54,7 +54,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 def ours(module: str) -> set[str]:
     """The modules of this project that `module` needs when it runs."""
     return {
-        name for name, typing_only in imports(FILES[module]) if name.split(".")[0] == "exflow" and not typing_only
+        name
+        for name, typing_only in imports(FILES[module])
+        if name.split(".")[0] == "exflow" and not typing_only
     }
 
 

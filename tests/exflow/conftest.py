@@ -63,7 +63,7 @@ def byte_tokenizer() -> Tokenizer:
 def tiny_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokenizer
 ) -> Callable[..., Path]:
-    """tiny_checkpoint(config=None, seed=0): a checkpoint folder of its own with the weights of tiny_decoder."""
+    """tiny_checkpoint(config=None, seed=0): a new checkpoint folder with the weights of tiny_decoder."""
 
     def write(config: ModelConfig | None = None, seed: int = 0) -> Path:
         decoder = _tiny_decoder(config, seed)

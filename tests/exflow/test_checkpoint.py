@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -68,9 +70,7 @@ def test_the_weights_take_the_type_asked_for(folder: Path) -> None:
 
 
 def save(folder: Path, decoder: Decoder, tokenizer: Tokenizer, max_shard_bytes: int = 1 << 20) -> None:
-    save_checkpoint(
-        folder, decoder.config, decoder.state_dict(), tokenizer, torch.float32, max_shard_bytes
-    )
+    save_checkpoint(folder, decoder.config, decoder.state_dict(), tokenizer, torch.float32, max_shard_bytes)
 
 
 def test_shards(tmp_path: Path, tiny_decoder: Callable[..., Decoder], byte_tokenizer: Tokenizer) -> None:
@@ -118,6 +118,53 @@ def test_only_the_experts_wanted_are_read(folder: Path) -> None:
     assert message(folder) == expected
 
 
+class CountingSlice:
+    """A tensor in a file, counting the rows that are read."""
+
+    def __init__(self, stored: Any, rows_read: list[int]) -> None:
+        self.stored = stored
+        self.rows_read = rows_read
+
+    def get_shape(self) -> list[int]:
+        shape: list[int] = self.stored.get_shape()
+        return shape
+
+    def __getitem__(self, key: slice) -> torch.Tensor:
+        value: torch.Tensor = self.stored[key]
+        self.rows_read.append(len(value))
+        return value
+
+
+def test_no_more_rows_are_read_than_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_read: list[int] = []
+    whole: list[str] = []
+
+    class CountingFile:
+        def __init__(self, path: Path, framework: str) -> None:
+            self.file = safe_open(path, framework)
+
+        def __enter__(self) -> "CountingFile":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def keys(self) -> list[str]:
+            return list(self.file.keys())
+
+        def get_slice(self, name: str) -> CountingSlice:
+            return CountingSlice(self.file.get_slice(name), rows_read)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            whole.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(checkpoint, "safe_open", CountingFile)
+    load(folder, [[2, 5, 0]] * 4)
+    assert sum(rows_read) == 4 * 2 * 3  # layers, matrices, experts here
+    assert len(whole) == len(set(whole)) and not any(".experts." in name for name in whole)
+
+
 def test_infinite_weights(folder: Path) -> None:
     rewrite(folder, **{"norm.weight": torch.full((32,), torch.inf)})
     assert message(folder) == f"{folder}: the weights 'norm.weight' hold NaN or infinite values; {AGAIN}"
@@ -128,8 +175,8 @@ def test_missing_weights(folder: Path) -> None:
     assert message(folder) == f"{folder}: the weights '{W_IN}' are missing; {AGAIN}"
     (folder / "model.safetensors").unlink()
     assert message(folder) == (
-        f"{folder}/model.safetensors.index.json: no such weights; a checkpoint has model.safetensors, or shards "
-        "and model.safetensors.index.json"
+        f"{folder}/model.safetensors.index.json: no such weights; a checkpoint has model.safetensors, or "
+        "shards and model.safetensors.index.json"
     )
 
 
@@ -171,9 +218,7 @@ def test_an_index_that_names_no_files(folder: Path, content: str) -> None:
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(content)
-    assert message(folder) == (
-        f"{index}: the key 'weight_map' does not name a file for each tensor; {AGAIN}"
-    )
+    assert message(folder) == (f"{index}: the key 'weight_map' does not name a file for each tensor; {AGAIN}")
 
 
 def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:

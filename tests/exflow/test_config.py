@@ -52,7 +52,10 @@ def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfi
         ({"model_type": "bert"}, "model_type = 'bert': Input should be 'gpt-moe'"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
-        ({"intermediate_size": 12}, "intermediate_size 12 is not a multiple of 8, as grouped matrix products need"),
+        (
+            {"intermediate_size": 12},
+            "intermediate_size 12 is not a multiple of 8, as grouped matrix products need",
+        ),
         ({"top_k": 9}, "top_k 9 is more than num_experts 8"),
         ({"moe_every": 5}, "moe_every 5 leaves no MoE layer among 4 layers"),
     ],
@@ -82,9 +85,7 @@ def test_something_other_than_keys(tmp_path: Path) -> None:
     assert str(error.value) == f"{folder / 'config.json'}: holds [1, 2], not the keys {KEYS}; write them"
 
 
-def test_a_long_value_is_cut_in_the_message(
-    tmp_path: Path, tiny_config: Callable[..., ModelConfig]
-) -> None:
+def test_a_long_value_is_cut_in_the_message(tmp_path: Path, tiny_config: Callable[..., ModelConfig]) -> None:
     folder = write(tmp_path, tiny_config().model_dump() | {"num_experts": "9" * 10_000 + "\n"})
     with pytest.raises(InputError) as error:
         load_model_config(folder)

@@ -33,7 +33,7 @@ def random_tokens(*shape: int) -> Tensor:
 
 
 def loop_decoder(decoder: Decoder, tokens: list[int]) -> Array:
-    """Vocabulary scores [S, V] of one sequence, from the weights alone: float64, one token after the other."""
+    """Vocabulary scores [S, V] of one sequence, from the weights alone: float64, token after token."""
     config = decoder.config
     weights = {name: value.double().numpy() for name, value in decoder.state_dict().items()}
     width, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_kv_heads

@@ -128,11 +128,11 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(error.value) == f"{path}: no such plan; make it with exflow place"
 
     path.write_text('{"a": 1,')
-    with pytest.raises(InputError, match=r"a.json: the plan is not valid JSON \(.*line 1 .*\); make it again"):
-        read_json(path, "plan", "make it again")
+    with pytest.raises(InputError, match=r"a.json: the plan is not valid JSON \(.*line 1.*\); make it$"):
+        read_json(path, "plan", "make it")
 
     path.write_bytes(b'"\xff"')
-    with pytest.raises(InputError, match="the plan is not valid JSON .*can't decode byte 0xff"):
+    with pytest.raises(InputError, match=r"the plan is not valid JSON .*can't decode byte 0xff"):
         read_json(path, "plan", "make it again")
 
     with pytest.raises(InputError) as error:

@@ -1,4 +1,4 @@
-"""Training: it learns, it is the same every time, and a run that was stopped goes on as if it had not been."""
+"""Training: it learns, is the same every time, and goes on after a stop as if there had been none."""
 
 import io
 import math
@@ -83,18 +83,22 @@ class Log(list[Progress]):
             raise KeyboardInterrupt
 
 
-def run(settings: dict[str, Any], folder: Path, resume: bool = False, log: Log | None = None) -> Log:
+def run(
+    settings: dict[str, Any],
+    folder: Path,
+    resume: bool = False,
+    log: Log | None = None,
+    device: torch.device = CPU,
+) -> Log:
     log = Log() if log is None else log
-    final = train(TrainConfig.model_validate(settings), folder, CPU, resume, log)
+    final = train(TrainConfig.model_validate(settings), folder, device, resume, log)
     assert final == folder / f"step-{settings['training']['steps']:06d}"
     return log
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
@@ -116,18 +120,14 @@ def test_the_final_checkpoint_is_a_whole_model(settings: dict[str, Any], tmp_pat
     decoder, tokenizer = load_decoder(folder, CPU, torch.float32), load_tokenizer(folder)
     text = Path(settings["data"]["texts"][0]).read_text()
     held_out = text[text.rfind("\n", 0, int(len(text) * 0.9)) + 1 :]
-    stream = np.array(
-        [*tokenizer.encode(held_out).ids, tokenizer.token_to_id("<|endoftext|>")], np.uint16
-    )
+    stream = np.array([*tokenizer.encode(held_out).ids, tokenizer.token_to_id("<|endoftext|>")], np.uint16)
     corpus = Corpus(train=stream, held_out=stream, held_out_bytes=len(held_out))
     config = TrainConfig.model_validate(settings).training
     reported = log[-1].held_out_bits_per_byte
     assert held_out_bits_per_byte(decoder, corpus, config) == pytest.approx(reported, rel=0.01)  # bf16
 
 
-def test_two_runs_are_identical_and_another_seed_differs(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_two_runs_are_identical_and_another_seed_differs(settings: dict[str, Any], tmp_path: Path) -> None:
     run(settings, tmp_path / "a")
     run(settings, tmp_path / "b")
     settings["training"]["seed"] = 1
@@ -152,9 +152,7 @@ def test_checkpoints_at_the_chosen_steps_and_the_last(settings: dict[str, Any], 
     ]
 
 
-def test_reports_say_what_was_measured_and_nothing_else(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_reports_say_what_was_measured_and_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
     log = run(settings, tmp_path)
     held_out = [progress.step for progress in log if progress.held_out_bits_per_byte is not None]
     figures = [progress.step for progress in log if progress.figures is not None]
@@ -180,6 +178,20 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     log = run(settings, broken, resume=True)
     assert [progress.step for progress in log if progress.figures] == list(range(resumed_at + 1, 9))
     assert files_of(broken) == files_of(unbroken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_it_learns_and_resumes_on_a_gpu(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["training"] |= {"steps": 40, "batch_size": 8}
+    cuda = torch.device("cuda")
+    unbroken = run(settings, tmp_path / "unbroken", device=cuda)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "broken", log=Log(stop_at=20), device=cuda)
+    resumed = run(settings, tmp_path / "broken", resume=True, device=cuda)
+    first, last = unbroken[0].held_out_bits_per_byte, unbroken[-1].held_out_bits_per_byte
+    assert first is not None and last is not None and last < 0.6 * first
+    assert resumed[-1].held_out_bits_per_byte == pytest.approx(last, rel=0.05)  # sums in another order
 
 
 def test_a_finished_run_has_nothing_left_to_do(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -236,12 +248,15 @@ def test_too_little_text(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         run(settings, tmp_path / "run")
     assert str(error.value) == (
-        f"{path}: 37 training and 5 held-out tokens, both must be more than sequence_length 24; give more text"
+        f"{path}: 37 training and 5 held-out tokens, both must be more than sequence_length 24; "
+        "give more text"
     )
 
 
 def routing(experts: list[list[int]], probability: list[list[float]]) -> Routing:
-    return Routing(torch.tensor(experts), torch.ones(len(experts), len(experts[0])), torch.tensor(probability))
+    return Routing(
+        torch.tensor(experts), torch.ones(len(experts), len(experts[0])), torch.tensor(probability)
+    )
 
 
 def test_balance_of_even_and_of_collapsed_routing() -> None:
@@ -259,6 +274,17 @@ def test_the_balance_loss_pulls_the_gate_towards_idle_experts() -> None:
     loss = balance_loss(Routing(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), probability_TE))
     (gradient_TE,) = torch.autograd.grad(loss, logits_TE)
     assert (gradient_TE[:, 0] > 0).all() and (gradient_TE[:, 1:] < 0).all()
+
+
+def test_the_balance_loss_keeps_all_experts_at_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["training"] |= {"steps": 40, "batch_size": 8, "learning_rate": 0.001}
+    busiest = {}
+    for weight in (0.0, 0.1):
+        settings["training"]["balance_weight"] = weight
+        log = run(settings, tmp_path / str(weight))
+        busiest[weight] = log[-2].figures
+    assert busiest[0.0].balance == 4  # all tokens of a layer go to one expert of the four
+    assert busiest[0.1].balance < 2.5
 
 
 def optimiser(**changes: Any) -> OptimiserConfig:
@@ -313,7 +339,11 @@ def test_the_configuration_of_the_demo_is_read() -> None:
             "unknown key 'training.lr'; remove it (known: steps, batch_size, sequence_length, learning_rate, "
             "warmup_steps, weight_decay, balance_weight, gradient_clip, seed, evaluate_tokens)",
         ),
-        (None, {"texts": []}, "unknown key 'texts'; remove it (known: model, data, training, checkpoint_steps)"),
+        (
+            None,
+            {"texts": []},
+            "unknown key 'texts'; remove it (known: model, data, training, checkpoint_steps)",
+        ),
         ("training", {"steps": 0}, "training.steps = 0: Input should be greater than 0"),
         ("data", {"held_out": 0.9}, "data.held_out = 0.9: Input should be less than 0.5"),
         ("model", {"top_k": 5}, "model: top_k 5 is more than num_experts 4"),

@@ -13,6 +13,7 @@ from exflow.kernels.experts import BACKENDS, Backend, expert_mlp
 
 torch.set_num_threads(1)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @dataclass
@@ -125,6 +126,23 @@ def test_bf16_stays_bf16(backend: Backend) -> None:
     out_TD = case.run(backend)
     assert out_TD.dtype == torch.bfloat16
     torch.testing.assert_close(out_TD.float(), exact_TD, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_agrees_with_the_loop(backend: Backend, dtype: torch.dtype) -> None:
+    for num_tokens in (0, 1, 50):
+        case = Case.random(num_tokens, top_k=2, num_slots=5)
+        exact_TD = case.naive()
+        for name, value in vars(case).items():
+            at_home = value if name in ("slots_TK", "weights_TK") else value.to(dtype)
+            setattr(case, name, at_home.cuda())
+        out_TD = case.run(backend)
+        assert out_TD.dtype == dtype
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
+        torch.testing.assert_close(out_TD.cpu().float(), exact_TD, **close)
 
 
 @each_backend

@@ -1,0 +1,117 @@
+import _thread
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from exflow.errors import InputError
+from exflow.placement import ilp
+from exflow.placement.baselines import contiguous, random
+from exflow.placement.exact import solve_exactly
+from exflow.placement.ilp import build_program, solve_program
+from exflow.placement.problem import PlacementProblem
+
+ProblemFactory = Callable[..., PlacementProblem]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 2), (3, 4, 2), (4, 4, 4), (1, 6, 3), (2, 6, 2), (3, 4, 1), (1, 2, 2)]
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_the_program_finds_and_proves_the_optimum(
+    random_problem: ProblemFactory, shape: tuple[int, int, int], seed: int
+) -> None:
+    problem = random_problem(shape, seed)
+    result = solve_program(problem, random(*shape, seed))
+    assert result.optimal
+    assert problem.is_balanced(result.assignment)
+    optimum = problem.cost(solve_exactly(problem))
+    assert problem.cost(result.assignment) == result.lower_bound == optimum
+
+
+def test_constraints_are_named_for_what_they_say(random_problem: ProblemFactory) -> None:
+    program = build_program(random_problem((2, 4, 2))).program
+    by_name = {constraint.name: constraint for constraint in program.constraints()}
+    kinds = {
+        r"one_gpu_l\d_e\d": 2 * 4,
+        r"slots_l\d_g\d": 2 * 2,
+        r"symmetry_e0_g1": 1,
+    }
+    for pattern, count in kinds.items():
+        assert sum(bool(re.fullmatch(pattern, name)) for name in by_name) == count
+    patterns = [*kinds, r"apart_l\d_e\d_l\d_e\d_g\d", r"partners_l\d_e\d_l\d"]
+    assert all(any(re.fullmatch(pattern, name) for pattern in patterns) for name in by_name)
+    assert "on_l1_e2_g0" in str(by_name["one_gpu_l1_e2"])
+
+
+def test_no_constraint_excludes_a_balanced_assignment(random_problem: ProblemFactory) -> None:
+    problem = random_problem((3, 6, 3))
+    for seed in range(10):
+        start = ilp._named_by_first_layer(random(3, 6, 3, seed))
+        model = build_program(problem)
+        for (layer, expert, part), variable in model.on.items():
+            variable.setInitialValue(int(start[layer, expert] == part))
+        for (one, other), variable in model.apart.items():
+            variable.setInitialValue(int(start[one] != start[other]))
+        assert model.program.valid()
+        assert model.program.objective.value() == problem.cost(start)
+
+
+def test_names_by_first_layer_keep_the_placement() -> None:
+    assignment = np.array([[2, 0, 1], [0, 1, 2]])
+    assert ilp._named_by_first_layer(assignment).tolist() == [[0, 1, 2], [1, 2, 0]]
+
+
+def test_the_solver_starts_from_the_start(random_problem: ProblemFactory) -> None:
+    """Without any time HiGHS knows exactly one solution: the one it was given."""
+    problem = random_problem((8, 8, 4))
+    start = random(8, 8, 4, seed=5)
+    reports: list[tuple[float, float]] = []
+    result = solve_program(
+        problem, start, time_limit=0, report=lambda cost, bound: reports.append((cost, bound))
+    )
+    assert reports[0][0] == pytest.approx(problem.cost(start))
+    assert problem.cost(result.assignment) == problem.cost(start)
+    assert not result.optimal
+    assert result.lower_bound <= problem.cost(solve_exactly(problem))
+
+
+def test_out_of_time_is_not_optimal(random_problem: ProblemFactory) -> None:
+    problem = random_problem((10, 8, 4))
+    start = contiguous(10, 8, 4)
+    result = solve_program(problem, start, time_limit=0.5)
+    optimum = problem.cost(solve_exactly(problem))
+    assert not result.optimal
+    assert 0 <= result.lower_bound <= optimum <= problem.cost(result.assignment) <= problem.cost(start)
+    assert math.isfinite(result.lower_bound)
+
+
+def test_interrupt_ends_the_solve_with_a_solution(random_problem: ProblemFactory) -> None:
+    problem = random_problem((10, 8, 4))
+    start = contiguous(10, 8, 4)
+    interrupted: list[float] = []
+
+    def interrupt(cost: float, bound: float) -> None:
+        if not interrupted:
+            _thread.interrupt_main()
+        interrupted.append(cost)
+
+    result = solve_program(problem, start, time_limit=60, report=interrupt)
+    assert interrupted
+    assert not result.optimal
+    assert problem.cost(result.assignment) <= problem.cost(start)
+
+
+def test_the_solver_is_silent(random_problem: ProblemFactory, capfd: pytest.CaptureFixture[str]) -> None:
+    solve_program(random_problem((2, 4, 2)), contiguous(2, 4, 2))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_programs_too_large_are_refused_with_the_numbers(
+    random_problem: ProblemFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ilp, "MAX_CONSTRAINTS", 10)
+    with pytest.raises(InputError, match=r"\d+ pairs of experts on 2 parts make more than 10 constraints"):
+        build_program(random_problem((2, 4, 2)))
