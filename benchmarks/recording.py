@@ -11,11 +11,12 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def compare(engine: Engine, run: Callable[[], None], repeats: int, folder: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="models/gpt-moe-demo")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
@@ -96,16 +99,21 @@ def main() -> None:
             f"{name:8} {result['seconds_without']:.3f} s without recording, x {result['ratio']:.4f} with it "
             f"(quartiles {low:.4f} to {high:.4f})"
         )
-    hardware = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if arguments.output:
-        setting = {
-            "date": date.today().isoformat(),
-            "hardware": hardware,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "command": f"python benchmarks/recording.py --model {arguments.model} --device {arguments.device} --repeats {arguments.repeats}",
-        }
-        arguments.output.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+        record_of_run = {**setting(arguments.device), "results": results}
+        arguments.output.write_text(json.dumps(record_of_run, indent=1) + "\n")
+
+
+def setting(device: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]),
+    }
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ def rows_of_batch(num_sequences: int, length: int, device: torch.device, first_s
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over [..., heads, positions, width], fewer key than query heads allowed; causal without a mask.
+    """Attention over [..., heads, positions, width], with fewer key than query heads or as many.
 
-    cuDNN's kernel is left out: it builds a plan for every new shape, some 100 ms, and shapes change with every
-    decode step and, where tokens move between ranks, with every layer.
+    Causal without a mask. cuDNN's kernel is left out: it builds a plan for every new shape, some 100 ms, and
+    shapes change with every decode step and, where tokens move between ranks, with every layer.
     """
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
 
 
 class CausalAttention:

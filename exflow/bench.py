@@ -43,9 +43,7 @@ def measure(
         engine.generate(replace(request, max_new_tokens=2))
         recorder = JobRecorder(engine)
         generation = engine.generate(request)
-        figures.append(
-            describe(variant, engine.decoder.config, generation, recorder.trace(), dtype.itemsize)
-        )
+        figures.append(describe(variant, engine.decoder.config, generation, recorder.trace(), dtype.itemsize))
         generations.append(generation)
     return figures, generations
 

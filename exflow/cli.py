@@ -19,7 +19,7 @@ from exflow.launch import (
     LostContact,
     RankDied,
     Stopped,
-    answer_ctrl_c,
+    answer_signals,
     run_ranks,
     torchrun_place,
 )
@@ -38,8 +38,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Decide on which GPU each expert of a Mixture-of-Experts model lives, and decode with one all-to-all "
-    "a layer.",
+    help="Decide on which GPU each expert of a Mixture-of-Experts model lives, and decode with one "
+    "all-to-all a layer.",
 )
 
 Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
@@ -57,8 +57,12 @@ def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(help="Record at most so many, spread evenly over the text.", min=1)] = 32768,
-    length: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's most.", min=1)] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Record at most so many, spread evenly over the text.", min=1)
+    ] = 32768,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence; by default the model's most.", min=1)
+    ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
     device: Device = None,
     as_json: Json = False,
@@ -152,13 +156,17 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Where the experts live; by default contiguous.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)
+    ] = None,
     strategy: Annotated[
         str, typer.Option(help="dispatch-combine, coherent, node-coherent or replicated.")
     ] = "coherent",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest that reach this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest that reach this probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
     ignore_end: Annotated[bool, typer.Option(help="Do not stop at the end-of-text token.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Record the run's routing to this folder.")] = None,
@@ -198,7 +206,8 @@ def train(
 ) -> None:
     """Train a small GPT-MoE from text."""
     from exflow.device import choose_device
-    from exflow.train import load_train_config, train
+    from exflow.train import train
+    from exflow.train_config import load_train_config
 
     settings = load_train_config(config)
     data = settings.data.model_copy(update={"texts": settings.data.texts + (text or [])})
@@ -211,7 +220,9 @@ def train(
 
 @app.command(epilog="Example: exflow demo --text README.md")
 def demo(
-    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint; by default the shipped one.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a checkpoint; by default the shipped one.")
+    ] = None,
     text: Texts = None,
     as_json: Json = False,
     rank_folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -231,7 +242,7 @@ def main() -> None:
     """Entry point of the `exflow` command."""
     # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    answer_ctrl_c()
+    answer_signals()
     place = torchrun_place()
     try:
         app()

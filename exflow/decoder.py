@@ -64,7 +64,8 @@ class Attention(nn.Module):
         parts = self.qkv(self.norm(hidden_TD)).split(self.widths, dim=-1)
         q_THC, k_TJC, v_TJC = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         attended_THC = context.attend(self.layer, q_THC, k_TJC, v_TJC, rows)
-        return hidden_TD + self.out(attended_THC.flatten(1))
+        out_TD: Tensor = self.out(attended_THC.flatten(1))
+        return hidden_TD + out_TD
 
 
 class Router(nn.Module):
@@ -113,7 +114,7 @@ class MoE(nn.Module):
         self.listeners = listeners
 
     def route(self, normed_TD: Tensor, rows: Rows) -> Routing:
-        routing = self.router(normed_TD)
+        routing: Routing = self.router(normed_TD)
         for listener in self.listeners:
             listener(
                 self.index,
@@ -134,7 +135,8 @@ class DenseMLP(nn.Module):
         self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return hidden_TD + self.w_out(F.gelu(self.w_in(self.norm(hidden_TD))))
+        out_TD: Tensor = self.w_out(F.gelu(self.w_in(self.norm(hidden_TD))))
+        return hidden_TD + out_TD
 
 
 class Block(nn.Module):

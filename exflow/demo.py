@@ -1,4 +1,4 @@
-"""`exflow demo`: profile, place and generate with the shipped model, and show what placement and coherence move.
+"""`exflow demo`: profile, place and generate with the shipped model, and show what each variant moves.
 
 The parent process profiles and places; four ranks then run every variant in one job and write its figures.
 """
@@ -21,8 +21,8 @@ from exflow.engine import Request
 from exflow.errors import InputError
 from exflow.files import read_json, write_json
 from exflow.launch import run_ranks
-from exflow.placement.plan import Plan
 from exflow.placement.place import place
+from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profile import profile, windows_of_text
 from exflow.profiling.trace import RoutingTrace
@@ -90,12 +90,13 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
 
 def _summary(variants: list[dict[str, Any]]) -> str:
     messages = {
-        (variant["strategy"], variant["placement"]): variant["messages_per_token_layer"] for variant in variants
+        (variant["strategy"], variant["placement"]): variant["messages_per_token_layer"]
+        for variant in variants
     }
     before, after = messages["dispatch-combine", "contiguous"], messages["coherent", "affinity"]
     return (
-        f"coherent with affinity placement sends {1 - after / before:.0%} fewer messages than dispatch-combine "
-        f"with contiguous placement ({after:.3f} against {before:.3f} a token and layer)"
+        f"coherent with affinity placement sends {1 - after / before:.0%} fewer messages than "
+        f"dispatch-combine with contiguous placement ({after:.3f} against {before:.3f} a token and layer)"
     )
 
 

@@ -28,7 +28,9 @@ class Deployment:
     dtype: torch.dtype = torch.float32
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Engine:
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Engine:
     """The model in checkpoint folder `folder`, whole, in this process. Raises InputError for bad files."""
     return Engine(load_decoder(Path(folder), torch.device(device), dtype), single_process())
 

@@ -14,7 +14,8 @@ from exflow.launch import LostContact, Place, torchrun_place
 
 Result = TypeVar("Result")
 
-_SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
+# gloo's words for it
+_SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from exflow.kv_cache import KVCache
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.record import RoutingListener
 from exflow.profiling.trace import DECODE, PREFILL
-from exflow.sampling import Sampling, choose_tokens
+from exflow.sampling import GREEDY, Sampling, choose_tokens
 from exflow.strategies import Strategy
 
 Item = TypeVar("Item")
@@ -34,7 +34,7 @@ class Request:
 
     prompts: list[list[int]]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     end_token: int | None = None
 
 
@@ -203,8 +203,10 @@ def check_request(request: Request, config: ModelConfig) -> None:
             raise InputError(f"prompt {number} is empty; give at least one token")
         if len(prompt) + request.max_new_tokens > config.max_positions:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens: with {request.max_new_tokens} new ones it exceeds "
-                f"the model's {config.max_positions} positions; shorten it or lower --max-new-tokens"
+                f"prompt {number} has {len(prompt)} tokens: with {request.max_new_tokens} new ones it "
+                f"exceeds the model's {config.max_positions} positions; shorten it or lower --max-new-tokens"
             )
         if max(prompt) >= config.vocab_size:
-            raise InputError(f"prompt {number} has token id {max(prompt)}, the vocabulary {config.vocab_size} entries")
+            raise InputError(
+                f"prompt {number} has token id {max(prompt)}, the vocabulary {config.vocab_size} entries"
+            )

@@ -50,7 +50,7 @@ class Counters:
 
 
 def total(counters: list[Counters]) -> Counters:
-    """The job's figures: messages and bytes summed over ranks, collectives as every rank took part in them."""
+    """The job's figures: messages and bytes summed over ranks, collectives as each took part in them."""
     collectives = ("all_to_alls", "gathers", "all_reduces")
     summed = {name: sum(getattr(each, name) for each in counters) for name in vars(counters[0])}
     return Counters(**(summed | {name: getattr(counters[0], name) for name in collectives}))
@@ -85,7 +85,13 @@ class Exchange:
     counters: Counters = field(default_factory=Counters)
 
     def all_to_all(
-        self, rows_NB: Tensor, dest_N: Tensor, note: Tensor, capacity: int, purpose: Purpose, hidden_bytes: int
+        self,
+        rows_NB: Tensor,
+        dest_N: Tensor,
+        note: Tensor,
+        capacity: int,
+        purpose: Purpose,
+        hidden_bytes: int,
     ) -> Received:
         """Send each row to its rank (never this one); hear every other rank's rows and note.
 

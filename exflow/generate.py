@@ -51,7 +51,9 @@ class GenerateJob:
     def deployment(self, topology: Topology) -> Deployment:
         """What the ranks of `topology` are to run. Raises InputError if they cannot."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
-        return Deployment(self.model, strategy, plan_for(self.model, self.plan, topology), dtype_named(self.dtype))
+        return Deployment(
+            self.model, strategy, plan_for(self.model, self.plan, topology), dtype_named(self.dtype)
+        )
 
     def check(self, num_ranks: int) -> None:
         """Find what is at fault without starting the ranks, of one node. Raises InputError."""
@@ -88,7 +90,9 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
         return run(job, deploy(deployment, cluster), request, cluster)
 
 
-def run(job: GenerateJob, engine: Engine, request: Request, cluster: Cluster | None = None) -> dict[str, Any] | None:
+def run(
+    job: GenerateJob, engine: Engine, request: Request, cluster: Cluster | None = None
+) -> dict[str, Any] | None:
     recorder = JobRecorder(engine) if job.trace else None
     generation = engine.generate(request)
     trace = recorder.trace() if recorder else None

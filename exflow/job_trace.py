@@ -13,10 +13,10 @@ from exflow.profiling.trace import RoutingTrace
 
 @dataclass(frozen=True)
 class Decisions:
-    """What one rank saw: for each decision its MoE layer, sequence, position, phase [n] and experts [n, k]."""
+    """What one rank saw: n routing decisions."""
 
-    place: npt.NDArray[np.int64]  # [n, 4]: layer, sequence, position, phase
-    experts: npt.NDArray[np.int64]
+    place: npt.NDArray[np.int64]  # [n, 4]: MoE layer, sequence, position, phase
+    experts: npt.NDArray[np.int64]  # [n, top_k]
 
 
 class JobRecorder:

@@ -60,9 +60,7 @@ class KVSharing:
             dim=1,
         )
         packed = pack(kv_TW, whole.to(torch.int32))
-        self.pending = self.exchange.start_gather(
-            packed, capacity, self.group, kv_TW[:1].nbytes
-        )
+        self.pending = self.exchange.start_gather(packed, capacity, self.group, kv_TW[:1].nbytes)
 
     def finish(self) -> None:
         """Wait for what is under way and write it to the cache."""
@@ -70,7 +68,8 @@ class KVSharing:
             return
         width = 2 * self.cache.values.shape[-2] * self.cache.values.shape[-1]
         kv_TW, whole = unpack(self.pending.wait(), (self.cache.values.dtype, width), (torch.int32, 3))
-        self.cache.write(*whole.long().T.contiguous(), kv_TW)
+        layer_T, sequence_T, position_T = whole.long().T.contiguous()
+        self.cache.write(layer_T, sequence_T, position_T, kv_TW)
         self.pending = None
 
 

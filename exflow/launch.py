@@ -39,20 +39,21 @@ class LostContact(RuntimeError):
 
 
 class Stopped(BaseException):
-    """A signal ended the work: Ctrl-C, or one that told the process that started the ranks to end.
-
-    No KeyboardInterrupt, which typer answers itself, and differently in different versions.
-    """
+    """A signal told the program to end. No KeyboardInterrupt: typer would answer that one itself."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
         super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
 
 
-def answer_ctrl_c() -> None:
-    """Let Ctrl-C raise Stopped; a rank ends without a word, since the process that started it says one."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
-        signal.signal(signal.SIGINT, _stop if torchrun_place() is None else signal.SIG_DFL)
+def answer_signals() -> None:
+    """Let Ctrl-C and its like raise Stopped, so that whoever writes a file can tidy up.
+
+    A rank ends at once and without a word: the process that started it says one.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop if torchrun_place() is None else signal.SIG_DFL)
 
 
 def _stop(number: int, frame: object) -> NoReturn:
@@ -62,11 +63,10 @@ def _stop(number: int, frame: object) -> NoReturn:
 def run_ranks(arguments: list[str], num_ranks: int) -> None:
     """Run `exflow ARGUMENTS` as `num_ranks` ranks under torchrun's agent; returns when all have ended well.
 
-    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise,
-    and Stopped if a signal told this process to end; exits with code BAD_INPUT if the ranks found the input at
-    fault (the first of them has printed why). No rank outlives the call.
+    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise;
+    exits with code BAD_INPUT if the ranks found the input at fault (the first of them has printed why). However
+    it ends, no rank outlives the call.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -82,12 +82,10 @@ def run_ranks(arguments: list[str], num_ranks: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is answered as everywhere
+        signals_to_handle="SIGQUIT",  # and not those of answer_signals
     )
     try:
         elastic_launch(config, sys.executable)("-m", "exflow.cli", *arguments)
-    except SignalException as error:
-        raise Stopped(error.sigval) from None
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if BAD_INPUT in codes.values():

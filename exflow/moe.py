@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from exflow.decoder import MoE, Rows, Routing
+from exflow.decoder import MoE, Routing, Rows
 from exflow.exchange import Exchange, pack, unpack
 from exflow.placement.plan import Plan
 
@@ -178,9 +178,7 @@ class ExpertParallel:
         self.history.append(received.notes.sum(dim=0).tolist())
         return mine.and_received(received.rows_MB)
 
-    def settle(
-        self, here: Tokens, partial_TD: Tensor, slots_TK: Tensor, phase: int
-    ) -> tuple[Tensor, Rows]:
+    def settle(self, here: Tokens, partial_TD: Tensor, slots_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
         """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
         keep_T = here.owner_T == self.rank
         key_T = here.sequence_T << 32 | here.position_T

@@ -32,6 +32,9 @@ class Sampling:
             raise InputError(f"--seed {self.seed}: is out of range; give 0 to {(1 << 63) - 1}")
 
 
+GREEDY = Sampling()
+
+
 def choose_tokens(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, position_T: Tensor) -> Tensor:
     """The next token of each row [T] int64."""
     if sampling.temperature == 0:

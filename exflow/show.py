@@ -73,7 +73,9 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
     imbalance = result["imbalance"]
     print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
-    print(f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}")
+    print(
+        f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}"
+    )
     reduced = result["strategies"]["replicated"]["all_reduce_copies"]
     print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
 

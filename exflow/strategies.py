@@ -23,7 +23,9 @@ NAMES: tuple[Name, ...] = ("dispatch-combine", "coherent", "node-coherent", "rep
 class Strategy(Protocol):
     """One request's life: `prefill` once, then for every decode step `step` and `share`."""
 
-    exchange: Exchange | None
+    @property
+    def exchange(self) -> Exchange | None:
+        """The job's collectives; None in a single process."""
 
     def admits(self, sequence_N: Tensor) -> Tensor:
         """Which of the sequences start on this rank [N] bool."""
@@ -78,7 +80,12 @@ class OwnedTokens:
     """Each token is run by its owner. A sequence's home is its id modulo the ranks; prompts run at home."""
 
     def __init__(
-        self, exchange: Exchange, tables: PlanTables, group_size: int, moe_layer_ids: tuple[int, ...], layers: int
+        self,
+        exchange: Exchange,
+        tables: PlanTables,
+        group_size: int,
+        moe_layer_ids: tuple[int, ...],
+        layers: int,
     ) -> None:
         self.exchange = exchange
         self.rank, self.num_ranks = exchange.cluster.rank, exchange.cluster.num_ranks

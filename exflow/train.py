@@ -26,7 +26,6 @@ from exflow.errors import InputError
 from exflow.moe import AllExpertsHere
 from exflow.optimiser import MasterAdamW
 from exflow.train_config import OptimiserConfig, TrainConfig
-from exflow.train_config import load_train_config as load_train_config
 from exflow.train_run import Run
 
 

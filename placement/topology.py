@@ -40,5 +40,7 @@ class Topology:
 def topology_of(gpus: int, nodes: int) -> Topology:
     """`gpus` GPUs in all on `nodes` equal nodes. Raises InputError if they cannot be equal."""
     if gpus % nodes:
-        raise InputError(f"--gpus {gpus}: cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}")
+        raise InputError(
+            f"--gpus {gpus}: cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}"
+        )
     return Topology(num_nodes=nodes, gpus_per_node=gpus // nodes)
