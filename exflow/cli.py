@@ -13,6 +13,7 @@ import typer
 
 from exflow.console import TrainingLog, progress_bar, say, status
 from exflow.errors import InputError
+from exflow.files import check_writable
 from exflow.launch import (
     BAD_INPUT,
     LOST_CONTACT,
@@ -120,6 +121,7 @@ def place(
     from exflow.placement.topology import topology_of
     from exflow.profiling.trace import RoutingTrace
 
+    check_writable(output)
     with status("placing") as line:
         plan = place(
             RoutingTrace.load(trace),

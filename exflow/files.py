@@ -60,6 +60,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError if nothing can be made at `path`; asked before long work, changes nothing."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written ({folder} is no folder to write to); choose another")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -15,6 +15,7 @@ from exflow.device import choose_device
 from exflow.distributed import Cluster, alike_on_all_ranks, join_cluster
 from exflow.engine import Engine, Generation, Request, check_request
 from exflow.errors import InputError
+from exflow.files import check_writable
 from exflow.job_trace import JobRecorder
 from exflow.launch import torchrun_place
 from exflow.placement.topology import Topology
@@ -60,6 +61,8 @@ class GenerateJob:
         self.deployment(Topology(gpus_per_node=num_ranks))
         self.request()
         choose_device(self.device)
+        if self.trace is not None:
+            check_writable(self.trace)
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -64,8 +64,8 @@ def run_ranks(arguments: list[str], num_ranks: int) -> None:
     """Run `exflow ARGUMENTS` as `num_ranks` ranks under torchrun's agent; returns when all have ended well.
 
     Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise;
-    exits with code BAD_INPUT if the ranks found the input at fault (the first of them has printed why). However
-    it ends, no rank outlives the call.
+    exits with code BAD_INPUT if the ranks found the input at fault (the first of them has printed why). No
+    rank outlives the call, however it ends.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

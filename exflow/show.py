@@ -3,7 +3,6 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +61,7 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     for name in _EVALUATION_COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
@@ -109,7 +108,7 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("strategy", no_wrap=True)
     table.add_column("placement", no_wrap=True)
     for name in _DEMO_COLUMNS:
@@ -148,6 +147,7 @@ a2a gat red  all-to-alls, gathers and all-reduces in a decode step"""
 
 
 def _readable(value: Any) -> str:
+    """Four significant digits; large numbers whole."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3f}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return str(value)

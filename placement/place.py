@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 
+from exflow.errors import InputError
 from exflow.placement.affinity import count_affinity
 from exflow.placement.baselines import contiguous, random
 from exflow.placement.evaluate import evaluate
 from exflow.placement.plan import Plan
 from exflow.placement.problem import problem_from_counts
-from exflow.placement.solve import Progress, Solution, solve
+from exflow.placement.solve import METHODS, Progress, Solution, solve
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
@@ -35,6 +36,9 @@ def place(
         case "random":
             plan = Plan.from_ranks(random(*shape, seed), topology, trace, method=method)
         case _:
+            if method not in METHODS:
+                known = ", ".join((*METHODS, "contiguous", "random"))
+                raise InputError(f"--method {method}: no such method; give one of {known}")
             problem = problem_from_counts(count_affinity(trace), topology.num_ranks)
             solution = solve(
                 problem, topology, method=method, seed=seed, time_limit=time_limit, progress=progress

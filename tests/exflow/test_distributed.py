@@ -1,0 +1,431 @@
+"""Jobs of 2 and 4 ranks against one process: the same tokens, logits and routing, and the traffic foretold.
+
+One job a number of ranks runs all its cases (rank_job.py); the tests look at what the ranks wrote.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from exflow.checkpoint import load_decoder, save_checkpoint
+from exflow.config import ModelConfig
+from exflow.decoder import Decoder, MoE, Rows
+from exflow.deploy import Deployment, contiguous_plan, deploy, load_model
+from exflow.distributed import join_cluster
+from exflow.engine import Generation, Request
+from exflow.errors import InputError
+from exflow.job_trace import JobRecorder
+from exflow.launch import LostContact
+from exflow.placement.evaluate import exchanges_per_step
+from exflow.placement.place import place
+from exflow.placement.plan import Plan
+from exflow.placement.topology import Topology
+from exflow.placement.traffic import count_traffic
+from exflow.profile import profile
+from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
+from exflow.sampling import Sampling
+from exflow.strategies import Name
+
+pytestmark = pytest.mark.distributed
+
+MODELS: dict[str, dict[str, int]] = {
+    "top1": {},
+    "top2": {"top_k": 2},
+    "top1-dense": {"moe_every": 2, "num_hidden_layers": 5},  # the last layer is dense
+    "top2-dense": {"top_k": 2, "moe_every": 2},
+}
+PROMPTS = [[65, 66, 67], [72, 69, 76, 76, 79, 32, 87, 79, 82, 76, 68], [42], [1, 2, 3, 4, 5, 6], [200] * 7]
+NEW = 8
+Made = TypeVar("Made")
+MIXED = Request(PROMPTS, max_new_tokens=NEW)
+SAMPLED = Request(PROMPTS, NEW, Sampling(temperature=0.8, top_p=0.9, seed=3))
+LONE = Request(PROMPTS[1:2], max_new_tokens=NEW)
+TRIPLE = Request([PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0]], max_new_tokens=NEW)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a job: ranks in nodes of 2, so that 4 ranks are two nodes."""
+
+    ranks: int
+    model: str
+    strategy: str
+    placement: str
+    request: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.ranks}-{self.model}-{self.strategy}-{self.placement}-{self.request}"
+
+    @property
+    def group_size(self) -> int:
+        return {"dispatch-combine": 1, "coherent": self.ranks, "node-coherent": 2, "replicated": 1}[
+            self.strategy
+        ]
+
+
+def cases() -> list[Case]:
+    two = ("dispatch-combine", "coherent", "replicated")
+    four = (*two, "node-coherent")
+    each = [
+        *product([2], ["top1"], two, ["affinity"], ["mixed", "some-end"]),
+        *product([2], ["top2-dense"], two, ["random"], ["mixed"]),
+        *product([4], ["top1", "top2"], four, ["contiguous", "random", "affinity"], ["mixed"]),
+        *product([4], ["top1-dense", "top2-dense"], four, ["affinity"], ["mixed"]),
+        *product([4], ["top1"], four, ["affinity"], ["some-end", "all-end", "lone", "sampled"]),
+        *product([4], ["top2"], ["coherent", "node-coherent"], ["affinity"], ["some-end", "sampled"]),
+        *product([4], ["top1"], ["coherent", "replicated"], ["affinity"], ["end-at-once", "second"]),
+    ]
+    return [Case(*values) for values in each]
+
+
+CASES = cases()
+PLAIN = Case(4, "top1", "coherent", "random", "mixed")
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@dataclass
+class Reference:
+    """What one process does."""
+
+    generation: Generation
+    trace: RoutingTrace
+    logits: dict[tuple[int, int], Tensor]
+
+
+@dataclass
+class Bench:
+    """The files of the tests, and what one process makes of them."""
+
+    folder: Path
+    checkpoint: Callable[..., Path]
+    config: Callable[..., ModelConfig]
+    decoder: Callable[..., Decoder]
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        if key not in self.made:
+            self.made[key] = make()
+        made: Made = self.made[key]
+        return made
+
+    def model(self, name: str) -> Path:
+        return self.once(("model", name), lambda: self.checkpoint(self.config(**MODELS[name])))
+
+    def plan(self, case: Case) -> Path:
+        path = self.folder / f"{case.model}-{case.ranks}-{case.placement}.json"
+        self.once(path, lambda: self._place(case).save(path))
+        return path
+
+    def _place(self, case: Case) -> Plan:
+        topology = Topology(num_nodes=case.ranks // 2, gpus_per_node=2)
+        config = self.config(**MODELS[case.model])
+        if case.placement == "contiguous":  # as where no plan is given: nothing is known of next owners
+            return contiguous_plan(config, topology)
+        trace = self.once(("profiled", case.model), lambda: profiled(self.decoder(config)))
+        return place(trace, topology, method="random" if case.placement == "random" else "auto")
+
+    def requests(self, model: str, name: str) -> list[Request]:
+        """The last one is looked at; those before it have run on the same engine."""
+        match name:
+            case "mixed":
+                return [MIXED]
+            case "sampled":
+                return [SAMPLED]
+            case "lone":
+                return [LONE]
+            case "second":
+                return [Request(PROMPTS[:3], max_new_tokens=2), MIXED]
+            case "some-end":  # the sequences 0, 2 and 4: of 4 ranks the homes 0 and 2 become empty
+                return [replace(TRIPLE, end_token=self.run(model, [TRIPLE]).generation.tokens[0][-1])]
+            case "all-end":
+                return [replace(LONE, end_token=self.run(model, [LONE]).generation.tokens[0][2])]
+            case "end-at-once":
+                return [replace(LONE, end_token=self.run(model, [LONE]).generation.tokens[0][0])]
+        raise AssertionError(name)
+
+    def reference(self, case: Case) -> Reference:
+        return self.run(case.model, self.requests(case.model, case.request))
+
+    def run(self, model: str, requests: list[Request]) -> Reference:
+        return self.once((model, str(requests)), lambda: run_alone(self.model(model), requests))
+
+
+def run_alone(model: Path, requests: list[Request]) -> Reference:
+    engine = load_model(model)
+    for request in requests[:-1]:
+        engine.generate(request)
+    recorder = JobRecorder(engine)
+    logits: dict[tuple[int, int], Tensor] = {}
+
+    def observe(rows: Rows, logits_TV: Tensor) -> None:
+        logits.update(zip(zip(rows.sequence_T.tolist(), rows.position_T.tolist()), logits_TV))  # noqa: B905
+
+    generation = engine.generate(requests[-1], observe)
+    return Reference(generation, recorder.trace(), logits)
+
+
+def profiled(decoder: Decoder) -> RoutingTrace:
+    windows_NS = torch.randint(257, (32, 64), generator=torch.Generator().manual_seed(5))
+    return profile(decoder, windows_NS, path=None)
+
+
+@dataclass
+class Job:
+    """What the ranks of a job wrote."""
+
+    folder: Path
+    seen: list[dict[str, Any]]
+    arrays: list[Any]
+
+    def of(self, case: Case) -> list[dict[str, Any]]:
+        """What each rank saw of the case."""
+        return [seen[case.name] for seen in self.seen]
+
+    def trace(self, case: Case) -> RoutingTrace:
+        return RoutingTrace.load(self.folder / f"{case.name}.trace")
+
+    def logits(self, case: Case) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+        return [(each[f"{case.name}/places"], each[f"{case.name}/logits"]) for each in self.arrays]
+
+
+def start(num_ranks: int, folder: Path, cases: list[dict[str, Any]]) -> Job:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    worker = str(Path(__file__).with_name("rank_job.py"))
+    done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = range(num_ranks)
+    seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in ranks]
+    return Job(folder, seen, [np.load(folder / f"rank-{rank}.npz") for rank in ranks])
+
+
+@pytest.fixture(scope="module")
+def bench(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+) -> Bench:
+    return Bench(tmp_path_factory.mktemp("plans"), tiny_checkpoint, tiny_config, tiny_decoder)
+
+
+def stored(case: Case, bench: Bench) -> dict[str, Any]:
+    return {
+        "name": case.name,
+        "models": [str(bench.model(case.model))],
+        "plan": str(bench.plan(case)),
+        "strategy": case.strategy,
+        "ranks_per_node": 2,
+        "requests": [asdict(each) for each in bench.requests(case.model, case.request)],
+    }
+
+
+@pytest.fixture(scope="module")
+def job_of_2(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    cases = [stored(case, bench) for case in CASES if case.ranks == 2]
+    return start(2, tmp_path_factory.mktemp("job"), cases)
+
+
+@pytest.fixture(scope="module")
+def job_of_4(bench: Bench, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("job")
+    whole, rank_of_expert = bench.model(PLAIN.model), Plan.load(bench.plan(PLAIN)).rank_of_expert
+    one = np.zeros_like(rank_of_expert, dtype=bool)
+    one[2, 5] = True
+    damage_experts(whole, folder / "one", one, byte_tokenizer)
+    for rank in range(4):
+        damage_experts(whole, folder / f"all-but-{rank}", rank_of_expert != rank, byte_tokenizer)
+    cases = [stored(case, bench) for case in CASES if case.ranks == 4]
+    cases.append(stored(PLAIN, bench) | {"name": "one-damaged", "models": [str(folder / "one")]})
+    own = [str(folder / f"all-but-{rank}") for rank in range(4)]
+    cases.append(stored(PLAIN, bench) | {"name": "others-damaged", "models": own})
+    return start(4, folder, cases)
+
+
+def damage_experts(model: Path, copy: Path, chosen: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
+    """A copy of a checkpoint in which the experts chosen [L, E] are NaN."""
+    decoder = load_decoder(model, torch.device("cpu"), torch.float32)
+    for module in decoder.modules():
+        if isinstance(module, MoE):
+            module.experts.w_in[torch.from_numpy(chosen[module.index])] = torch.nan
+    save_checkpoint(copy, decoder.config, decoder.state_dict(), tokenizer, torch.float32)
+
+
+@pytest.fixture
+def job(case: Case, request: pytest.FixtureRequest) -> Any:
+    """The job that has run the case."""
+    return request.getfixturevalue(f"job_of_{case.ranks}")
+
+
+def test_the_cases_are_what_they_claim_to_be(bench: Bench) -> None:
+    def lengths(model: str, name: str) -> list[int]:
+        return [len(tokens) for tokens in bench.run(model, bench.requests(model, name)).generation.tokens]
+
+    for model in ("top1", "top2"):
+        ended = lengths(model, "some-end")
+        assert ended[0] == ended[2] == ended[4] < NEW and ended[1] == ended[3] == NEW
+        assert lengths(model, "all-end") == [3]
+        assert lengths(model, "end-at-once") == [1]
+        greedy, sampled = (bench.run(model, [each]).generation.tokens for each in (MIXED, SAMPLED))
+        assert all(one != other for one, other in zip(greedy, sampled, strict=True))
+
+
+@every_case
+def test_a_job_generates_what_one_process_does(case: Case, bench: Bench, job: Job) -> None:
+    reference = bench.reference(case)
+    for rank, seen in enumerate(job.of(case)):
+        assert seen["generation"]["tokens"] == reference.generation.tokens, rank
+        assert seen["generation"]["steps"] == reference.generation.steps, rank
+
+    chosen_on: dict[tuple[int, int], list[int]] = {}
+    for rank, (places, logits) in enumerate(job.logits(case)):
+        for (sequence, position), row in zip(places.tolist(), logits, strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(row), reference.logits[sequence, position], atol=1e-4, rtol=0
+            )
+            chosen_on.setdefault((sequence, position), []).append(rank)
+    assert chosen_on.keys() == reference.logits.keys()
+    choosers = case.ranks if case.strategy == "replicated" else 1
+    assert {len(ranks) for ranks in chosen_on.values()} == {choosers}
+
+
+@every_case
+def test_the_merged_trace_is_that_of_one_process(case: Case, bench: Bench, job: Job) -> None:
+    assert job.trace(case).digest() == bench.reference(case).trace.digest()
+
+
+@every_case
+def test_the_collectives_of_a_step(case: Case, bench: Bench, job: Job) -> None:
+    """As torch saw them: a coherent top-1 step is one all-to-all a MoE layer and one gather."""
+    config = bench.config(**MODELS[case.model])
+    layers = len(config.moe_layer_ids)
+    exchanges = exchanges_per_step(layers, config.top_k, case.group_size, case.ranks)
+    step = ["all_reduce"] * layers if case.strategy == "replicated" else ["all_to_all"] * exchanges
+    gather = ["gather"] if case.group_size > 1 else []
+    at_home = step if case.strategy == "replicated" else ["all_to_all"] * 2 * layers
+    for seen in job.of(case):
+        prefill, *steps, rest = seen["collectives"]
+        assert sorted(prefill) == sorted(at_home + gather * config.num_hidden_layers)
+        assert steps == [step + gather] * seen["generation"]["steps"]
+        assert rest == (step if case.request in ("all-end", "end-at-once") else [])
+        for phase, collectives in (("prefill", prefill), ("decode", [*chain(*steps), *rest])):
+            counted = seen["generation"][phase]
+            assert counted["all_to_alls"] == collectives.count("all_to_all")
+            assert counted["gathers"] == collectives.count("gather")
+            assert counted["all_reduces"] == collectives.count("all_reduce")
+
+
+@every_case
+def test_the_counters_are_what_the_routing_foretells(case: Case, bench: Bench, job: Job) -> None:
+    plan, trace, config = (
+        Plan.load(bench.plan(case)),
+        bench.reference(case).trace,
+        bench.config(**MODELS[case.model]),
+    )
+    (counted,) = {json.dumps(without_times(seen["generation"])) for seen in job.of(case)}
+    for phase, name, messages_group in ((PREFILL, "prefill", 1), (DECODE, "decode", case.group_size)):
+        counters, rows = json.loads(counted)[name], trace.select(trace.phase == phase)
+        messages, copies = (
+            count_traffic(rows, plan, messages_group),
+            count_traffic(rows, plan, case.group_size),
+        )
+        foretold = {
+            "dispatch_intra": messages.dispatch_intra,
+            "dispatch_inter": messages.dispatch_inter,
+            "return_intra": messages.return_intra,
+            "return_inter": messages.return_inter,
+            "kv_intra": copies.kv_intra,
+            "kv_inter": copies.kv_inter,
+            "hidden_bytes": messages.messages * config.hidden_size * 4,
+            "kv_bytes": (copies.kv_intra + copies.kv_inter) * config.kv_width * 4,
+        }
+        if case.strategy == "replicated":
+            foretold = dict.fromkeys(foretold, 0)
+        assert {key: counters[key] for key in foretold} == foretold, name
+        assert counters["wire_bytes"] >= counters["hidden_bytes"] + counters["kv_bytes"]
+
+
+def without_times(generation: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in generation.items() if not key.endswith("_s")}
+
+
+@every_case
+def test_the_rows_in_the_buffers_are_the_messages(case: Case, job: Job) -> None:
+    """Nothing but messages is sent, nothing to oneself, and a second exchange carries only the returns."""
+    seen = job.of(case)
+    sent = np.array([each["rows_sent"] for each in seen], np.int64).reshape(case.ranks, -1, case.ranks)
+    in_prefill = seen[0]["generation"]["prefill"]["all_to_alls"]
+    same_node = np.arange(case.ranks)[:, None] // 2 == np.arange(case.ranks) // 2
+    assert not sent[np.arange(case.ranks), :, np.arange(case.ranks)].any()
+    for phase, rows in (("prefill", sent[:, :in_prefill]), ("decode", sent[:, in_prefill:])):
+        counters = seen[0]["generation"][phase]
+        has_return = phase == "prefill" or not (case.model.startswith("top1") and case.strategy == "coherent")
+        dispatched = rows[:, ::2] if has_return else rows
+        returned = rows[:, 1::2] if has_return else rows[:, :0]
+        for purpose, part in (("dispatch", dispatched), ("return", returned)):
+            between = part.sum(axis=1)
+            assert counters[f"{purpose}_intra"] == between[same_node].sum(), (phase, purpose)
+            assert counters[f"{purpose}_inter"] == between[~same_node].sum(), (phase, purpose)
+
+
+def test_a_rank_reads_and_holds_its_own_experts_alone(bench: Bench, job_of_4: Job) -> None:
+    """In the checkpoint that each rank reads, all experts of the other ranks are NaN."""
+    for seen in job_of_4.seen:
+        assert seen["others-damaged"]["generation"]["tokens"] == bench.reference(PLAIN).generation.tokens
+        assert seen["others-damaged"]["experts_held"] == [2, 2, 2, 2]
+
+
+def test_what_one_rank_finds_wrong_ends_all_of_them_alike(job_of_4: Job) -> None:
+    (fault,) = {seen["one-damaged"]["fault"] for seen in job_of_4.seen}
+    assert fault.startswith(f"{job_of_4.folder / 'one'}: the weights 'blocks.2.mlp.experts.w_in' hold NaN")
+
+
+@pytest.fixture
+def lone_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process as torchrun would start it for a job of one rank."""
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    for name, value in (place | {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test"}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("model", ["top1", "top2"])
+@pytest.mark.parametrize("strategy", ["dispatch-combine", "coherent", "replicated"])
+def test_a_job_of_one_rank(bench: Bench, lone_rank: None, model: str, strategy: Name) -> None:
+    plan = contiguous_plan(bench.config(**MODELS[model]), Topology(gpus_per_node=1))
+    with join_cluster("cpu") as cluster:
+        generation = deploy(Deployment(bench.model(model), strategy, plan), cluster).generate(MIXED)
+    assert generation.tokens == bench.run(model, [MIXED]).generation.tokens
+    assert generation.decode.messages == generation.decode.kv_bytes == generation.decode.wire_bytes == 0
+
+
+def test_a_lost_rank_is_told_from_other_errors(lone_rank: None) -> None:
+    for sign in ("[pair.cc:547] Connection closed by peer [127.0.0.1]:26037", "writev: Broken pipe"):
+        with pytest.raises(LostContact, match=re.escape(sign)), join_cluster("cpu"):
+            raise RuntimeError(sign)
+    with pytest.raises(RuntimeError, match="shapes") as caught, join_cluster("cpu"):
+        raise RuntimeError("shapes cannot be multiplied")
+    assert not isinstance(caught.value, LostContact)
+
+
+def test_nodes_of_different_sizes_are_bad_input(lone_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with (
+        pytest.raises(InputError, match="3 of 5 ranks are on this node; start the same number on every node"),
+        join_cluster("cpu"),
+    ):
+        pass
