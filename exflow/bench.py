@@ -11,7 +11,6 @@ from exflow.deploy import Deployment, deploy
 from exflow.distributed import Cluster
 from exflow.engine import Generation, Request
 from exflow.job_trace import JobRecorder
-from exflow.placement.evaluate import evaluate
 from exflow.placement.plan import Plan
 from exflow.profiling.trace import DECODE, RoutingTrace
 from exflow.strategies import Name
@@ -33,7 +32,7 @@ class CountersDisagree(RuntimeError):
 def measure(
     model: Path, variants: list[Variant], request: Request, cluster: Cluster, dtype: torch.dtype
 ) -> tuple[list[dict[str, Any]], list[Generation]]:
-    """Run `request` under each variant, after a warm-up of two tokens; its figures and its result.
+    """Run `request` under each variant, after a warm-up of two tokens: the figures (on rank 0) and results.
 
     Raises CountersDisagree if a run moved anything but what its own routing predicts.
     """
@@ -42,8 +41,9 @@ def measure(
         engine = deploy(Deployment(model, variant.strategy, variant.plan, dtype), cluster)
         engine.generate(replace(request, max_new_tokens=2))
         recorder = JobRecorder(engine)
-        generation = engine.generate(request)
-        figures.append(describe(variant, engine.decoder.config, generation, recorder.trace(), dtype.itemsize))
+        generation, trace = engine.generate(request), recorder.trace()
+        if cluster.rank == 0:
+            figures.append(describe(variant, engine.decoder.config, generation, trace, dtype.itemsize))
         generations.append(generation)
     return figures, generations
 
@@ -52,6 +52,8 @@ def describe(
     variant: Variant, config: ModelConfig, generation: Generation, trace: RoutingTrace, itemsize: int
 ) -> dict[str, Any]:
     """The figures of one run's decode steps; traffic as the ranks counted it, per token and MoE layer."""
+    from exflow.placement.evaluate import evaluate  # compiled: of no use to the other ranks
+
     counted, steps = generation.decode, generation.steps
     decoded = trace.select(trace.phase == DECODE)
     predicted = evaluate(variant.plan, decoded)

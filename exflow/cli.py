@@ -230,11 +230,13 @@ def demo(
     rank_folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Profile, place and generate with the shipped model on 4 CPU ranks, and compare what is moved."""
-    from exflow.demo import demo, run_demo_rank, shipped_model
-
     if rank_folder is not None and model is not None:
+        from exflow.demo_rank import run_demo_rank
+
         run_demo_rank(model, rank_folder)
         return
+    from exflow.demo import demo, shipped_model
+
     with status("starting") as line:
         result = demo(model or shipped_model(), text or [], line.update)
     print_demo(result, as_json)

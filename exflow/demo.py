@@ -1,6 +1,6 @@
 """`exflow demo`: profile, place and generate with the shipped model, and show what each variant moves.
 
-The parent process profiles and places; four ranks then run every variant in one job and write its figures.
+This process profiles and places; four ranks then run every variant in one job (demo_rank.py).
 """
 
 import shutil
@@ -12,38 +12,21 @@ from typing import Any
 
 import torch
 
-from exflow.bench import Variant, measure
 from exflow.checkpoint import load_decoder, load_tokenizer
 from exflow.corpus import find_texts, read_text
+from exflow.demo_rank import PROMPTS, demo_request
 from exflow.deploy import load_model
-from exflow.distributed import join_cluster
-from exflow.engine import Request
 from exflow.errors import InputError
-from exflow.files import read_json, write_json
+from exflow.files import read_json
 from exflow.launch import run_ranks
 from exflow.placement.place import place
-from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profile import profile, windows_of_text
 from exflow.profiling.trace import RoutingTrace
-from exflow.sampling import Sampling
-from exflow.strategies import Name
 
 SHIPPED = Path("models/gpt-moe-demo")
 RANKS = 4
 PROFILED_TOKENS = 16384
-NEW_TOKENS = 32
-STRATEGIES: tuple[Name, ...] = ("dispatch-combine", "coherent", "replicated")
-PROMPTS = (
-    "The captain looked at the sea and",
-    "My fellow citizens, this year our country",
-    'def read(self, path):\n    """Return',
-    "A list is a sequence of",
-    "Ownership is a set of rules that",
-    "Tom has 12 apples and gives",
-    "Prince Andrew entered the room",
-    "ROMEO:\nWhat",
-)
 
 
 def shipped_model() -> Path:
@@ -110,23 +93,3 @@ def _profile(model: Path, texts: list[str]) -> RoutingTrace:
     files = [read_text(file) for file in find_texts(texts)] if texts else list(topics.values())
     windows = windows_of_text(load_tokenizer(model), files, length=256, max_tokens=PROFILED_TOKENS)
     return profile(load_decoder(model, torch.device("cpu"), torch.float32), windows, path=None)
-
-
-def run_demo_rank(model: Path, folder: Path) -> None:
-    """The part of one rank: run all variants; rank 0 writes `result.json` into `folder`."""
-    with join_cluster("cpu") as cluster:
-        variants = [
-            Variant(strategy, placement, Plan.load(folder / f"{placement}.json"))
-            for strategy in STRATEGIES
-            for placement in ("contiguous", "affinity")
-        ]
-        figures, generations = measure(model, variants, demo_request(model), cluster, torch.float32)
-        if cluster.rank == 0:
-            tokens = [generation.tokens for generation in generations]
-            write_json(folder / "result.json", {"variants": figures, "tokens": tokens})
-
-
-def demo_request(model: Path) -> Request:
-    tokenizer = load_tokenizer(model)
-    prompts = [encoding.ids for encoding in tokenizer.encode_batch(list(PROMPTS))]
-    return Request(prompts, NEW_TOKENS, Sampling(temperature=0.7, top_p=0.9))

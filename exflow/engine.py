@@ -206,7 +206,7 @@ def check_request(request: Request, config: ModelConfig) -> None:
                 f"prompt {number} has {len(prompt)} tokens: with {request.max_new_tokens} new ones it "
                 f"exceeds the model's {config.max_positions} positions; shorten it or lower --max-new-tokens"
             )
-        if max(prompt) >= config.vocab_size:
+        if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise InputError(
-                f"prompt {number} has token id {max(prompt)}, the vocabulary {config.vocab_size} entries"
+                f"prompt {number} has token id {unknown[0]}, the vocabulary {config.vocab_size} entries"
             )

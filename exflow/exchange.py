@@ -161,7 +161,7 @@ def unpack(rows_NB: Tensor, *like: tuple[torch.dtype, int]) -> list[Tensor]:
     columns, start = [], 0
     for dtype, width in like:
         size = dtype.itemsize * width
-        columns.append(rows_NB[:, start : start + size].contiguous().view(dtype))
+        columns.append(_copied(rows_NB[:, start : start + size]).view(dtype))
         start += size
     return columns
 
@@ -180,7 +180,12 @@ def _chunks(rows_NB: Tensor, dest_N: Tensor, header: Tensor, capacity: int) -> T
 
 
 def _headers(chunks: Tensor, fields: int) -> Tensor:
-    return chunks[:, : 4 * fields].contiguous().view(torch.int32)
+    return _copied(chunks[:, : 4 * fields]).view(torch.int32)
+
+
+def _copied(part: Tensor) -> Tensor:
+    """A dense copy; `contiguous` leaves a single row where it lies, perhaps unaligned for a wider type."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _filled_rows(chunks: Tensor, fields: int, row_bytes: int) -> Tensor:
