@@ -30,6 +30,7 @@ from exflow.show import (
     print_evaluation,
     print_figures,
     print_generation,
+    print_trade_off,
     trace_figures,
 )
 
@@ -107,28 +108,62 @@ def import_trace(
 def place(
     trace: Trace,
     gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File of the plan; may be left out with --pareto.")
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
     method: Annotated[
         str, typer.Option(help="auto, exact, search, sweep, ilp, contiguous or random.")
     ] = "auto",
     time_limit: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    max_imbalance: Annotated[
+        float | None,
+        typer.Option(help="In every layer, the busiest GPU's load over the mean load at most; from 1 up."),
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Show what balance costs: messages for several caps.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decide on which GPU each expert lives."""
+    from exflow.placement.pareto import trade_off
     from exflow.placement.place import place
     from exflow.placement.topology import topology_of
     from exflow.profiling.trace import RoutingTrace
 
-    check_writable(output)
+    if output is not None:
+        check_writable(output)
+    elif not pareto:
+        raise InputError("--output is missing: name the file of the plan")
+    routing, topology = RoutingTrace.load(trace), topology_of(gpus, nodes)
+    if pareto:
+        with status("placing") as line:
+            points = trade_off(
+                routing,
+                topology,
+                max_imbalance,
+                method=method,
+                seed=seed,
+                time_limit=time_limit,
+                progress=lambda cap: line.update(f"placing: max imbalance {cap or 'free'}"),
+            )
+        print_trade_off([point.figures() for point in points], as_json)
+        wanted = next(point for point in points if point.max_imbalance == max_imbalance)
+        if output is not None:
+            if wanted.plan is None:
+                raise InputError(f"{output} is not written: {wanted.reason}")
+            wanted.plan.save(output)
+        return
+    assert output is not None
     with status("placing") as line:
         plan = place(
-            RoutingTrace.load(trace),
-            topology_of(gpus, nodes),
+            routing,
+            topology,
             method=method,
             seed=seed,
             time_limit=time_limit,
+            max_imbalance=max_imbalance,
             progress=lambda objective, bound, seconds: line.update(
                 f"placing: objective {objective:.4f}, bound {bound:.4f}, {seconds:.0f} s"
             ),

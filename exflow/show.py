@@ -56,6 +56,24 @@ def plan_figures(plan: "Plan") -> dict[str, Any]:
     }
 
 
+def print_trade_off(points: list[dict[str, Any]], as_json: bool) -> None:
+    """A line a cap; where it cannot be kept, why."""
+    if as_json:
+        print_json({"pareto": points})
+        return
+    print(f"{'cap':>6} {'coherent messages':>18} {'imbalance':>10} {'worst layer':>12}")
+    for point in points:
+        cap = point["max_imbalance"]
+        name = "free" if cap is None else f"{cap:g}"
+        if point["reason"]:
+            print(f"{name:>6} {point['reason']}")
+            continue
+        messages, mean, most = (
+            point[key] for key in ("messages_per_token_layer", "imbalance_mean", "imbalance_max")
+        )
+        print(f"{name:>6} {messages:>18.3f} {mean:>10.3f} {most:>12.3f}")
+
+
 def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     """A line a strategy, then locality and balance."""
     if as_json:

@@ -3,6 +3,7 @@
 Layers and layer pairs are taken apart, and of "the same part" only a degree is kept: an expert shares its
 part with at most E/G experts of the next layer and E/G - 1 of its own. What is left is a b-matching per layer
 (pair), bounded from above by Lagrangian duality: any multipliers give a valid bound, good ones a tight one.
+A cap on the load is ignored: the bound stays valid, for feasible assignments are balanced ones.
 """
 
 import numpy as np

@@ -16,16 +16,38 @@ IntArray = NDArray[np.int64]
 
 
 def swap_chain(problem: PlacementProblem, assignment: Assignment, part: int, other: int) -> Assignment:
-    """The best assignment [L, E] within one chain of swaps between two parts; never dearer than the given."""
+    """The best assignment [L, E] within one chain of swaps between two parts; never dearer than the given.
+
+    Swaps that take a part over the cap are left out: from a feasible assignment comes a feasible one.
+    """
     negligible = 1e-12 * (problem.inter.sum() + problem.intra.sum())  # less than this is rounding
     assignment = assignment.copy()
-    _apply_best_chain(problem.inter, problem.intra, assignment, part, other, negligible)
+    held = np.ascontiguousarray(problem.part_loads(assignment)[:, [part, other]])
+    _apply_best_chain(
+        problem.inter,
+        problem.intra,
+        problem.load,
+        problem.max_load,
+        held,
+        assignment,
+        part,
+        other,
+        negligible,
+    )
     return assignment
 
 
 @njit(cache=True, nogil=True)
 def _apply_best_chain(
-    inter: Prices, intra: Prices, assignment: Assignment, part: int, other: int, negligible: float
+    inter: Prices,  # [L-1, E, E]
+    intra: Prices,  # [L, E, E]
+    load: Prices,  # [L, E]
+    max_load: Prices,  # [L]
+    held: Prices,  # [L, 2] the load of both parts
+    assignment: Assignment,  # changed in place
+    part: int,
+    other: int,
+    negligible: float,
 ) -> None:
     """State 0 of a layer swaps nothing; state 1 + x * m + y swaps members x of `part` and y of `other`."""
     num_layers = assignment.shape[0]
@@ -37,6 +59,7 @@ def _apply_best_chain(
         if layer > 0:
             gain, previous[layer] = _step(inter[layer - 1], members[layer - 1], members[layer], gain)
         _add_single_gains(inter, intra, members, layer, gain)
+        _leave_out_heavy(load[layer], max_load[layer], held[layer], members[layer], gain)
 
     state = gain.argmax()
     if gain[state] <= negligible:
@@ -82,6 +105,17 @@ def _add_single_gains(inter: Prices, intra: Prices, members: IntArray, layer: in
         for y in range(size):
             apart = intra[layer, members[layer, 0, x], members[layer, 1, y]]
             gain[1 + x * size + y] -= pull[0, x] + pull[1, y] + 2 * apart
+
+
+@njit(cache=True, nogil=True)
+def _leave_out_heavy(load: Prices, max_load: float, held: Prices, members: IntArray, gain: Prices) -> None:
+    """Bar the states of a layer whose swap takes one of the two parts over the cap."""
+    size = members.shape[1]
+    for x in range(size):
+        for y in range(size):
+            more = load[members[1, y]] - load[members[0, x]]
+            if held[0] + more > max_load or held[1] - more > max_load:
+                gain[1 + x * size + y] = -np.inf
 
 
 @njit(cache=True, nogil=True)

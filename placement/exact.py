@@ -22,7 +22,10 @@ _BLOCK = 2**22  # transitions held in memory at a time: 32 MiB of float64
 
 
 def solve_exactly(problem: PlacementProblem) -> Assignment:
-    """An assignment [L, E] of least cost. Raises InputError if neither exact method applies."""
+    """A feasible assignment [L, E] of least cost; there must be one (`balance.balanced_start` tells).
+
+    Raises InputError if neither exact method applies.
+    """
     if problem.num_parts == problem.num_experts:
         return chain_of_matchings(problem)
     if count_transitions(problem) > MAX_TRANSITIONS:
@@ -50,7 +53,8 @@ def chain_of_matchings(problem: PlacementProblem) -> Assignment:
     """The optimum for one expert a part (E == G), in O(L E^3).
 
     Within a layer all pairs are apart whatever we do, and relabelling the parts of a whole layer reaches
-    every assignment; so each layer is matched to the one before it, independently of the rest.
+    every assignment; so each layer is matched to the one before it, independently of the rest. The loads of
+    the parts are those of the experts: a cap holds for all assignments or for none.
     """
     assignment = contiguous(*problem.shape)
     for layer, prices in enumerate(problem.inter):
@@ -64,13 +68,14 @@ def viterbi(problem: PlacementProblem) -> Assignment:
 
     The names of the parts mean nothing until a neighbour is fixed, so the least cost of the layers up to l
     depends only on layer l's partition, not on its labels. Keeping one labelled *canonical* form per
-    partition as the later side of a transition saves a factor of G!.
+    partition as the later side of a transition saves a factor of G!. Partitions over the cap drop out.
     """
     partitions = _balanced_partitions(problem.num_experts, problem.num_parts)
     canonical, canonical_of, relabel = _canonical_forms(partitions, problem.num_parts)
     labelled_hot = _one_hot(partitions, problem.num_parts)
     canonical_hot = _one_hot(canonical, problem.num_parts)
     together = _kept_within(problem.intra, canonical_hot)
+    together[_busiest_part(problem.load, canonical_hot) > problem.max_load[:, None]] = -np.inf
 
     kept = together[0]
     predecessors: list[NDArray[np.int64]] = []
@@ -82,6 +87,7 @@ def viterbi(problem: PlacementProblem) -> Assignment:
     # Walk back. Each predecessor is labelled relative to its successor's canonical form; `name` carries
     # the names that the canonical labels of the current layer have in the assignment.
     state = int(np.argmax(kept))
+    assert kept[state] > -np.inf, "no partition of some layer keeps the cap"
     name = np.arange(problem.num_parts)
     layers = [canonical[state]]
     for predecessor in reversed(predecessors):
@@ -93,10 +99,11 @@ def viterbi(problem: PlacementProblem) -> Assignment:
 
 
 def brute_force(problem: PlacementProblem) -> Assignment:
-    """The optimum by looking at every balanced assignment: the slow reference for a handful of experts."""
+    """The optimum by looking at every feasible assignment: the slow reference for a handful of experts."""
     partitions = _balanced_partitions(problem.num_experts, problem.num_parts)
     candidates = product(range(len(partitions)), repeat=problem.num_layers)
-    return min((partitions[list(choice)] for choice in candidates), key=problem.cost)
+    assignments = (partitions[list(choice)] for choice in candidates)
+    return min(filter(problem.is_feasible, assignments), key=problem.cost)
 
 
 def _best_predecessors(
@@ -125,6 +132,12 @@ def _kept_within(intra: Prices, hot: Prices) -> Prices:
     """[L, N]: the prices inside each layer that each of the N partitions keeps together."""
     kept: Prices = np.einsum("lef,neg,nfg->ln", intra, hot, hot, optimize=True) / 2
     return kept
+
+
+def _busiest_part(load: Prices, hot: Prices) -> Prices:
+    """[L, N]: in each layer the largest load of a part, for each of the N partitions."""
+    busiest: Prices = np.einsum("le,neg->lng", load, hot, optimize=True).max(axis=2)
+    return busiest
 
 
 def _balanced_partitions(num_experts: int, num_parts: int) -> NDArray[np.int64]:

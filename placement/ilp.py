@@ -37,7 +37,7 @@ class IntegerProgram:
 @dataclass(frozen=True)
 class IlpResult:
     assignment: Assignment  # [L, E]
-    lower_bound: float  # no balanced assignment is cheaper
+    lower_bound: float  # no feasible assignment is cheaper
     optimal: bool  # proven
 
 
@@ -68,6 +68,9 @@ def build_program(problem: PlacementProblem) -> IntegerProgram:
     for layer, part in product(layers, parts):
         occupied = pulp.lpSum(on[layer, expert, part] for expert in experts)
         program += occupied == problem.experts_per_part, f"slots_l{layer}_g{part}"
+    for layer, part in product(np.flatnonzero(np.isfinite(problem.max_load)).tolist(), parts):
+        held = pulp.lpSum(float(problem.load[layer, expert]) * on[layer, expert, part] for expert in experts)
+        program += held <= float(problem.max_load[layer]), f"load_l{layer}_g{part}"
     for (one, other), part in product(prices, parts):
         leaves = on[*one, part] - on[*other, part]
         program += apart[one, other] >= leaves, f"apart_{_pair_name(one, other)}_g{part}"
@@ -91,12 +94,12 @@ def solve_program(
     time_limit: float = math.inf,
     report: BoundReport | None = None,
 ) -> IlpResult:
-    """Improve `start` [L, E] (balanced) by branch and bound, until proven optimal or out of time (seconds).
+    """Improve `start` [L, E] (feasible) by branch and bound, until proven optimal or out of time (seconds).
 
     The result is never dearer than `start`, which HiGHS gets as its first solution. Ctrl-C ends the solve
     like the time limit. `report` is called now and then with the best cost and the best bound so far.
     """
-    assert problem.is_balanced(start)
+    assert problem.is_feasible(start)
     model = build_program(problem)
     highs = model.program.solverModel = _SilentHighs()  # type: ignore[no-untyped-call]
     for option, value in {"time_limit": time_limit, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0}.items():
@@ -108,8 +111,9 @@ def solve_program(
     info, found = highs.getInfo(), start
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
         found = _read_assignment(problem, model, highs)
-    best = min(start, found, key=problem.cost)
-    proven = highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    keeps_cap = problem.is_feasible(found)  # HiGHS's tolerance may let a few pairs too many through
+    best = min(start, found, key=problem.cost) if keeps_cap else start
+    proven = keeps_cap and highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
     bound = problem.cost(best) if proven else info.mip_dual_bound
     return IlpResult(best, max(bound, 0.0) if math.isfinite(bound) else 0.0, proven)
 

@@ -2,10 +2,12 @@
 
 A *part* is whatever the experts are spread over: the GPUs, the nodes, or the GPUs inside one node.
 Shapes: L MoE layers, E experts a layer, G parts. An *assignment* is an int array [L, E] that gives every
-expert its part; it is *balanced* when every part holds E / G experts of every layer.
+expert its part; it is *balanced* when every part holds E / G experts of every layer, and *feasible* when,
+besides, no part holds more than the layer's largest allowed load.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ Prices = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class PlacementProblem:
-    """Prices of separating experts; minimise `cost` over the balanced assignments.
+    """Prices of separating experts; minimise `cost` over the feasible assignments.
 
     inter      [L-1, E, E] float64 >= 0: paid when expert e of layer l and expert f of layer l+1 are on
                different parts
@@ -28,6 +30,8 @@ class PlacementProblem:
                are on different parts
     load       [L, E] float64 >= 0: work of each expert (any unit; no part of `cost`)
     num_parts  G >= 1, divides E
+    max_load   [L] float64 >= 0: the cap, the most load that a part may hold; infinite where free. [1] stands
+               for all layers alike; the default is free
 
     Raises InputError where an array's shape or values, or the number of parts, break these rules.
     """
@@ -36,6 +40,7 @@ class PlacementProblem:
     intra: Prices
     load: Prices
     num_parts: int
+    max_load: Prices = field(default_factory=lambda: np.array([np.inf]))
 
     def __post_init__(self) -> None:
         if self.load.ndim != 2 or self.load.size == 0:
@@ -53,6 +58,8 @@ class PlacementProblem:
                 f"{num_experts} experts cannot be spread evenly over {self.num_parts} parts; "
                 f"choose a divisor of {num_experts}"
             )
+        _check_max_load(self.max_load, num_layers)
+        object.__setattr__(self, "max_load", np.broadcast_to(self.max_load, num_layers).copy())
 
     @property
     def num_layers(self) -> int:
@@ -82,18 +89,36 @@ class PlacementProblem:
         balanced = contiguous(*self.shape)
         return assignment.shape == balanced.shape and np.array_equal(np.sort(assignment), balanced)
 
+    def part_loads(self, assignment: Assignment) -> Prices:
+        """[L, G]: the load of every part."""
+        loads = np.zeros((self.num_layers, self.num_parts))
+        np.add.at(loads, (np.arange(self.num_layers)[:, None], assignment), self.load)
+        return loads
+
+    def is_feasible(self, assignment: Assignment) -> bool:
+        """True if `assignment` is balanced and no part holds more than `max_load`."""
+        if not self.is_balanced(assignment):
+            return False
+        return bool((self.part_loads(assignment).max(axis=1) <= self.max_load).all())
+
     def restricted(self, experts: NDArray[np.int64], num_parts: int) -> "PlacementProblem":
-        """The same prices among `experts` [L, n] only (ids, a row a layer), to be spread over `num_parts`."""
+        """The same prices among `experts` [L, n] only (ids, a row a layer), to be spread over `num_parts`.
+
+        A part may hold as much as before.
+        """
         layer = np.arange(self.num_layers)[:, None]
         return PlacementProblem(
             inter=self.inter[layer[:-1, :, None], experts[:-1, :, None], experts[1:, None, :]],
             intra=self.intra[layer[:, :, None], experts[:, :, None], experts[:, None, :]],
             load=self.load[layer, experts],
             num_parts=num_parts,
+            max_load=self.max_load,
         )
 
 
-def problem_from_counts(counts: AffinityCounts, num_parts: int) -> PlacementProblem:
+def problem_from_counts(
+    counts: AffinityCounts, num_parts: int, max_imbalance: float | None = None
+) -> PlacementProblem:
     """Prices in messages per token, so that `cost` bounds the coherent messages from above; top-1: exactly.
 
     Under the coherent strategy a token whose k experts of layer l live on the parts G_l, and whose owner is
@@ -112,7 +137,11 @@ def problem_from_counts(counts: AffinityCounts, num_parts: int) -> PlacementProb
     crossings per token (ExFlow, Yao et al. 2024, the integer program's objective), and `intra` is zero.
     The owner's rule does better than chance, which only widens the inequality.
 
-    Raises InputError if the experts cannot be spread evenly over `num_parts` or the trace is empty.
+    `max_imbalance` caps, in every layer, the busiest part's load over the parts' mean load; None is free.
+    Loads are whole (token, expert) pairs: their sums are exact, and the cap means what `evaluate` reports.
+
+    Raises InputError if the experts cannot be spread evenly over `num_parts`, the trace is empty, or
+    `max_imbalance` is no finite number from 1 up.
     """
     if counts.num_tokens < 1:
         raise InputError("the trace holds no tokens; record some before placing")
@@ -120,9 +149,36 @@ def problem_from_counts(counts: AffinityCounts, num_parts: int) -> PlacementProb
     return PlacementProblem(
         inter=counts.inter * pair_price / counts.num_tokens,
         intra=counts.intra * (4 / counts.top_k) / counts.num_tokens,
-        load=counts.load / counts.num_tokens,
+        load=counts.load.astype(np.float64),
         num_parts=num_parts,
+        max_load=_load_cap(counts.load.sum(axis=1) / max(num_parts, 1), max_imbalance),
     )
+
+
+def _load_cap(mean_load: Prices, max_imbalance: float | None) -> Prices:
+    """[L]: the largest load whose ratio to `mean_load` [L], as a float, is `max_imbalance` at most."""
+    if max_imbalance is None:
+        return np.full(len(mean_load), np.inf)
+    if not 1 <= max_imbalance < math.inf:
+        raise InputError(
+            f"max imbalance is {max_imbalance}; it is the busiest rank's load over the mean load: "
+            "choose 1 or more"
+        )
+    cap = mean_load * max_imbalance
+    for _ in range(4):  # the product is within two roundings of it
+        above = np.nextafter(cap, np.inf)
+        cap = np.where(cap / mean_load > max_imbalance, np.nextafter(cap, 0), cap)
+        cap = np.where(above / mean_load <= max_imbalance, above, cap)
+    return np.asarray(cap)
+
+
+def _check_max_load(max_load: Prices, num_layers: int) -> None:
+    if max_load.shape not in ((num_layers,), (1,)):
+        raise InputError(f"max_load: shape {max_load.shape}, expected {(num_layers,)}")
+    if max_load.dtype != np.float64:
+        raise InputError(f"max_load: dtype {max_load.dtype}, expected float64")
+    if not (max_load >= 0).all():
+        raise InputError("max_load: holds negative values or NaN; a cap is a load, infinite where free")
 
 
 def _check_prices(name: str, prices: Prices, shape: tuple[int, ...]) -> None:

@@ -2,8 +2,9 @@
 
 State: an assignment, and for every expert and part the prices that tie the expert to that part
 (`pull`, [L, G, E]). A trial swaps two experts of one layer; thanks to `pull` its price is four look-ups and
-only an accepted swap costs O(E). After every temperature the parts of whole layers are renamed for the best
-(`align_layers`), a step that swaps cannot take; the end is `sweep`.
+only an accepted swap costs O(E). A swap that takes a part over the cap is refused. After every temperature
+the parts of whole layers are renamed for the best (`align_layers`), a step that swaps cannot take; the end is
+`sweep`.
 """
 
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from numba import njit
 
 from exflow.errors import InputError
+from exflow.placement.balance import balanced_start
 from exflow.placement.baselines import contiguous, random
 from exflow.placement.problem import Assignment, PlacementProblem, Prices
 from exflow.placement.sweep import Stop, align_layers, one_hot, sweep
@@ -52,19 +54,25 @@ class SearchSettings:
 
 def search(
     problem: PlacementProblem,
+    start: Assignment | None = None,
     *,
     seed: int = 0,
     settings: SearchSettings | None = None,
     time_limit: float = math.inf,
     report: Report | None = None,
 ) -> Assignment:
-    """The best assignment [L, E] of several annealed runs; never dearer than the contiguous one.
+    """The best feasible assignment [L, E] of several annealed runs; never dearer than `start` (feasible).
+
+    By default `start` is the contiguous assignment, or where that breaks the cap a balanced one. Raises
+    InputError if there is none under the cap.
 
     The amount of work is fixed by `settings`: the same seed gives the same assignment, unless `time_limit`
     (seconds) ends the runs before that. Ctrl-C ends them too; either way the best assignment so far is
     returned. `report` is called now and then with the least cost so far.
     """
     settings = settings or SearchSettings()
+    first = balanced_start(problem) if start is None else start
+    assert problem.is_feasible(first)
     _compile()
     deviation = swap_deviation(problem, np.random.default_rng(seed))
     temperatures = np.geomspace(settings.hot, settings.cold, settings.levels) * deviation
@@ -79,9 +87,9 @@ def search(
         def note(cost: float) -> None:
             costs[index] = cost
 
-        start = _start(problem, seed, index, stop)
         rng = np.random.default_rng([seed, index])
-        return anneal(problem, start, temperatures, settings.passes, rng, stop, note)
+        begin = _start(problem, first, seed, index, stop)
+        return anneal(problem, begin, temperatures, settings.passes, rng, stop, note)
 
     with ThreadPoolExecutor(max_workers=min(settings.starts, os.cpu_count() or 1)) as pool:
         runs = [pool.submit(run, index) for index in range(settings.starts)]
@@ -102,14 +110,12 @@ def anneal(
     note: Report = lambda cost: None,
 ) -> tuple[float, Assignment]:
     """(cost, assignment) of the best state after any temperature of one run, taken downhill by `sweep`."""
-    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
     cost, best = problem.cost(assignment), assignment
+    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
     for temperature in temperatures:
         if stop() or temperature == 0:  # 0: all swaps cost the same
             break
-        assignment = assignment.copy()
-        pull = pulls(problem, assignment)
-        _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, temperature, passes, rng)
+        assignment = try_swaps(problem, inter_back, assignment, temperature, passes, rng)
         assignment = align_layers(problem, assignment)
         if (level_cost := problem.cost(assignment)) < cost:
             cost, best = level_cost, assignment
@@ -117,6 +123,33 @@ def anneal(
     best = sweep(problem, best, stop)
     note(cost := problem.cost(best))
     return cost, best
+
+
+def try_swaps(
+    problem: PlacementProblem,
+    inter_back: Prices,
+    assignment: Assignment,
+    temperature: float,
+    passes: int,
+    rng: np.random.Generator,
+) -> Assignment:
+    """What is left of a feasible assignment after `passes` at one temperature; feasible again."""
+    assignment = assignment.copy()
+    pull, held = pulls(problem, assignment), problem.part_loads(assignment)
+    _try_swaps(
+        problem.inter,
+        inter_back,
+        problem.intra,
+        problem.load,
+        problem.max_load,
+        assignment,
+        pull,
+        held,
+        temperature,
+        passes,
+        rng,
+    )
+    return assignment
 
 
 def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
@@ -146,13 +179,17 @@ def _compile() -> None:
     anneal(tiny, contiguous(*tiny.shape), np.ones(1), 1, np.random.default_rng(0))
 
 
-def _start(problem: PlacementProblem, seed: int, index: int, stop: Stop) -> Assignment:
-    """The contiguous assignment, what `sweep` makes of it, then random ones."""
+def _start(problem: PlacementProblem, first: Assignment, seed: int, index: int, stop: Stop) -> Assignment:
+    """The first assignment, what `sweep` makes of it, then random ones; under a cap, random swaps away."""
     if index == 0:
-        return contiguous(*problem.shape)
+        return first
     if index == 1:
-        return sweep(problem, contiguous(*problem.shape), stop)
-    return random(*problem.shape, seed=seed + index)
+        return sweep(problem, first, stop)
+    if np.isinf(problem.max_load).all():
+        return random(*problem.shape, seed=seed + index)
+    rng = np.random.default_rng([seed, index, 1])
+    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
+    return try_swaps(problem, inter_back, first, math.inf, _SAMPLES, rng)
 
 
 def _watch(runs: list[Future[tuple[float, Assignment]]], costs: list[float], report: Report | None) -> None:
@@ -168,8 +205,11 @@ def _try_swaps(
     inter: Prices,  # [L-1, E, E]
     inter_back: Prices,  # the same with its experts exchanged, for rows that lie together
     intra: Prices,  # [L, E, E]
+    load: Prices,  # [L, E]
+    max_load: Prices,  # [L]
     assignment: Assignment,  # changed in place
     pull: Prices,  # [L, G, E], kept up to date
+    held: Prices,  # [L, G] the load of every part, kept up to date
     temperature: float,
     passes: int,
     rng: np.random.Generator,
@@ -184,10 +224,15 @@ def _try_swaps(
                 p, q = parts[e], parts[f]
                 if p == q:
                     continue
+                more = load[layer, f] - load[layer, e]
+                if held[layer, p] + more > max_load[layer] or held[layer, q] - more > max_load[layer]:
+                    continue
                 price = pulled[p, e] - pulled[q, e] + pulled[q, f] - pulled[p, f] + 2 * within[e, f]
                 if price > 0 and rng.random() >= math.exp(-price / temperature):
                     continue
                 parts[e], parts[f] = q, p
+                held[layer, p] += more
+                held[layer, q] -= more
                 _move_pull(within[e], within[f], pulled[p], pulled[q])
                 if layer > 0:
                     back = inter_back[layer - 1]

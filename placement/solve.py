@@ -8,7 +8,7 @@ from time import monotonic
 import numpy as np
 
 from exflow.errors import InputError
-from exflow.placement.baselines import contiguous
+from exflow.placement.balance import balanced_start, start_inside
 from exflow.placement.bounds import lower_bound
 from exflow.placement.exact import is_exactly_solvable, solve_exactly
 from exflow.placement.problem import Assignment, PlacementProblem
@@ -26,7 +26,7 @@ class Solution:
 
     assignment: Assignment  # [L, E] the rank of every expert
     objective: float  # its cost, in the unit of the problem's prices
-    lower_bound: float  # on the cost of every balanced assignment
+    lower_bound: float  # on the cost of every feasible assignment
     optimal: bool  # proven to cost the least
     method: str
 
@@ -43,19 +43,22 @@ def solve(
     """Solve over the GPUs, or, as in the ExFlow paper, first over the nodes and then inside each node.
 
     With several nodes the order is strict: what crosses between nodes is minimised first, and what is left
-    inside each node after that; the objective stays the cost between GPUs.
+    inside each node after that; the objective stays the cost between GPUs. The problem's cap is on a GPU; a
+    node may hold as many times that as it has GPUs.
 
     method      auto: exact where exactness is cheap, else search
                 exact: matchings (one expert a GPU) or Viterbi over partitions; ignores the time limit
                 search: annealed swaps from several starts
-                sweep: descent from the contiguous placement, quick and plain
+                sweep: descent from the contiguous placement (where it breaks the cap, from a balanced one),
+                quick and plain
                 ilp: search, then the integer program from its result, until proven optimal or out of time
     seed        the same seed gives the same solution, unless a time limit ends a search early
     time_limit  seconds, for all stages together. Ctrl-C ends a stage's search as if its time were up
     progress    called now and then, from this thread or the solver's, about the stage at hand
 
-    On one node the solution is never dearer than the contiguous placement. Raises InputError on an unknown
-    method, one that does not apply, a bad time limit, or a topology that the problem was not made for.
+    The solution is feasible, and on one node never dearer than the contiguous placement where that is
+    feasible. Raises InputError on an unknown method, one that does not apply, a bad time limit, a topology
+    that the problem was not made for, or a cap that cannot be kept (with the smallest that can).
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -66,27 +69,34 @@ def solve(
             f"the problem has {problem.num_parts} parts, the topology {topology.num_ranks} ranks; "
             "make them equal"
         )
+    start = balanced_start(problem)
     if 1 in (topology.num_nodes, topology.gpus_per_node):
-        return _solve_stage(problem, method, seed, time_limit, progress)
+        return _solve_stage(problem, start, method, seed, time_limit, progress)
 
-    over_nodes = replace(problem, num_parts=topology.num_nodes)
-    nodes = _solve_stage(over_nodes, method, seed, time_limit / 2, progress)
-    assignment = np.empty_like(nodes.assignment)
+    per_node = topology.gpus_per_node
+    over_nodes = replace(problem, num_parts=topology.num_nodes, max_load=problem.max_load * per_node)
+    nodes = _solve_stage(over_nodes, start // per_node, method, seed, time_limit / 2, progress)
+    assignment = start_inside(problem, nodes.assignment, start)
     for node in range(topology.num_nodes):
-        experts = np.stack([np.flatnonzero(row == node) for row in nodes.assignment])
-        inside_node = problem.restricted(experts, topology.gpus_per_node)
+        experts = np.stack([np.flatnonzero(row == node) for row in assignment // per_node])
+        inside_node = problem.restricted(experts, per_node)
+        begin = np.take_along_axis(assignment, experts, axis=1) % per_node
         share = time_limit / 2 / topology.num_nodes
-        gpus = _solve_stage(inside_node, method, seed, share, progress)
-        ranks = node * topology.gpus_per_node + gpus.assignment
-        np.put_along_axis(assignment, experts, ranks, axis=1)
+        gpus = _solve_stage(inside_node, begin, method, seed, share, progress)
+        np.put_along_axis(assignment, experts, node * per_node + gpus.assignment, axis=1)
     description = f"{nodes.method} over nodes, {gpus.method} inside nodes"
     return _solution(problem, assignment, lower_bound(problem), description)
 
 
 def _solve_stage(
-    problem: PlacementProblem, method: str, seed: int, time_limit: float, progress: Progress | None
+    problem: PlacementProblem,
+    start: Assignment,
+    method: str,
+    seed: int,
+    time_limit: float,
+    progress: Progress | None,
 ) -> Solution:
-    """Solve over the parts of one problem, all alike."""
+    """Solve over the parts of one problem, all alike, from a feasible start."""
     if method == "auto":
         method = "exact" if is_exactly_solvable(problem) else "search"
     began = monotonic()
@@ -104,13 +114,13 @@ def _solve_stage(
             assignment = solve_exactly(problem)
             bound = problem.cost(assignment)
         case "sweep":
-            assignment = sweep(problem, contiguous(*problem.shape), lambda: time_left() == 0)
+            assignment = sweep(problem, start, lambda: time_left() == 0)
         case "search":
-            assignment = search(problem, seed=seed, time_limit=time_left(), report=report)
+            assignment = search(problem, start, seed=seed, time_limit=time_left(), report=report)
         case "ilp":
             from exflow.placement.ilp import solve_program  # PuLP and HiGHS: only if wanted
 
-            start = search(problem, seed=seed, time_limit=time_left() / 2, report=report)
+            start = search(problem, start, seed=seed, time_limit=time_left() / 2, report=report)
             result = solve_program(problem, start, time_limit=time_left(), report=report)
             assignment, bound = result.assignment, max(bound, result.lower_bound)
     solution = _solution(problem, assignment, bound, method)

@@ -1,6 +1,6 @@
 """Descent: take an assignment to one that no large step improves. Every step is exact in what it may change.
 
-Three steps, each of which leaves the cost lower or the assignment as it was:
+Three steps, each of which leaves the cost lower or the assignment as it was, and a feasible one feasible:
 `align_layers` renames the parts of whole layers, `replace_layer` places one layer anew beside its neighbours,
 `swap_chain` exchanges experts between two parts in all layers at once.
 """
@@ -63,7 +63,7 @@ def replace_layer(problem: PlacementProblem, assignment: Assignment, layer: int)
     """Place one layer anew, all others fixed: an assignment of its experts to the G * E/G places.
 
     Exact without intra prices; with them each expert is priced against where its mates are now, and the
-    result is taken only if it is cheaper in truth.
+    result is taken only if it is cheaper in truth, and no part is over the cap.
     """
     pull = np.zeros((problem.num_experts, problem.num_parts))
     if layer > 0:
@@ -78,7 +78,8 @@ def replace_layer(problem: PlacementProblem, assignment: Assignment, layer: int)
         hot = one_hot(parts, problem.num_parts)
         return float((hot * (pull + problem.intra[layer] @ hot / 2)).sum())
 
-    if kept(places[place]) <= kept(assignment[layer]):
+    held = np.bincount(places[place], problem.load[layer], problem.num_parts)
+    if held.max() > problem.max_load[layer] or kept(places[place]) <= kept(assignment[layer]):
         return assignment
     replaced = assignment.copy()
     replaced[layer] = places[place]

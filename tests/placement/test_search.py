@@ -11,7 +11,7 @@ from exflow.errors import InputError
 from exflow.placement.baselines import contiguous, random
 from exflow.placement.exact import solve_exactly
 from exflow.placement.problem import PlacementProblem
-from exflow.placement.search import SearchSettings, _try_swaps, pulls, search, swap_deviation
+from exflow.placement.search import SearchSettings, _try_swaps, pulls, search, swap_deviation, try_swaps
 
 ProblemFactory = Callable[..., PlacementProblem]
 
@@ -85,13 +85,26 @@ def test_pulls_stay_true_through_swaps(random_problem: ProblemFactory, intra: bo
     problem = random_problem((5, 12, 3), intra=intra)
     assignment = random(5, 12, 3, seed=1)
     before = assignment.copy()
-    pull = pulls(problem, assignment)
+    pull, held = pulls(problem, assignment), problem.part_loads(assignment)
     inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
     rng = np.random.default_rng(0)
-    _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, 20.0, 50, rng)
+    _try_swaps(
+        problem.inter,
+        inter_back,
+        problem.intra,
+        problem.load,
+        problem.max_load,
+        assignment,
+        pull,
+        held,
+        20.0,
+        50,
+        rng,
+    )
     assert not np.array_equal(assignment, before)
     assert problem.is_balanced(assignment)
     assert np.array_equal(pull, pulls(problem, assignment))
+    assert np.array_equal(held, problem.part_loads(assignment))
 
 
 def test_swaps_at_no_temperature_only_go_down(random_problem: ProblemFactory) -> None:
@@ -101,8 +114,7 @@ def test_swaps_at_no_temperature_only_go_down(random_problem: ProblemFactory) ->
     rng = np.random.default_rng(0)
     costs = [problem.cost(assignment)]
     for _ in range(20):
-        pull = pulls(problem, assignment)
-        _try_swaps(problem.inter, inter_back, problem.intra, assignment, pull, 1e-9, 1, rng)
+        assignment = try_swaps(problem, inter_back, assignment, 1e-9, 1, rng)
         costs.append(problem.cost(assignment))
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0]
