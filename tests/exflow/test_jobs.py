@@ -1,0 +1,98 @@
+"""`exflow generate` as a job: started with --nproc, and what a rank says when the input is at fault."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exflow import cli
+from exflow.checkpoint import load_tokenizer
+from exflow.config import load_model_config
+from exflow.deploy import contiguous_plan, load_model
+from exflow.engine import Request
+from exflow.errors import InputError
+from exflow.launch import LostContact, Place
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The ranks are as many, so it is allowed, and said on stderr; stdout holds the JSON alone."""
+    model, plan = tiny_checkpoint(), tmp_path / "plan.json"
+    contiguous_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=2)).save(plan)
+    generate = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--json", "--ignore-end"]
+    generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "4"]
+    done = subprocess.run(
+        [*generate, "--plan", str(plan), "--trace", str(tmp_path / "trace")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    note = "the plan is for 4 ranks (2 nodes of 2), these are 4 ranks (1 node of 4)"
+    assert done.stderr == f"exflow: {plan}: {note}\n"
+    result = json.loads(done.stdout)
+    prompts = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind and"])]
+    assert result["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
+    assert (result["strategy"], result["ranks"]) == ("coherent", 4)
+    assert result["decode"]["dispatch_inter"] == 0
+    assert RoutingTrace.load(tmp_path / "trace").num_tokens == sum(len(ids) for ids in prompts) + 2 * 5
+
+
+def end_of(monkeypatch: pytest.MonkeyPatch, error: BaseException, place: Place | None) -> int:
+    """The exit code of the command if a verb raises `error`."""
+
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
+    monkeypatch.setattr(cli, "torchrun_place", lambda: place)
+    monkeypatch.setattr(cli, "app", verb)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (None, "exflow: too long\n"),
+        (Place(rank=0, num_ranks=4, local_rank=0, ranks_per_node=2), "exflow: too long\n"),
+        (Place(rank=1, num_ranks=4, local_rank=1, ranks_per_node=2), ""),
+        (Place(rank=2, num_ranks=4, local_rank=0, ranks_per_node=2), "exflow: too long\n"),
+    ],
+    ids=["no job", "first rank", "second rank", "first rank of the second node"],
+)
+def test_bad_input_is_told_once_a_node(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Place | None, said: str
+) -> None:
+    assert end_of(monkeypatch, InputError("too long"), place) == 2
+    assert capsys.readouterr().err == said
+
+
+def test_a_rank_that_lost_contact_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(rank=0, num_ranks=2, local_rank=0, ranks_per_node=2)
+    assert end_of(monkeypatch, LostContact("Connection closed by peer"), place) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_nproc_must_not_contradict_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "answer_signals", lambda: None)
+    monkeypatch.setattr(cli, "torchrun_place", lambda: Place(0, num_ranks=4, local_rank=0, ranks_per_node=4))
+    monkeypatch.setattr(sys, "argv", ["exflow", "generate", "model", "--prompt", "Rain", "--nproc", "2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    told = "exflow: --nproc 2: torchrun has started 4 ranks; leave --nproc out\n"
+    assert capsys.readouterr().err == told
