@@ -10,12 +10,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import torch
-
-from exflow.checkpoint import load_decoder, load_tokenizer
+from exflow.checkpoint import load_tokenizer
 from exflow.corpus import find_texts, read_text
 from exflow.demo_rank import PROMPTS, demo_request
 from exflow.deploy import load_model
+from exflow.engine import Engine
 from exflow.errors import InputError
 from exflow.files import read_json
 from exflow.launch import run_ranks
@@ -47,13 +46,13 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
     folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
     try:
         report(f"profiling {PROFILED_TOKENS:,} tokens of text")
-        trace = _profile(model, texts)
+        engine = load_model(model)
+        trace = _profile(model, engine, texts)
         report(f"placing {trace.num_experts} experts x {trace.num_layers} layers on {RANKS} ranks")
         for method, name in (("contiguous", "contiguous"), ("auto", "affinity")):
             place(trace, Topology(gpus_per_node=RANKS), method=method).save(folder / f"{name}.json")
-        request = demo_request(model)
         report("generating in one process")
-        alone = load_model(model).generate(request)
+        alone = engine.generate(demo_request(model))
         report(f"generating on {RANKS} ranks, every strategy, contiguous and affinity placement")
         run_ranks(["demo", "--model", str(model), "--rank-folder", str(folder)], RANKS)
         result = read_json(folder / "result.json", "result", "run the demo again")
@@ -89,7 +88,7 @@ def _verdict(same: bool, runs: int) -> str:
     return "DIFFERENT TOKENS: the variants do not agree; this is a bug, please report it"
 
 
-def _profile(model: Path, texts: list[str]) -> RoutingTrace:
+def _profile(model: Path, engine: Engine, texts: list[str]) -> RoutingTrace:
     files = [read_text(file) for file in find_texts(texts)] if texts else list(topics.values())
     windows = windows_of_text(load_tokenizer(model), files, length=256, max_tokens=PROFILED_TOKENS)
-    return profile(load_decoder(model, torch.device("cpu"), torch.float32), windows, path=None)
+    return profile(engine.decoder, windows, path=None)

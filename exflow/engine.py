@@ -127,7 +127,7 @@ class _Run:
     """One request on this rank: the sequences it owns now, and the tokens it chose."""
 
     def __init__(self, engine: Engine, request: Request, observe: Observer | None) -> None:
-        self.engine, self.request, self.observe = engine, request, observe
+        self.request, self.observe = request, observe
         self.decoder, self.strategy, self.device = engine.decoder, engine.strategy, engine.device
         self.first = engine.first_sequence
         self.sequence_N = torch.arange(self.first, self.first + len(request.prompts), device=self.device)

@@ -15,6 +15,16 @@ from exflow.distributed import CoherenceGroup
 from exflow.exchange import Exchange, PendingGather, pack, unpack
 
 
+@dataclass(frozen=True)
+class NewKV:
+    """Keys and values side by side, [T, W], and where they belong."""
+
+    layer_T: Tensor
+    sequence_T: Tensor
+    position_T: Tensor
+    kv_TW: Tensor
+
+
 class KVCache:
     """`values[layer, side, n, p]` is key (side 0) or value (1) of position p of the n-th sequence held."""
 
@@ -26,11 +36,18 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.held = held.to(device)
 
-    def write(self, layer_T: Tensor, sequence_T: Tensor, position_T: Tensor, kv_TW: Tensor) -> None:
-        place_T = torch.searchsorted(self.held, sequence_T)
-        kv_T2JC = kv_TW.view(-1, 2, *self.values.shape[-2:])
+    def write(self, new: "NewKV") -> None:
+        place_T = torch.searchsorted(self.held, new.sequence_T)
+        kv_T2JC = new.kv_TW.view(-1, 2, *self.values.shape[-2:])
         for side in (0, 1):
-            self.values[layer_T, side, place_T, position_T] = kv_T2JC[:, side]
+            self.values[new.layer_T, side, place_T, new.position_T] = kv_T2JC[:, side]
+
+    def append(self, layer: int, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> "NewKV":
+        """Write one layer's new keys and values; returned in the form in which they are shared."""
+        kv_TW = torch.stack([k_TJC, v_TJC], dim=1).flatten(1)
+        new = NewKV(torch.full_like(rows.sequence_T, layer), rows.sequence_T, rows.position_T, kv_TW)
+        self.write(new)
+        return new
 
     def read(self, layer: int, sequence_T: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of each token's sequence, [T, J, length, C]."""
@@ -48,18 +65,12 @@ class KVSharing:
     group: CoherenceGroup
     pending: PendingGather | None = None
 
-    def start(self, layer_T: Tensor, rows: list[Rows], kv_TW: Tensor, capacity: int) -> None:
-        """Begin to share the rows; at most `capacity` a member, a number all members agree on."""
+    def start(self, born: list[NewKV], capacity: int) -> None:
+        """Begin to share what was born; at most `capacity` rows a member, a number all members agree on."""
         self.finish()
-        whole = torch.stack(
-            [
-                layer_T,
-                torch.cat([each.sequence_T for each in rows]),
-                torch.cat([each.position_T for each in rows]),
-            ],
-            dim=1,
-        )
-        packed = pack(kv_TW, whole.to(torch.int32))
+        kv_TW = torch.cat([new.kv_TW for new in born])
+        places = [torch.stack([new.layer_T, new.sequence_T, new.position_T], dim=1) for new in born]
+        packed = pack(kv_TW, torch.cat(places).to(torch.int32))
         self.pending = self.exchange.start_gather(packed, capacity, self.group, kv_TW[:1].nbytes)
 
     def finish(self) -> None:
@@ -69,7 +80,7 @@ class KVSharing:
         width = 2 * self.cache.values.shape[-2] * self.cache.values.shape[-1]
         kv_TW, whole = unpack(self.pending.wait(), (self.cache.values.dtype, width), (torch.int32, 3))
         layer_T, sequence_T, position_T = whole.long().T.contiguous()
-        self.cache.write(layer_T, sequence_T, position_T, kv_TW)
+        self.cache.write(NewKV(layer_T, sequence_T, position_T, kv_TW))
         self.pending = None
 
 
@@ -87,11 +98,9 @@ class PrefillAttention:
     group_tokens: int = 0
 
     def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        kv_TW = torch.stack([k_TJC, v_TJC], dim=1).flatten(1)
-        layer_T = torch.full_like(rows.sequence_T, layer)
-        self.cache.write(layer_T, rows.sequence_T, rows.position_T, kv_TW)
+        new = self.cache.append(layer, k_TJC, v_TJC, rows)
         if self.sharing is not None:
-            self.sharing.start(layer_T, [rows], kv_TW, self.group_tokens)
+            self.sharing.start([new], self.group_tokens)
         attended = [
             scaled_dot_product(*(part.transpose(0, 1) for part in parts)).transpose(0, 1)
             for parts in zip(*(part.split(self.lengths) for part in (q_THC, k_TJC, v_TJC)), strict=True)
@@ -103,25 +112,16 @@ class PrefillAttention:
 class DecodeAttention:
     """AttentionContext of one decode step: each row is the newest token of its sequence.
 
-    length: positions to look at, an upper bound over all sequences. `born` remembers the step's new keys and
-    values for `share`.
+    length: positions to look at, an upper bound over all sequences. `born` collects the step's new keys and
+    values, to be shared when it is over.
     """
 
     cache: KVCache
     length: int
-    born: list[tuple[int, Rows, Tensor]] = field(default_factory=list)
+    born: list[NewKV] = field(default_factory=list)
 
     def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        kv_TW = torch.stack([k_TJC, v_TJC], dim=1).flatten(1)
-        layer_T = torch.full_like(rows.sequence_T, layer)
-        self.cache.write(layer_T, rows.sequence_T, rows.position_T, kv_TW)
-        self.born.append((layer, rows, kv_TW))
+        self.born.append(self.cache.append(layer, k_TJC, v_TJC, rows))
         keys, values = self.cache.read(layer, rows.sequence_T, self.length)
         seen_T1P = torch.arange(self.length, device=keys.device) <= rows.position_T[:, None, None]
         return scaled_dot_product(q_THC[:, :, None], keys, values, seen_T1P[:, None])[:, :, 0]
-
-    def share(self, sharing: KVSharing, capacity: int) -> None:
-        """Begin to share the step's new keys and values."""
-        layer_T = torch.cat([torch.full_like(rows.sequence_T, layer) for layer, rows, _ in self.born])
-        rows = [rows for _, rows, _ in self.born]
-        sharing.start(layer_T, rows, torch.cat([kv for _, _, kv in self.born]), capacity)

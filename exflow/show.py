@@ -79,15 +79,12 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("strategy", no_wrap=True)
-    for name in _EVALUATION_COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, figures in result["strategies"].items():
-        cells = [_readable(figures[key]) for key in _EVALUATION_COLUMNS.values()]
-        table.add_row(name.replace("_", "-"), *cells)
     print(f"{result['tokens']:,} tokens on {result['ranks']} ranks; messages per token and MoE layer")
-    Console().print(table)
+    _print_table(
+        ["strategy"],
+        _EVALUATION_COLUMNS,
+        [{"strategy": name.replace("_", "-"), **each} for name, each in result["strategies"].items()],
+    )
     imbalance = result["imbalance"]
     print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
     print(
@@ -126,15 +123,7 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("strategy", no_wrap=True)
-    table.add_column("placement", no_wrap=True)
-    for name in _DEMO_COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for variant in result["variants"]:
-        cells = [_readable(variant[key]) for key in _DEMO_COLUMNS.values()]
-        table.add_row(variant["strategy"], variant["placement"], *cells)
-    Console().print(table)
+    _print_table(["strategy", "placement"], _DEMO_COLUMNS, result["variants"])
     print(_DEMO_LEGEND)
     print()
     print(result["summary"])
@@ -162,6 +151,18 @@ K/V          bytes of keys and values shared in the background, per token and Mo
 local        share of adjacent-layer transitions that stay on a rank
 imbal        busiest rank's load over the mean, averaged over layers
 a2a gat red  all-to-alls, gathers and all-reduces in a decode step"""
+
+
+def _print_table(names: list[str], columns: dict[str, str], lines: list[dict[str, Any]]) -> None:
+    """One row a line: its entries `names` as they are, then under each heading the figure of that key."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(line[name] for name in names), *(_readable(line[key]) for key in columns.values()))
+    Console().print(table)
 
 
 def _readable(value: Any) -> str:

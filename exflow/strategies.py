@@ -1,7 +1,7 @@
 """Which tokens a rank runs, whose context it keeps, and what it shares: the strategies of a job.
 
-`SingleProcess` and `replicated` run every token on every rank; `dispatch-combine`, `coherent` and
-`node-coherent` are one strategy, `OwnedTokens`, with coherence groups of 1, all, or a node's ranks.
+A single process and `replicated` run every token on every rank (`AllTokens`); `dispatch-combine`, `coherent`
+and `node-coherent` are one strategy, `OwnedTokens`, with coherence groups of 1, all, or a node's ranks.
 """
 
 from bisect import bisect_left
@@ -132,7 +132,7 @@ class OwnedTokens:
             return
         owned_in_layer = [self.in_group.history[count] for count in self.exchanges_before]
         born_at = [sum(owned[rank] for owned in owned_in_layer) for rank in range(self.num_ranks)]
-        attention.share(self.sharing, self._largest_in_group(born_at))
+        self.sharing.start(attention.born, self._largest_in_group(born_at))
 
     def idle(self, rows: Rows) -> bool:
         return sum(self.in_group.owned) == 0
