@@ -21,16 +21,16 @@ from exflow.launch import (
     RankDied,
     Stopped,
     answer_signals,
+    ctrl_c_ends_the_search,
     run_ranks,
     torchrun_place,
 )
 from exflow.show import (
-    plan_figures,
     print_demo,
     print_evaluation,
     print_figures,
     print_generation,
-    print_trade_off,
+    print_placement,
     trace_figures,
 )
 
@@ -44,6 +44,7 @@ app = typer.Typer(
     "all-to-all a layer.",
 )
 
+_WHERE, _WHAT, _HOW, _TRUST = "Where experts can live", "What is good", "How to search", "How far to trust it"
 Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
 Trace = Annotated[Path, typer.Argument(help="Folder of a routing trace.", show_default=False)]
 Texts = Annotated[
@@ -104,72 +105,130 @@ def import_trace(
     print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
 
 
-@app.command(epilog="Example: exflow place trace/ --gpus 8 --nodes 2 -o plan.json")
+@app.command(
+    epilog="Examples: exflow place trace/ --gpus 8 --nodes 2 -o plan.json   "
+    "exflow place code/ law/ --worst-case --topology cluster.yaml --redundant-experts 8 -o plan.json   "
+    "exflow place new/ --gpus 8 --from plan.json --max-moves 64 -o next.json"
+)
 def place(
-    trace: Trace,
-    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)],
+    traces: Annotated[list[Path], typer.Argument(help="Folders of routing traces.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File of the plan; may be left out with --pareto.")
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
-    method: Annotated[
-        str, typer.Option(help="auto, exact, search, sweep, ilp, contiguous or random.")
-    ] = "auto",
-    time_limit: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = 60.0,
-    seed: Annotated[int, typer.Option(help="Of the search.", min=0)] = 0,
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all.", min=1, rich_help_panel=_WHERE)] = None,
+    nodes: Annotated[
+        int, typer.Option(help="Nodes they are spread over.", min=1, rich_help_panel=_WHERE)
+    ] = 1,
+    topology: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of GPUs and links, instead of --gpus.", rich_help_panel=_WHERE),
+    ] = None,
+    redundant_experts: Annotated[
+        int,
+        typer.Option(help="Slots a layer for replicas of hot experts.", min=0, rich_help_panel=_WHERE),
+    ] = 0,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB a GPU has for experts; with --expert-size.", min=0, rich_help_panel=_WHERE),
+    ] = None,
+    expert_size: Annotated[
+        float | None, typer.Option(help="MiB of one expert of one layer.", min=0, rich_help_panel=_WHERE)
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="Whose messages count: coherent, node-coherent, or dispatch-combine (other engines).",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "coherent",
+    balance_price: Annotated[
+        float,
+        typer.Option(
+            help="Messages per token and layer that a unit of imbalance is worth.",
+            min=0,
+            rich_help_panel=_WHAT,
+        ),
+    ] = 0.3,
     max_imbalance: Annotated[
         float | None,
-        typer.Option(help="In every layer, the busiest GPU's load over the mean load at most; from 1 up."),
+        typer.Option(
+            help="In every layer, the busiest GPU's load over the mean load at most; from 1 up.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="How much each trace counts; by default its tokens.", rich_help_panel=_WHAT),
+    ] = None,
+    worst_case: Annotated[
+        bool,
+        typer.Option("--worst-case", help="Best for the trace where it is worst.", rich_help_panel=_WHAT),
+    ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="A plan in use to start from; with --max-moves.", rich_help_panel=_WHAT),
+    ] = None,
+    max_moves: Annotated[
+        int | None,
+        typer.Option(help="Experts that may change their GPU, in all.", min=0, rich_help_panel=_WHAT),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="auto, exact, search, sweep, ilp; or contiguous, random, load-only.", rich_help_panel=_HOW
+        ),
+    ] = "auto",
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds to search at most.", min=0.1, rich_help_panel=_HOW)
+    ] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the search.", min=0, rich_help_panel=_HOW)] = 0,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the sequences to judge the plan on, not to make it.", rich_help_panel=_TRUST
+        ),
     ] = None,
     pareto: Annotated[
-        bool, typer.Option("--pareto", help="Show what balance costs: messages for several caps.")
+        bool,
+        typer.Option("--pareto", help="Show what balance costs, price by price.", rich_help_panel=_TRUST),
+    ] = False,
+    learning_curve: Annotated[
+        bool,
+        typer.Option(
+            "--learning-curve", help="Show whether enough tokens were profiled.", rich_help_panel=_TRUST
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Decide on which GPU each expert lives."""
-    from exflow.placement.pareto import trade_off
-    from exflow.placement.place import place
-    from exflow.placement.topology import topology_of
-    from exflow.profiling.trace import RoutingTrace
+    from exflow.place import PlaceJob, Where, run_place
+    from exflow.placement.objective import Objective
+    from exflow.placement.place import Solving
 
     if output is not None:
         check_writable(output)
-    elif not pareto:
+    elif not (pareto or learning_curve):
         raise InputError("--output is missing: name the file of the plan")
-    routing, topology = RoutingTrace.load(trace), topology_of(gpus, nodes)
-    if pareto:
-        with status("placing") as line:
-            points = trade_off(
-                routing,
-                topology,
-                max_imbalance,
-                method=method,
-                seed=seed,
-                time_limit=time_limit,
-                progress=lambda cap: line.update(f"placing: max imbalance {cap or 'free'}"),
-            )
-        print_trade_off([point.figures() for point in points], as_json)
-        wanted = next(point for point in points if point.max_imbalance == max_imbalance)
-        if output is not None:
-            if wanted.plan is None:
-                raise InputError(f"{output} is not written: {wanted.reason}")
-            wanted.plan.save(output)
-        return
-    assert output is not None
-    with status("placing") as line:
-        plan = place(
-            routing,
-            topology,
-            method=method,
-            seed=seed,
-            time_limit=time_limit,
-            max_imbalance=max_imbalance,
-            progress=lambda objective, bound, seconds: line.update(
-                f"placing: objective {objective:.4f}, bound {bound:.4f}, {seconds:.0f} s"
+    with status("placing") as line, ctrl_c_ends_the_search():
+        result = run_place(
+            PlaceJob(
+                traces=traces,
+                where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size),
+                objective=Objective(strategy, balance_price, max_imbalance),  # type: ignore[arg-type]
+                solving=Solving(method, seed, time_limit),
+                weights=weight,
+                worst_case=worst_case,
+                start=start,
+                max_moves=max_moves,
+                holdout=holdout,
+                pareto=pareto,
+                learning_curve=learning_curve,
             ),
+            line.update,
         )
-        plan.save(output)
-    print_figures({"plan": str(output), **plan_figures(plan)}, as_json)
+        if output is not None:
+            result.plan.save(output)
+    print_placement(result, output, as_json)
 
 
 @app.command(epilog="Example: exflow evaluate plan.json trace/ --json")

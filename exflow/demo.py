@@ -18,7 +18,7 @@ from exflow.engine import Engine
 from exflow.errors import InputError
 from exflow.files import read_json
 from exflow.launch import run_ranks
-from exflow.placement.place import place
+from exflow.placement.place import Solving, place
 from exflow.placement.topology import Topology
 from exflow.profile import profile, windows_of_text
 from exflow.profiling.trace import RoutingTrace
@@ -50,7 +50,7 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
         trace = _profile(model, engine, texts)
         report(f"placing {trace.num_experts} experts x {trace.num_layers} layers on {RANKS} ranks")
         for method, name in (("contiguous", "contiguous"), ("auto", "affinity")):
-            place(trace, Topology(gpus_per_node=RANKS), method=method).save(folder / f"{name}.json")
+            place(trace, Topology(gpus_per_node=RANKS), solving=Solving(method)).save(folder / f"{name}.json")
         report("generating in one process")
         alone = engine.generate(demo_request(model))
         report(f"generating on {RANKS} ranks, every strategy, contiguous and affinity placement")

@@ -74,7 +74,7 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     decoder = alike_on_all_ranks(
         cluster, lambda: load_decoder(deployment.model, cluster.device, deployment.dtype, experts_here)
     )
-    tables = PlanTables.of(plan, cluster.rank, cluster.device)
+    tables = PlanTables.of(plan, cluster.device)
     config = decoder.config
     strategy = make_strategy(
         deployment.strategy, Exchange(cluster), tables, config.moe_layer_ids, config.num_hidden_layers

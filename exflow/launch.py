@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -54,6 +56,22 @@ def answer_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop if torchrun_place() is None else signal.SIG_DFL)
+
+
+@contextmanager
+def ctrl_c_ends_the_search() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, by which a search ends and gives the best so far."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:  # outside a search: nothing to give
+        raise Stopped(signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -1,5 +1,8 @@
 """What happens in an MoE layer, for each way to lay experts out over ranks: route, dispatch, experts, own.
 
+Gates choose logical experts. The owner of a token turns them into physical slots, one for each choice, and
+every rank runs the slots that are its own: whatever the replicas, each choice is computed once.
+
 Shapes: T tokens at hand, D hidden, K choices, E experts, L MoE layers, G ranks.
 """
 
@@ -35,40 +38,52 @@ class AllExpertsHere:
 
 @dataclass(frozen=True)
 class PlanTables:
-    """A plan as tensors on the device of rank `rank`.
+    """A plan as tensors on a rank's device.
 
-    rank_of_expert [L, E] int64; local_slot [L, E] int64, ELSEWHERE for other ranks' experts; next_owner
-    [L, E, G] int64 per mille (Plan.next_owner).
+    serving_slot [G, L, E] int64 (Plan.serving_slot); next_owner [L, E, G] int64 per mille (Plan.next_owner);
+    rank r has the physical slots r * slots_per_rank and up.
     """
 
-    rank_of_expert: Tensor
-    local_slot: Tensor
+    serving_slot: Tensor
     next_owner: Tensor
+    slots_per_rank: int
 
     @classmethod
-    def of(cls, plan: Plan, rank: int, device: torch.device) -> Self:
-        ranks = torch.from_numpy(plan.rank_of_expert).long()
-        slots = torch.from_numpy(plan.slot_of_expert).long()
+    def of(cls, plan: Plan, device: torch.device) -> Self:
+        serving = torch.from_numpy(plan.serving_slot)
         if plan.next_owner is None:
-            owners = torch.zeros(*ranks.shape, plan.num_ranks, dtype=torch.int64)
+            owners = torch.zeros(*serving.shape[1:], plan.num_ranks, dtype=torch.int64)
         else:
             owners = torch.from_numpy(plan.next_owner).long()
-        local = (slots - rank * plan.slots_per_rank).where(ranks == rank, ELSEWHERE)
-        return cls(ranks.to(device), local.to(device), owners.to(device))
+        return cls(serving.to(device), owners.to(device), plan.slots_per_rank)
+
+    def hosts(self, slot_TK: Tensor) -> Tensor:
+        """The ranks that have these physical slots."""
+        return slot_TK // self.slots_per_rank
+
+    def local(self, slot_TK: Tensor, rank: int) -> Tensor:
+        """Of these physical slots those of `rank`, counted from its first; ELSEWHERE for the others."""
+        return (slot_TK - rank * self.slots_per_rank).where(self.hosts(slot_TK) == rank, ELSEWHERE)
 
 
 class Replicated:
-    """Every rank runs attention for every token; one all-reduce sums what the ranks' experts contribute."""
+    """Every rank runs attention for every token; one all-reduce sums what the ranks' experts contribute.
+
+    Of an expert's replicas the one runs that serves the token's home.
+    """
 
     def __init__(self, exchange: Exchange, tables: PlanTables) -> None:
         self.exchange = exchange
         self.tables = tables
+        self.rank = exchange.cluster.rank
+        self.num_ranks = exchange.cluster.num_ranks
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         normed_TD = layer.norm(hidden_TD)
         routing = layer.route(normed_TD, rows)
-        slots_TK = self.tables.local_slot[layer.index][routing.expert_TK]
-        partial_TD = layer.experts(normed_TD, slots_TK, routing.weight_TK)
+        home_T1 = (rows.sequence_T % self.num_ranks)[:, None]
+        slot_TK = self.tables.serving_slot[home_T1, layer.index, routing.expert_TK]
+        partial_TD = layer.experts(normed_TD, self.tables.local(slot_TK, self.rank), routing.weight_TK)
         return hidden_TD + self.exchange.all_reduce(partial_TD), rows
 
 
@@ -76,13 +91,13 @@ class Replicated:
 class Tokens:
     """Everything about the tokens at hand, and what travels in a dispatch.
 
-    hidden_TD is the residual stream before the layer (the receiver repeats the norm); owner_T the rank that
-    holds the token after the layer.
+    hidden_TD is the residual stream before the layer (the receiver repeats the norm); slot_TK the physical
+    slots that serve the token; owner_T the rank that holds the token after the layer.
     """
 
     hidden_TD: Tensor
     weight_TK: Tensor
-    expert_TK: Tensor
+    slot_TK: Tensor
     sequence_T: Tensor
     position_T: Tensor
     owner_T: Tensor
@@ -90,24 +105,24 @@ class Tokens:
     def pack(self, take: Tensor) -> Tensor:
         """The rows `take` as bytes."""
         whole = torch.cat(
-            [self.expert_TK, self.sequence_T[:, None], self.position_T[:, None], self.owner_T[:, None]], dim=1
+            [self.slot_TK, self.sequence_T[:, None], self.position_T[:, None], self.owner_T[:, None]], dim=1
         )
         return pack(self.hidden_TD[take], self.weight_TK[take], whole[take].to(torch.int32))
 
     def and_received(self, rows_MB: Tensor) -> "Tokens":
         """These tokens followed by received ones."""
-        width, choices = self.hidden_TD.shape[1], self.expert_TK.shape[1]
+        width, choices = self.hidden_TD.shape[1], self.slot_TK.shape[1]
         hidden, weight, whole = unpack(
             rows_MB,
             (self.hidden_TD.dtype, width),
             (self.weight_TK.dtype, choices),
             (torch.int32, choices + 3),
         )
-        expert, sequence, position, owner = whole.long().split([choices, 1, 1, 1], dim=1)
+        slot, sequence, position, owner = whole.long().split([choices, 1, 1, 1], dim=1)
         return Tokens(
             torch.cat([self.hidden_TD, hidden]),
             torch.cat([self.weight_TK, weight]),
-            torch.cat([self.expert_TK, expert]),
+            torch.cat([self.slot_TK, slot]),
             torch.cat([self.sequence_T, sequence[:, 0]]),
             torch.cat([self.position_T, position[:, 0]]),
             torch.cat([self.owner_T, owner[:, 0]]),
@@ -141,33 +156,32 @@ class ExpertParallel:
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         routing = layer.route(layer.norm(hidden_TD), rows)
-        hosts_TG, owner_T = self.choose_owners(layer.index, routing.expert_TK, rows.sequence_T)
-        mine = Tokens(
-            hidden_TD, routing.weight_TK, routing.expert_TK, rows.sequence_T, rows.position_T, owner_T
-        )
+        slot_TK = self.tables.serving_slot[self.rank, layer.index][routing.expert_TK]
+        hosts_TG = torch.zeros(len(slot_TK), self.num_ranks, dtype=torch.bool, device=slot_TK.device)
+        hosts_TG.scatter_(1, self.tables.hosts(slot_TK), True)
+        owner_T = self.choose_owners(layer.index, routing.expert_TK, hosts_TG, rows.sequence_T)
+        mine = Tokens(hidden_TD, routing.weight_TK, slot_TK, rows.sequence_T, rows.position_T, owner_T)
         here = self.dispatch(mine, hosts_TG)
-        slots_TK = self.tables.local_slot[layer.index][here.expert_TK]
-        partial_TD = layer.experts(layer.norm(here.hidden_TD), slots_TK, here.weight_TK)
-        return self.settle(here, partial_TD, slots_TK, rows.phase)
+        local_TK = self.tables.local(here.slot_TK, self.rank)
+        partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
+        return self.settle(here, partial_TD, local_TK, rows.phase)
 
-    def choose_owners(self, layer: int, expert_TK: Tensor, sequence_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Which ranks host a token's experts [T, G], and which rank owns it next [T].
+    def choose_owners(self, layer: int, expert_TK: Tensor, hosts_TG: Tensor, sequence_T: Tensor) -> Tensor:
+        """Which rank owns a token next [T], of the ranks that serve it.
 
         Of the hosts inside the home's coherence group the one likeliest to host the next experts, the lowest
         rank among equals; without such a host the token stays where it is.
         """
         ranks_G = torch.arange(self.num_ranks, device=expert_TK.device)
-        hosts_TG = torch.zeros(len(expert_TK), self.num_ranks, dtype=torch.bool, device=expert_TK.device)
-        hosts_TG.scatter_(1, self.tables.rank_of_expert[layer][expert_TK], True)
         home_T = sequence_T % self.num_ranks
         group_TG = ranks_G // self.group_size == (home_T // self.group_size)[:, None]
         score_TG = self.tables.next_owner[layer][expert_TK].sum(dim=1) * self.num_ranks - ranks_G
         candidates_TG = hosts_TG & group_TG
         best_T = score_TG.masked_fill(~candidates_TG, torch.iinfo(torch.int64).min).argmax(dim=1)
-        return hosts_TG, best_T.where(candidates_TG.any(dim=1), self.rank)
+        return best_T.where(candidates_TG.any(dim=1), self.rank)
 
     def dispatch(self, mine: Tokens, hosts_TG: Tensor) -> Tokens:
-        """Send each of my tokens to every other rank that hosts an expert of it; mine, then my guests."""
+        """Send each of my tokens to every other rank that serves it; mine, then my guests."""
         away_TG = hosts_TG.clone()
         away_TG[:, self.rank] = False
         token_N, dest_N = away_TG.nonzero(as_tuple=True)
@@ -178,15 +192,15 @@ class ExpertParallel:
         self.history.append(received.notes.sum(dim=0).tolist())
         return mine.and_received(received.rows_MB)
 
-    def settle(self, here: Tokens, partial_TD: Tensor, slots_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
+    def settle(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
         """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
         keep_T = here.owner_T == self.rank
         key_T = here.sequence_T << 32 | here.position_T
         order_T = torch.argsort(key_T[keep_T])
         hidden_TD = (here.hidden_TD + partial_TD)[keep_T][order_T]
         kept_T = key_T[keep_T][order_T]
-        if self.has_return(slots_TK.shape[1]):
-            send_N = (~keep_T & (slots_TK >= 0).any(dim=1)).nonzero()[:, 0]
+        if self.has_return(local_TK.shape[1]):
+            send_N = (~keep_T & (local_TK >= 0).any(dim=1)).nonzero()[:, 0]
             received = self.exchange.all_to_all(
                 pack(partial_TD[send_N], key_T[send_N, None]),
                 here.owner_T[send_N],

@@ -1,12 +1,14 @@
 """Results on stdout: JSON for tools, tables for people."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from exflow.place import Placement
     from exflow.placement.plan import Plan
     from exflow.profiling.trace import RoutingTrace
 
@@ -36,6 +38,27 @@ def trace_figures(trace: "RoutingTrace") -> dict[str, Any]:
     }
 
 
+def print_placement(result: "Placement", output: Path | None, as_json: bool) -> None:
+    """What was solved and how well; then the tables that were asked for."""
+    figures = {} if output is None else {"plan": str(output), **plan_figures(result.plan)}
+    tables = {
+        "pareto": result.pareto,
+        "learning_curve": result.learning_curve,
+        "verdict": result.verdict,
+        "messages_by_trace": result.by_trace,
+    }
+    if as_json:
+        print_json(figures | {name: table for name, table in tables.items() if table is not None})
+        return
+    if figures:
+        print_figures(figures | (result.by_trace or {}), as_json=False)
+    for rows, columns in ((result.pareto, _PARETO_COLUMNS), (result.learning_curve, _CURVE_COLUMNS)):
+        if rows is not None:
+            _print_table([], columns, rows)
+    if result.verdict is not None:
+        print(result.verdict)
+
+
 def plan_figures(plan: "Plan") -> dict[str, Any]:
     """What was solved and how well, and the expected traffic of every strategy."""
     messages = {
@@ -43,8 +66,11 @@ def plan_figures(plan: "Plan") -> dict[str, Any]:
         for name, figures in plan.expected["strategies"].items()
         if name != "replicated"
     }
+    held_out = plan.expected.get("held_out", {})
     return {
+        "strategy": plan.strategy,
         "method": plan.method,
+        "slots": plan.num_slots,
         "objective": plan.objective,
         "lower_bound": plan.lower_bound,
         "gap": plan.gap,
@@ -53,25 +79,23 @@ def plan_figures(plan: "Plan") -> dict[str, Any]:
         "local_fraction": plan.expected["local_fraction"],
         "imbalance_mean": plan.expected["imbalance"]["mean"],
         "imbalance_max": plan.expected["imbalance"]["max"],
+        **{f"held_out_{name}": figure for name, figure in held_out.items()},
     }
 
 
-def print_trade_off(points: list[dict[str, Any]], as_json: bool) -> None:
-    """A line a cap; where it cannot be kept, why."""
-    if as_json:
-        print_json({"pareto": points})
-        return
-    print(f"{'cap':>6} {'coherent messages':>18} {'imbalance':>10} {'worst layer':>12}")
-    for point in points:
-        cap = point["max_imbalance"]
-        name = "free" if cap is None else f"{cap:g}"
-        if point["reason"]:
-            print(f"{name:>6} {point['reason']}")
-            continue
-        messages, mean, most = (
-            point[key] for key in ("messages_per_token_layer", "imbalance_mean", "imbalance_max")
-        )
-        print(f"{name:>6} {messages:>18.3f} {mean:>10.3f} {most:>12.3f}")
+_PARETO_COLUMNS = {
+    "price": "balance_price",
+    "messages": "messages_per_token_layer",
+    "imbalance": "imbalance_mean",
+    "worst layer": "imbalance_max",
+}
+_CURVE_COLUMNS = {
+    "tokens": "tokens",
+    "on its own": "on_its_own",
+    "held out": "held_out",
+    "from": "low",
+    "to": "high",
+}
 
 
 def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
@@ -166,7 +190,9 @@ def _print_table(names: list[str], columns: dict[str, str], lines: list[dict[str
 
 
 def _readable(value: Any) -> str:
-    """Four significant digits; large numbers whole."""
+    """Four significant digits; large numbers whole; a figure with an interval as `value (low to high)`."""
+    if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
+        return "{} ({} to {})".format(*(_readable(value[key]) for key in ("value", "low", "high")))
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return str(value)

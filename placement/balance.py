@@ -13,10 +13,12 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from exflow.errors import InputError
 from exflow.placement.baselines import contiguous
+from exflow.placement.kernel import fixed, state, try_swaps
 from exflow.placement.problem import Assignment, PlacementProblem, Prices
 
 Parts = NDArray[np.int64]  # [E] the part of every expert of one layer
 _RANDOM_STARTS = 30
+_LEVELS = 40  # of temperature, where swaps are for balance alone
 # The integer program is for proofs and the last per mille; over this many variables it finds neither.
 _MAX_PROGRAM = 4096
 _PROGRAM_NODES = 2000  # ends it the same way each time; the seconds only guard
@@ -26,9 +28,16 @@ _PROGRAM_SECONDS = 5.0
 def balanced_start(problem: PlacementProblem) -> Assignment:
     """A feasible assignment [L, E]: contiguous in the layers where that keeps the cap, else spread by load.
 
+    With an anchor it is that, with as few swaps as bring it under the cap; replicas are dealt out one after
+    the other, and swapped from there.
+
     Raises InputError if none is found under the cap: it names the layer that is hardest to balance and the
     smallest imbalance that can be had there, which as a cap for all layers then works.
     """
+    if problem.anchor is not None:
+        return _start_at_anchor(problem, problem.anchor)
+    if problem.has_replicas:
+        return _spread_replicas(problem)
     assignment = contiguous(*problem.shape)
     loads, mean_load = problem.load, problem.load.sum(axis=1) / problem.num_parts
     for layer, max_load in enumerate(problem.max_load):
@@ -43,6 +52,50 @@ def balanced_start(problem: PlacementProblem) -> Assignment:
         proven.add(worst)
         assignment[worst] = _spread_exactly(loads[worst], problem.num_parts, assignment[worst])
         busiest[worst] = part_loads(loads[worst], assignment[worst], problem.num_parts).max()
+    return assignment
+
+
+def _start_at_anchor(problem: PlacementProblem, anchor: Assignment) -> Assignment:
+    layers = zip(problem.load, anchor, problem.max_load, strict=True)
+    start = np.stack([level(load, parts, problem.num_parts, max_load) for load, parts, max_load in layers])
+    busiest = problem.part_loads(start).max(axis=1)
+    if (busiest > problem.max_load).any() or not problem.keeps_replicas_apart(start):
+        raise InputError(
+            "max imbalance cannot be kept from the plan in use by single swaps; place anew instead"
+        )
+    if not problem.is_feasible(start):
+        raise InputError(
+            f"max moves {problem.max_moves}: to keep the max imbalance {problem.moves(start)} experts have "
+            "to move; allow as many, or a larger imbalance"
+        )
+    return start
+
+
+def _spread_replicas(problem: PlacementProblem) -> Assignment:
+    """Items dealt out in turn, so that those of one expert, which follow each other, are on different parts.
+
+    In layers over the cap they are then swapped for balance alone.
+    """
+    num_layers, num_experts, num_parts = problem.shape
+    assignment = np.tile(np.arange(num_experts) % num_parts, (num_layers, 1))
+    over = problem.part_loads(assignment).max(axis=1) > problem.max_load
+    if over.any():
+        level_only = PlacementProblem(
+            inter=np.zeros_like(problem.inter),
+            intra=np.zeros_like(problem.intra),
+            load=problem.load,
+            num_parts=num_parts,
+            balance_price=1 / problem.load.sum(axis=1),
+            replica_of=problem.replica_ids,
+        )
+        now, rng = state(level_only, assignment), np.random.default_rng(0)
+        for temperature in np.geomspace(0.1 / num_parts, 1e-4 / num_parts, _LEVELS):
+            try_swaps(fixed(level_only), now, temperature, _RANDOM_STARTS, rng)
+        assignment[over] = now.assignment[over]
+    busiest, mean_load = problem.part_loads(assignment).max(axis=1), problem.load.sum(axis=1) / num_parts
+    if (busiest > problem.max_load).any():
+        worst = int(np.argmax(np.where(busiest > problem.max_load, busiest / mean_load, 0)))
+        raise _cannot_keep(problem.max_load[worst], busiest[worst], mean_load[worst], worst)
     return assignment
 
 

@@ -6,15 +6,26 @@ part with at most E/G experts of the next layer and E/G - 1 of its own. What is 
 A cap on the load is ignored: the bound stays valid, for feasible assignments are balanced ones.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
-from exflow.placement.problem import PlacementProblem, Prices
+from exflow.placement.problem import Assignment, PlacementProblem, Prices
+from exflow.placement.spectral import most_kept_together
 
 _STEPS = 50  # of the subgradient descent; twice as many gain a per cent at most
+_MOST_WORK = 5 * 10**7  # entries looked at; half the steps cost another per cent of the bound
 
 
-def lower_bound(problem: PlacementProblem) -> float:
-    """A cost that no balanced assignment is below; >= 0, in the unit of the prices.
+def lower_bound(
+    problem: PlacementProblem, known: Assignment | None = None, stop: Callable[[], bool] = lambda: False
+) -> float:
+    """A cost of separation that no balanced assignment is below; >= 0, in the unit of the prices at distance
+    1.
+
+    With a `known` assignment [L, E] the spectral bound is tried too: it sees that who is together with two is
+    with both together, and takes seconds, until it has proved `known` to be optimal, or until `stop` says so.
 
     Where every layer pair can be had at its own optimum (E == G) it comes close to the optimum; otherwise the
     distance is the price of making the layers agree, and no sign of a bad assignment.
@@ -25,7 +36,13 @@ def lower_bound(problem: PlacementProblem) -> float:
     apart_inter = total_inter - most_kept(problem.inter, problem.experts_per_part)
     apart_intra = total_intra - most_kept(others, problem.experts_per_part - 1) / 2
     rounding = 1e-12 * (total_inter + total_intra)
-    return max(0.0, float(apart_inter + apart_intra - rounding))
+    apart = apart_inter + apart_intra
+    if known is not None:
+        total = total_inter + total_intra
+        plain = replace(problem, distance=None, balance_price=np.zeros(1), constant=0.0)
+        kept = total - plain.cost(known)
+        apart = max(apart, total - most_kept_together(problem, kept + rounding, stop))
+    return max(0.0, float(apart - rounding))
 
 
 def most_kept(prices: Prices, degree: int) -> float:
@@ -36,13 +53,14 @@ def most_kept(prices: Prices, degree: int) -> float:
     subgradient descent lowers this bound: a column chosen too often gets dearer. It starts at v = 0, the sum
     of the rows' largest entries.
     """
-    return sum((_most_kept(matrix, degree) for matrix in prices), 0.0) if degree else 0.0
+    steps = max(10, min(_STEPS, _MOST_WORK // max(prices.size, 1)))
+    return sum((_most_kept(matrix, degree, steps) for matrix in prices), 0.0) if degree else 0.0
 
 
-def _most_kept(prices: Prices, degree: int) -> float:
+def _most_kept(prices: Prices, degree: int, steps: int) -> float:
     column_price = np.zeros(len(prices))
     least = np.inf
-    for step in range(_STEPS):
+    for step in range(steps):
         reduced = prices - column_price
         chosen = np.argpartition(reduced, -degree, axis=1)[:, -degree:]
         bound = np.take_along_axis(reduced, chosen, axis=1).sum() + degree * column_price.sum()

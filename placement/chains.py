@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from exflow.placement.problem import Assignment, PlacementProblem, Prices
+from exflow.placement.problem import NORM, Assignment, PlacementProblem, Prices
 
 IntArray = NDArray[np.int64]
 
@@ -18,17 +18,26 @@ IntArray = NDArray[np.int64]
 def swap_chain(problem: PlacementProblem, assignment: Assignment, part: int, other: int) -> Assignment:
     """The best assignment [L, E] within one chain of swaps between two parts; never dearer than the given.
 
-    Swaps that take a part over the cap are left out: from a feasible assignment comes a feasible one.
+    Swaps that take a part over the cap, or to a replica of the same expert, are left out: from a feasible
+    assignment comes a feasible one. Where other parts are nearer to one of the two than to the other it is
+    left as it is: what a swap costs would hang on all of them.
     """
+    distance = problem.distances
+    others = np.delete(np.arange(problem.num_parts), [part, other])
+    if not np.array_equal(distance[part, others], distance[other, others]):
+        return assignment
     negligible = 1e-12 * (problem.inter.sum() + problem.intra.sum())  # less than this is rounding
     assignment = assignment.copy()
-    held = np.ascontiguousarray(problem.part_loads(assignment)[:, [part, other]])
+    loads = problem.part_loads(assignment)
     _apply_best_chain(
         problem.inter,
         problem.intra,
         problem.load,
         problem.max_load,
-        held,
+        problem.balance_price / distance[part, other],
+        problem.replica_ids,
+        np.ascontiguousarray(loads[:, [part, other]]),
+        (loads[:, others] ** NORM).sum(axis=1),
         assignment,
         part,
         other,
@@ -43,7 +52,10 @@ def _apply_best_chain(
     intra: Prices,  # [L, E, E]
     load: Prices,  # [L, E]
     max_load: Prices,  # [L]
+    balance_price: Prices,  # [L] in the unit of the prices
+    replica_of: IntArray,  # [L, E]
     held: Prices,  # [L, 2] the load of both parts
+    beside: Prices,  # [L] the sum of the NORM-th powers of what the other parts hold
     assignment: Assignment,  # changed in place
     part: int,
     other: int,
@@ -59,7 +71,16 @@ def _apply_best_chain(
         if layer > 0:
             gain, previous[layer] = _step(inter[layer - 1], members[layer - 1], members[layer], gain)
         _add_single_gains(inter, intra, members, layer, gain)
-        _leave_out_heavy(load[layer], max_load[layer], held[layer], members[layer], gain)
+        _weigh(
+            load[layer],
+            max_load[layer],
+            balance_price[layer],
+            held[layer],
+            beside[layer],
+            members[layer],
+            gain,
+        )
+        _leave_out_replicas(replica_of[layer], members[layer], gain)
 
     state = gain.argmax()
     if gain[state] <= negligible:
@@ -108,14 +129,43 @@ def _add_single_gains(inter: Prices, intra: Prices, members: IntArray, layer: in
 
 
 @njit(cache=True, nogil=True)
-def _leave_out_heavy(load: Prices, max_load: float, held: Prices, members: IntArray, gain: Prices) -> None:
-    """Bar the states of a layer whose swap takes one of the two parts over the cap."""
+def _weigh(
+    load: Prices,
+    max_load: float,
+    balance_price: float,
+    held: Prices,
+    beside: float,
+    members: IntArray,
+    gain: Prices,
+) -> None:
+    """Add what a swap gains in balance; bar the states whose swap takes one of the two parts over the cap."""
     size = members.shape[1]
+    soft = _soft(held[0], held[1], beside)
     for x in range(size):
         for y in range(size):
             more = load[members[1, y]] - load[members[0, x]]
-            if held[0] + more > max_load or held[1] - more > max_load:
+            heavier = max(held[0] + more, held[1] - more)
+            gain[1 + x * size + y] += balance_price * (soft - _soft(held[0] + more, held[1] - more, beside))
+            if heavier > max_load:
                 gain[1 + x * size + y] = -np.inf
+
+
+@njit(cache=True, nogil=True)
+def _soft(one: float, other: float, beside: float) -> float:
+    """The soft maximum of two loads and others, whose powers sum to `beside`."""
+    return float((one**NORM + other**NORM + beside) ** (1 / NORM))
+
+
+@njit(cache=True, nogil=True)
+def _leave_out_replicas(replica_of: IntArray, members: IntArray, gain: Prices) -> None:
+    """Bar the states whose swap takes an expert to another replica of it."""
+    size = members.shape[1]
+    for x in range(size):
+        for y in range(size):
+            for z in range(size):
+                meets = z != y and replica_of[members[1, z]] == replica_of[members[0, x]]
+                if meets or (z != x and replica_of[members[0, z]] == replica_of[members[1, y]]):
+                    gain[1 + x * size + y] = -np.inf
 
 
 @njit(cache=True, nogil=True)

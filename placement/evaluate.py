@@ -1,10 +1,15 @@
 """What a plan is worth on a trace: every strategy's traffic, locality and balance; `exflow evaluate`."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.plan import Plan
-from exflow.placement.traffic import Traffic, count_traffic, imbalance, local_fraction
+from exflow.placement.traffic import Traffic, follow, imbalance_of, local_fraction, total
 from exflow.profiling.trace import RoutingTrace
 
 
@@ -14,17 +19,20 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     Under "strategies" each strategy has, as means per token and MoE layer, "messages_per_token_layer" (which
     is "intra_node" + "inter_node", and also "dispatch" + "return"); "kv_copies" per token and attention layer
     (background); "exchanges_per_step", the synchronous collectives of a decode step; and "totals", the
-    integers behind the means. "node_coherent" is there only with several nodes. "replicated" sends no
-    message: its "all_reduces_per_step" each move "all_reduce_copies" rows a token, all ranks together
-    (a ring: every rank sends 2 (G - 1) / G of a row), on the critical path. "local_fraction" is the share of
-    adjacent-layer first-choice transitions that stay on a rank; it is 1 for a single MoE layer.
-    "imbalance" is the busiest rank's load over the mean load, per layer, its mean and its maximum.
-    All rows of the trace count. Raises InputError if the trace is empty or of another model than the plan.
+    integers behind the means. "remote_nodes" is how many nodes other than the owner's a token's experts are
+    on: what would cross between nodes if each got one message and passed it on. "imbalance" is the busiest
+    rank's load over the mean load, per layer, its mean and its maximum. "node_coherent" is there only with
+    several nodes. "replicated" sends no message: its "all_reduces_per_step" each move "all_reduce_copies"
+    rows a token, all ranks together (a ring: every rank sends 2 (G - 1) / G of a row), on the critical path.
+    "local_fraction" is the share of adjacent-layer first-choice transitions that stay on a rank; it is 1 for
+    a single MoE layer. The imbalance of the strategy that the plan was made for stands beside the strategies
+    too; without replicas it is the same for all. All rows of the trace count. Raises InputError if the trace
+    is empty or of another model than the plan.
     """
     plan.check_trace(trace)
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to evaluate the plan on; choose one that has")
-    local, load = local_fraction(trace, plan), imbalance(trace, plan)
+    local, strategies = local_fraction(trace, plan), _strategies(plan, trace)
     return {
         "model": plan.model,
         "method": plan.method,
@@ -34,9 +42,10 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
         "experts": plan.num_experts,
         "ranks": plan.num_ranks,
         "nodes": plan.topology.num_nodes,
-        "strategies": _strategies(plan, trace),
+        "slots": plan.num_slots,
+        "strategies": strategies,
         "local_fraction": float(local.mean()) if len(local) else 1.0,
-        "imbalance": {"mean": float(load.mean()), "max": float(load.max()), "per_layer": load.tolist()},
+        "imbalance": strategies[plan.strategy.replace("-", "_")]["imbalance"],
     }
 
 
@@ -48,18 +57,35 @@ def exchanges_per_step(num_layers: int, top_k: int, group_size: int, num_ranks: 
 def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
     ranks, layers = plan.num_ranks, plan.num_layers
     group_sizes = {"dispatch_combine": 1, "coherent": ranks}
-    if plan.topology.num_nodes > 1:
+    if plan.topology.num_nodes > 1 or plan.strategy == "node-coherent":
         group_sizes["node_coherent"] = plan.topology.gpus_per_node
-    figures = {
-        name: _figures(count_traffic(trace, plan, size), exchanges_per_step(layers, trace.top_k, size, ranks))
-        for name, size in group_sizes.items()
-    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        followed = dict(
+            zip(
+                group_sizes,
+                pool.map(lambda size: follow(trace, plan, size), group_sizes.values()),
+                strict=True,
+            )
+        )
+    figures: dict[str, dict[str, Any]] = {}
+    for name, size in group_sizes.items():
+        traffic = total(followed[name], plan, size)
+        figures[name] = _figures(traffic, exchanges_per_step(layers, trace.top_k, size, ranks)) | {
+            "remote_nodes": traffic.per_token_layer(int(followed[name].remote_nodes.sum())),
+            "imbalance": _imbalance(followed[name].load.sum(axis=0)),
+        }
     silent = Traffic(trace.num_tokens, layers, plan.num_hidden_layers, 0, 0, 0, 0, 0, 0)
     figures["replicated"] = _figures(silent, layers) | {
         "all_reduces_per_step": layers,
         "all_reduce_copies": 2 * (ranks - 1),
+        "imbalance": figures["dispatch_combine"]["imbalance"],
     }
     return figures
+
+
+def _imbalance(load: npt.NDArray[np.int64]) -> dict[str, Any]:
+    layers = imbalance_of(load)
+    return {"mean": float(layers.mean()), "max": float(layers.max()), "per_layer": layers.tolist()}
 
 
 def _figures(traffic: Traffic, exchanges: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from exflow.errors import InputError
 from exflow.placement.baselines import contiguous
-from exflow.placement.problem import Assignment, PlacementProblem, Prices
+from exflow.placement.problem import Assignment, PlacementProblem, Prices, one_hot, soft_maximum
 
 # The Viterbi pass looks at this many (partition, partition) pairs a layer at most: 16 experts on 2 parts
 # (12,870 x 6,435 = 83 million, about half a second a layer) is in, 16 on 4 is far out.
@@ -26,6 +26,10 @@ def solve_exactly(problem: PlacementProblem) -> Assignment:
 
     Raises InputError if neither exact method applies.
     """
+    if not problem.is_uniform or problem.has_replicas or problem.anchor is not None:
+        raise InputError(
+            "method exact: does not know unequal distances, replicas, or a limit on moves; use method search"
+        )
     if problem.num_parts == problem.num_experts:
         return chain_of_matchings(problem)
     if count_transitions(problem) > MAX_TRANSITIONS:
@@ -38,7 +42,9 @@ def solve_exactly(problem: PlacementProblem) -> Assignment:
 
 
 def is_exactly_solvable(problem: PlacementProblem) -> bool:
-    """True if `solve_exactly` applies: E == G, or few enough balanced partitions of a layer."""
+    """True if `solve_exactly` applies: E == G, or few enough balanced partitions, and parts alike."""
+    if not problem.is_uniform or problem.has_replicas or problem.anchor is not None:
+        return False
     return problem.num_parts == problem.num_experts or count_transitions(problem) <= MAX_TRANSITIONS
 
 
@@ -72,10 +78,12 @@ def viterbi(problem: PlacementProblem) -> Assignment:
     """
     partitions = _balanced_partitions(problem.num_experts, problem.num_parts)
     canonical, canonical_of, relabel = _canonical_forms(partitions, problem.num_parts)
-    labelled_hot = _one_hot(partitions, problem.num_parts)
-    canonical_hot = _one_hot(canonical, problem.num_parts)
+    labelled_hot = one_hot(partitions, problem.num_parts)
+    canonical_hot = one_hot(canonical, problem.num_parts)
     together = _kept_within(problem.intra, canonical_hot)
-    together[_busiest_part(problem.load, canonical_hot) > problem.max_load[:, None]] = -np.inf
+    loads = _part_loads(problem.load, canonical_hot)
+    together -= problem.balance_price[:, None] * soft_maximum(loads)
+    together[loads.max(axis=2) > problem.max_load[:, None]] = -np.inf
 
     kept = together[0]
     predecessors: list[NDArray[np.int64]] = []
@@ -134,10 +142,10 @@ def _kept_within(intra: Prices, hot: Prices) -> Prices:
     return kept
 
 
-def _busiest_part(load: Prices, hot: Prices) -> Prices:
-    """[L, N]: in each layer the largest load of a part, for each of the N partitions."""
-    busiest: Prices = np.einsum("le,neg->lng", load, hot, optimize=True).max(axis=2)
-    return busiest
+def _part_loads(load: Prices, hot: Prices) -> Prices:
+    """[L, N, G]: in each layer the load of every part, for each of the N partitions."""
+    loads: Prices = np.einsum("le,neg->lng", load, hot, optimize=True)
+    return loads
 
 
 def _balanced_partitions(num_experts: int, num_parts: int) -> NDArray[np.int64]:
@@ -165,8 +173,3 @@ def _canonical_forms(
         np.take_along_axis(rank, partitions, axis=1), axis=0, return_inverse=True
     )
     return canonical, canonical_of, relabel
-
-
-def _one_hot(partitions: NDArray[np.int64], num_parts: int) -> Prices:
-    """[N, E, G] float64: 1 where the expert is on the part."""
-    return np.asarray(partitions[:, :, None] == np.arange(num_parts), dtype=np.float64)

@@ -20,6 +20,7 @@ from exflow.placement.problem import Assignment, PlacementProblem
 
 # PuLP takes a quarter of a minute to write this many down; branch and bound gets nowhere with more.
 MAX_CONSTRAINTS = 500_000
+_TOLERANCE = 1e-6  # HiGHS's, on the cost of what it found
 
 Expert = tuple[int, int]  # (layer, expert)
 BoundReport = Callable[[float, float], None]
@@ -32,6 +33,7 @@ class IntegerProgram:
     program: pulp.LpProblem
     on: dict[tuple[int, int, int], pulp.LpVariable]  # (layer, expert, part) -> binary
     apart: dict[tuple[Expert, Expert], pulp.LpVariable]  # -> [0, 1]
+    busiest: dict[int, pulp.LpVariable]  # layer -> load of its busiest part, where that has a price
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,14 @@ class IlpResult:
 def build_program(problem: PlacementProblem) -> IntegerProgram:
     """The integer program; every constraint has a name that says what it is about.
 
-    Raises InputError if the problem is too large to be written down.
+    Its cost is that of the problem but for a constant, and for imbalance, which no line tells: the most
+    loaded part stands for the soft maximum, which is never less. So its bounds are bounds on the problem's
+    cost.
+
+    Raises InputError if the problem is too large to be written down, or has unequal distances.
     """
+    if not problem.is_uniform:
+        raise InputError("method ilp: does not know unequal distances between parts; use method search")
     layers, experts, parts = (range(size) for size in problem.shape)
     prices = _priced_pairs(problem)
     if len(prices) * problem.num_parts > MAX_CONSTRAINTS:
@@ -61,7 +69,16 @@ def build_program(problem: PlacementProblem) -> IntegerProgram:
     }
     apart = {pair: program.add_variable(f"apart_{_pair_name(*pair)}", 0, 1) for pair in prices}
 
-    program += pulp.lpSum(price * apart[pair] for pair, price in prices.items()), "cost"
+    least = problem.least_soft_maximum.tolist()
+    busiest: dict[int, pulp.LpVariable] = {
+        layer: program.add_variable(f"busiest_l{layer}", least[layer])
+        for layer in np.flatnonzero(problem.balance_price).tolist()
+    }
+
+    separation = pulp.lpSum(price * apart[pair] for pair, price in prices.items())
+    imbalance = pulp.lpSum(float(problem.balance_price[layer]) * most for layer, most in busiest.items())
+    constant = problem.constant - float(problem.balance_price @ problem.least_soft_maximum)
+    program += separation + imbalance + constant, "cost"
 
     for layer, expert in product(layers, experts):
         program += pulp.lpSum(on[layer, expert, part] for part in parts) == 1, f"one_gpu_l{layer}_e{expert}"
@@ -71,6 +88,14 @@ def build_program(problem: PlacementProblem) -> IntegerProgram:
     for layer, part in product(np.flatnonzero(np.isfinite(problem.max_load)).tolist(), parts):
         held = pulp.lpSum(float(problem.load[layer, expert]) * on[layer, expert, part] for expert in experts)
         program += held <= float(problem.max_load[layer]), f"load_l{layer}_g{part}"
+    for (layer, most), part in product(busiest.items(), parts):
+        held = pulp.lpSum(float(problem.load[layer, expert]) * on[layer, expert, part] for expert in experts)
+        program += held <= most, f"busiest_l{layer}_g{part}"
+    for layer, pair in product(layers, combinations(experts, 2)):
+        if problem.replica_ids[layer, pair[0]] == problem.replica_ids[layer, pair[1]]:
+            for part in parts:
+                both = on[layer, pair[0], part] + on[layer, pair[1], part]
+                program += both <= 1, f"replicas_l{layer}_e{pair[0]}_e{pair[1]}_g{part}"
     for (one, other), part in product(prices, parts):
         leaves = on[*one, part] - on[*other, part]
         program += apart[one, other] >= leaves, f"apart_{_pair_name(one, other)}_g{part}"
@@ -81,10 +106,16 @@ def build_program(problem: PlacementProblem) -> IntegerProgram:
             pulp.lpSum(apart[pair] for pair in others) >= least,
             f"partners_l{one[0]}_e{one[1]}_l{layer}",
         )
+    if problem.anchor is not None:
+        stays = [
+            on[layer, expert, problem.anchor[layer, expert]] for layer, expert in product(layers, experts)
+        ]
+        program += pulp.lpSum(stays) >= problem.load.size - (problem.max_moves or 0), "moves"
+        return IntegerProgram(program, on, apart, busiest)  # the anchor names the parts
     for expert, part in product(experts, parts):
         if part > expert:  # parts are named in the order in which layer 0's experts come to them
             program += on[0, expert, part] == 0, f"symmetry_e{expert}_g{part}"
-    return IntegerProgram(program, on, apart)
+    return IntegerProgram(program, on, apart, busiest)
 
 
 def solve_program(
@@ -105,7 +136,8 @@ def solve_program(
     for option, value in {"time_limit": time_limit, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0}.items():
         highs.setOptionValue(option, value)
     pulp.HiGHS().buildSolverModel(model.program)
-    _give_start(model, highs, _named_by_first_layer(start))
+    highs.changeObjectiveOffset(model.program.objective.constant)  # PuLP leaves it out
+    _give_start(problem, model, highs, _named_by_first_layer(problem, start))
     _run(highs, report)
 
     info, found = highs.getInfo(), start
@@ -113,9 +145,12 @@ def solve_program(
         found = _read_assignment(problem, model, highs)
     keeps_cap = problem.is_feasible(found)  # HiGHS's tolerance may let a few pairs too many through
     best = min(start, found, key=problem.cost) if keeps_cap else start
-    proven = keeps_cap and highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    bound = problem.cost(best) if proven else info.mip_dual_bound
-    return IlpResult(best, max(bound, 0.0) if math.isfinite(bound) else 0.0, proven)
+    cost, bound = problem.cost(best), info.mip_dual_bound
+    solved = keeps_cap and highs.getModelStatus() == highspy.HighsModelStatus.kOptimal
+    proven = solved and cost <= info.objective_function_value + _TOLERANCE * abs(cost)
+    if proven or not math.isfinite(bound):
+        bound = cost if proven else -math.inf
+    return IlpResult(best, min(bound, cost), proven)
 
 
 class _SilentHighs(highspy.Highs):
@@ -155,15 +190,21 @@ def _pair_name(one: Expert, other: Expert) -> str:
     return f"l{one[0]}_e{one[1]}_l{other[0]}_e{other[1]}"
 
 
-def _named_by_first_layer(assignment: Assignment) -> Assignment:
-    """The same assignment with its parts named as the symmetry constraints want them."""
+def _named_by_first_layer(problem: PlacementProblem, assignment: Assignment) -> Assignment:
+    """The same assignment with its parts named as the symmetry constraints want them, if there are any."""
+    if problem.anchor is not None:
+        return assignment
     _, first_expert = np.unique(assignment[0], return_index=True)
     return np.asarray(first_expert.argsort().argsort()[assignment])
 
 
-def _give_start(model: IntegerProgram, highs: highspy.Highs, start: Assignment) -> None:
+def _give_start(
+    problem: PlacementProblem, model: IntegerProgram, highs: highspy.Highs, start: Assignment
+) -> None:
     """Hand HiGHS a full first solution. (PuLP's own warmStart option does nothing with HiGHS in-process.)"""
     values = np.zeros(len(model.program.variables()))
+    for layer, variable in model.busiest.items():
+        values[variable.index] = max(variable.lowBound, problem.part_loads(start)[layer].max())
     for (layer, expert, part), variable in model.on.items():
         values[variable.index] = start[layer, expert] == part
     for (one, other), variable in model.apart.items():

@@ -1,78 +1,65 @@
-"""What balance costs: one plan for each of a few caps on the imbalance; `exflow place --pareto`."""
+"""What balance costs: one plan for each of a few prices of imbalance; `exflow place --pareto`."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from exflow.errors import InputError
 from exflow.placement.affinity import count_affinity
-from exflow.placement.place import place
+from exflow.placement.objective import Objective
+from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
-CAPS = (1.02, 1.05, 1.1, 1.2, 1.5, None)
+PRICES = (0.0, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Point:
-    """The plan for one cap, or why there is none."""
+    """The plan for one price."""
 
-    max_imbalance: float | None  # None: free
-    plan: Plan | None
-    reason: str | None
+    balance_price: float
+    plan: Plan
 
     def figures(self) -> dict[str, Any]:
-        """Ready for JSON; messages are coherent ones per token and MoE layer, all of it on the trace."""
-        expected = self.plan.expected if self.plan else None
-        coherent = expected["strategies"]["coherent"] if expected else {}
-        imbalance = expected["imbalance"] if expected else {}
+        """Ready for JSON: messages of the plan's strategy per token and MoE layer, all of it on the trace."""
+        expected = self.plan.expected
+        strategy = expected["strategies"][self.plan.strategy.replace("-", "_")]
         return {
-            "max_imbalance": self.max_imbalance,
-            "messages_per_token_layer": coherent.get("messages_per_token_layer"),
-            "imbalance_mean": imbalance.get("mean"),
-            "imbalance_max": imbalance.get("max"),
-            "reason": self.reason,
+            "balance_price": self.balance_price,
+            "messages_per_token_layer": strategy["messages_per_token_layer"],
+            "imbalance_mean": expected["imbalance"]["mean"],
+            "imbalance_max": expected["imbalance"]["max"],
         }
 
 
 def trade_off(
-    trace: RoutingTrace,
+    traces: Sequence[RoutingTrace],
     topology: Topology,
-    max_imbalance: float | None = None,
     *,
-    method: str = "auto",
-    seed: int = 0,
-    time_limit: float = math.inf,
-    progress: Callable[[float | None], None] = lambda cap: None,
+    objective: Objective,
+    solving: Solving,
+    redundant_experts: int = 0,
+    tell: Callable[[float], None] = lambda price: None,
 ) -> list[Point]:
-    """A point for each of `CAPS` and for `max_imbalance`, in ascending order, the free one last.
+    """A point for each of `PRICES` and for the objective's own price, in ascending order.
 
-    Each has its own solve, and an equal share of the time limit (seconds); the trace is counted once. A cap
-    that cannot be kept gives a point without a plan. `progress` is told each cap as its turn comes. Raises
-    InputError as `place` does for everything but such a cap.
+    Each has its own solve, and an equal share of the time limit (seconds); the traces are counted once.
+    `tell` is told each price as its turn comes. Raises InputError as `place` does.
     """
-    caps = sorted({*CAPS, max_imbalance}, key=lambda cap: math.inf if cap is None else cap)
-    counts = count_affinity(trace)
-    share = time_limit / len(caps)
-    points: list[Point] = []
-    for cap in reversed(caps):  # free first: what is wrong with the input shows there
-        progress(cap)
-        try:
-            plan = place(
-                trace,
-                topology,
-                method=method,
-                seed=seed,
-                time_limit=share,
-                max_imbalance=cap,
-                counts=counts,
-            )
-        except InputError as error:
-            if cap is None or not cap >= 1:
-                raise
-            points.append(Point(cap, None, str(error)))
-        else:
-            points.append(Point(cap, plan, None))
-    return points[::-1]
+    prices = sorted({*PRICES, objective.balance_price})
+    counts = [count_affinity(trace) for trace in traces]
+    share = replace(solving, time_limit=solving.time_limit / len(prices))
+    points = []
+    for price in prices:
+        tell(price)
+        plan = place(
+            traces,
+            topology,
+            objective=replace(objective, balance_price=price),
+            solving=share,
+            redundant_experts=redundant_experts,
+            counts=counts,
+        )
+        points.append(Point(price, plan))
+    return points

@@ -1,31 +1,42 @@
 """Plan: which rank hosts which expert of which layer; the file between placement and the runtime.
 
-Shapes: L MoE layers, E experts, P slots (here P = E), G ranks, S = P / G slots a rank.
+Shapes: L MoE layers, E experts, P slots, G ranks, S = P / G slots a rank. Where P > E the hottest experts
+have several replicas, each in a slot of its own.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
-from exflow.placement.plan_file import PlanDocument, TopologyDocument, read_document, table, write_document
+from exflow.placement.plan_file import (
+    PlanDocument,
+    TopologyDocument,
+    read_document,
+    table,
+    write_document,
+)
+from exflow.placement.replicas import hosting, serving_slots
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
 IntArray = npt.NDArray[np.integer]
+Strategy = Literal["coherent", "node-coherent", "dispatch-combine"]
+STRATEGIES: tuple[Strategy, ...] = ("coherent", "node-coherent", "dispatch-combine")
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A placement of every expert, with what is known of its quality.
 
+    num_experts              E, of the layer that has most; `experts_per_layer` [L] says how many each has
     physical_to_logical_map  [L, P] int: the expert in each slot; rank r owns the slots r*S .. (r+1)*S - 1
     next_owner               [L, E, G] int, per mille (see `next_owner_table`), or None: no preference
+    strategy                 what it was made for: "coherent", "node-coherent" or "dispatch-combine"
     objective, lower_bound   value of the solver's objective and a proven bound, in its own units, or None
     optimal                  the objective is proven minimal
     expected                 figures on the profiling trace; any JSON
@@ -42,6 +53,8 @@ class Plan:
     physical_to_logical_map: IntArray
     next_owner: IntArray | None
     method: str
+    experts_per_layer: tuple[int, ...] = ()  # by default E in each
+    strategy: Strategy = "coherent"
     objective: float | None = None
     lower_bound: float | None = None
     optimal: bool = False
@@ -50,49 +63,68 @@ class Plan:
 
     def __post_init__(self) -> None:
         _check_layers(self.moe_layer_ids, self.num_hidden_layers)
-        if self.num_experts % self.num_ranks:
+        if not self.experts_per_layer:
+            object.__setattr__(self, "experts_per_layer", (self.num_experts,) * self.num_layers)
+        if len(self.experts_per_layer) != self.num_layers or max(self.experts_per_layer) != self.num_experts:
             raise InputError(
-                f"num_experts: {self.num_experts} experts cannot be shared equally by {self.topology}; "
+                f"experts_per_layer: is {list(self.experts_per_layer)}; give a number for each of the "
+                f"{self.num_layers} MoE layers, {self.num_experts} at most and at least once"
+            )
+        num_slots = self.physical_to_logical_map.shape[-1]
+        _check_shape(
+            "physical_to_logical_map", self.physical_to_logical_map, (self.num_layers, max(num_slots, 1))
+        )
+        if num_slots % self.num_ranks:
+            raise InputError(
+                f"physical_to_logical_map: {num_slots} slots cannot be shared equally by {self.topology}; "
                 "choose a number of ranks that divides it"
             )
-        slots = (self.num_layers, self.num_experts)
-        _check_shape("physical_to_logical_map", self.physical_to_logical_map, slots)
-        for layer, row in enumerate(self.physical_to_logical_map):
-            _check_every_expert_once(layer, row)
+        for layer, (row, count) in enumerate(
+            zip(self.physical_to_logical_map, self.experts_per_layer, strict=True)
+        ):
+            _check_every_expert_placed(layer, row, count)
         if self.next_owner is not None:
-            _check_shape("next_owner", self.next_owner, (*slots, self.num_ranks))
+            _check_shape("next_owner", self.next_owner, (self.num_layers, self.num_experts, self.num_ranks))
             if self.next_owner.min() < 0 or self.next_owner.max() > 1000:
                 raise InputError("next_owner: holds values outside 0..1000; give per mille")
 
     @classmethod
-    def from_ranks(
+    def of_slots(
         cls,
-        rank_of_expert: IntArray,
+        physical_to_logical_map: IntArray,
         topology: Topology,
         trace: RoutingTrace,
         *,
         method: str,
+        strategy: Strategy = "coherent",
         objective: float | None = None,
         lower_bound: float | None = None,
         optimal: bool = False,
         expected: dict[str, Any] | None = None,
     ) -> Self:
-        """The plan that puts expert e of layer l on rank `rank_of_expert[l, e]`, for the trace's model.
+        """The plan with these experts in the slots [L, P], for the trace's model.
 
-        A rank's experts fill its slots in ascending order of id. `next_owner` is counted from the trace.
+        A rank's experts are put into ascending order of id. `next_owner` is counted from the trace.
         """
         from exflow.placement.owners import next_owner_table  # compiled: not needed to load a plan
 
-        _check_shape("rank_of_expert", rank_of_expert, (trace.num_layers, trace.num_experts))
-        _check_equal_shares(rank_of_expert, topology.num_ranks)
-        return cls(
+        slots = np.asarray(physical_to_logical_map)
+        if slots.ndim != 2 or slots.shape[1] % topology.num_ranks:
+            raise InputError(
+                f"physical_to_logical_map: has the shape {slots.shape}; give [layers, slots], and a multiple "
+                f"of {topology.num_ranks} slots"
+            )
+        by_rank = slots.reshape(len(slots), topology.num_ranks, -1)
+        plan = cls(
             model=trace.model,
             num_hidden_layers=trace.num_hidden_layers,
             moe_layer_ids=trace.moe_layer_ids,
             num_experts=trace.num_experts,
+            experts_per_layer=trace.experts_per_layer,
             topology=topology,
-            physical_to_logical_map=np.argsort(rank_of_expert, axis=1, kind="stable"),
-            next_owner=next_owner_table(trace, rank_of_expert, topology.num_ranks),
+            physical_to_logical_map=np.sort(by_rank, axis=2).reshape(slots.shape),
+            next_owner=None,
+            strategy=strategy,
             method=method,
             objective=objective,
             lower_bound=lower_bound,
@@ -100,6 +132,21 @@ class Plan:
             expected=expected or {},
             trace_digest=trace.digest(),
         )
+        return replace(plan, next_owner=next_owner_table(trace, plan.hosts))
+
+    @classmethod
+    def from_ranks(
+        cls, rank_of_expert: IntArray, topology: Topology, trace: RoutingTrace, *, method: str, **known: Any
+    ) -> Self:
+        """The plan without replicas that puts expert e of layer l on rank `rank_of_expert[l, e]`.
+
+        `known` are further arguments of `of_slots`. Raises InputError unless the ranks share the experts
+        equally.
+        """
+        _check_shape("rank_of_expert", rank_of_expert, (trace.num_layers, trace.num_experts))
+        _check_equal_shares(rank_of_expert, topology.num_ranks)
+        slots = np.argsort(rank_of_expert, axis=1, kind="stable")
+        return cls.of_slots(slots, topology, trace, method=method, **known)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -124,18 +171,35 @@ class Plan:
         return len(self.moe_layer_ids)
 
     @property
-    def slots_per_rank(self) -> int:
-        return self.num_experts // self.num_ranks
+    def num_slots(self) -> int:
+        """P, of each layer."""
+        return int(self.physical_to_logical_map.shape[1])
 
     @property
-    def slot_of_expert(self) -> npt.NDArray[np.int64]:
-        """[L, E] int64, the inverse of `physical_to_logical_map`."""
-        return np.argsort(self.physical_to_logical_map, axis=1)
+    def slots_per_rank(self) -> int:
+        return self.num_slots // self.num_ranks
+
+    @property
+    def serving_slot(self) -> npt.NDArray[np.int64]:
+        """[G, L, E] int64: where a token owned by rank g goes for expert e (see `serving_slots`)."""
+        return serving_slots(self.physical_to_logical_map, self.num_experts, self.topology)
+
+    @property
+    def hosts(self) -> npt.NDArray[np.bool_]:
+        """[L, E, G]: whether rank g has a replica of expert e."""
+        return hosting(self.physical_to_logical_map, self.num_experts, self.num_ranks)
 
     @property
     def rank_of_expert(self) -> npt.NDArray[np.int64]:
-        """[L, E] int64."""
-        return self.slot_of_expert // self.slots_per_rank
+        """[L, E] int64: the rank that hosts each expert, the lowest of several; -1 where a layer lacks it."""
+        hosts = self.hosts
+        return np.asarray(np.where(hosts.any(axis=2), hosts.argmax(axis=2), -1), dtype=np.int64)
+
+    @property
+    def group_size(self) -> int:
+        """How many ranks share a context under the strategy that the plan was made for."""
+        sizes = {"coherent": self.num_ranks, "node-coherent": self.topology.gpus_per_node}
+        return sizes.get(self.strategy, 1)
 
     @property
     def gap(self) -> float | None:
@@ -146,7 +210,7 @@ class Plan:
 
     def check_model(self, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int) -> None:
         """Raise InputError if the plan is not for such a model on so many ranks."""
-        self._check_routing("the model", num_experts, moe_layer_ids)
+        self._check_routing("the model", num_experts, moe_layer_ids, [num_experts] * len(moe_layer_ids))
         if num_ranks != self.num_ranks:
             raise InputError(
                 f"the plan is for {self.topology}, launched with {num_ranks}; "
@@ -155,13 +219,19 @@ class Plan:
 
     def check_trace(self, trace: RoutingTrace) -> None:
         """Raise InputError if the trace is of another model than the plan."""
-        self._check_routing("the trace", trace.num_experts, trace.moe_layer_ids)
+        self._check_routing("the trace", trace.num_experts, trace.moe_layer_ids, trace.experts_per_layer)
 
-    def _check_routing(self, other: str, num_experts: int, moe_layer_ids: Sequence[int]) -> None:
+    def _check_routing(
+        self, other: str, num_experts: int, moe_layer_ids: Sequence[int], experts_per_layer: Sequence[int]
+    ) -> None:
         differences = (
             ("experts a layer", self.num_experts, num_experts),
             ("MoE layers", self.num_layers, len(moe_layer_ids)),
             ("as moe_layer_ids", list(self.moe_layer_ids), list(moe_layer_ids)),
+            *(
+                (f"experts in MoE layer {layer}", *counts)
+                for layer, counts in enumerate(zip(self.experts_per_layer, experts_per_layer, strict=False))
+            ),
         )
         for what, ours, theirs in differences:
             if ours != theirs:
@@ -172,17 +242,31 @@ class Plan:
 
     @classmethod
     def _of(cls, document: PlanDocument) -> Self:
-        topology = Topology(**document.topology.model_dump())
-        slots = (len(document.moe_layer_ids), document.num_experts)
-        owners = document.next_owner
+        cost = document.topology.link_cost
+        topology = Topology(
+            num_nodes=document.topology.num_nodes,
+            gpus_per_node=document.topology.gpus_per_node,
+            link_cost=None if cost is None else tuple(map(tuple, cost)),
+        )
+        layers, rows, owners = (
+            len(document.moe_layer_ids),
+            document.physical_to_logical_map,
+            document.next_owner,
+        )
+        slots = (layers, len(rows[0]) if rows else 0)
+        by_owner = (layers, document.num_experts, topology.num_ranks)
         return cls(
             model=document.model,
             num_hidden_layers=document.num_hidden_layers,
             moe_layer_ids=tuple(document.moe_layer_ids),
             num_experts=document.num_experts,
+            experts_per_layer=tuple(
+                table("experts_per_layer", document.experts_per_layer, (layers,)).tolist()
+            ),
             topology=topology,
-            physical_to_logical_map=table("physical_to_logical_map", document.physical_to_logical_map, slots),
-            next_owner=None if owners is None else table("next_owner", owners, (*slots, topology.num_ranks)),
+            physical_to_logical_map=table("physical_to_logical_map", rows, slots),
+            next_owner=None if owners is None else table("next_owner", owners, by_owner),
+            strategy=document.strategy,
             method=document.method,
             objective=document.objective,
             lower_bound=document.lower_bound,
@@ -194,12 +278,20 @@ class Plan:
     def _document(self) -> PlanDocument:
         return PlanDocument(
             format="exflow-plan",
-            version=1,
+            version=2,
             model=self.model,
             num_hidden_layers=self.num_hidden_layers,
             moe_layer_ids=[int(layer) for layer in self.moe_layer_ids],
             num_experts=self.num_experts,
-            topology=TopologyDocument(**vars(self.topology)),
+            experts_per_layer=[int(count) for count in self.experts_per_layer],
+            topology=TopologyDocument(
+                num_nodes=self.topology.num_nodes,
+                gpus_per_node=self.topology.gpus_per_node,
+                link_cost=None
+                if self.topology.link_cost is None
+                else [list(row) for row in self.topology.link_cost],
+            ),
+            strategy=self.strategy,
             method=self.method,
             objective=self.objective,
             lower_bound=self.lower_bound,
@@ -225,14 +317,17 @@ def _check_shape(key: str, array: IntArray, shape: tuple[int, ...]) -> None:
         raise InputError(f"{key}: has the shape {array.shape} instead of {shape}; place again on this trace")
 
 
-def _check_every_expert_once(layer: int, row: IntArray) -> None:
-    """`row` [P] holds the experts of a layer's slots; there are as many slots as experts."""
-    placed, wanted = Counter(row.tolist()), Counter(range(len(row)))
-    if placed != wanted:
+def _check_every_expert_placed(layer: int, row: IntArray, num_experts: int) -> None:
+    """`row` [P] holds the experts of a layer's slots."""
+    key = f"physical_to_logical_map[{layer}]"
+    unknown = row[(row < 0) | (row >= num_experts)]
+    if len(unknown):
         raise InputError(
-            f"physical_to_logical_map[{layer}]: holds expert {min(placed - wanted)} once too often and "
-            f"expert {min(wanted - placed)} not at all; place each expert 0..{len(row) - 1} exactly once"
+            f"{key}: holds expert {unknown[0]}, but the layer has {num_experts}; place 0..{num_experts - 1}"
         )
+    missing = np.setdiff1d(np.arange(num_experts), row)
+    if len(missing):
+        raise InputError(f"{key}: does not hold expert {missing[0]}; place each of 0..{num_experts - 1}")
 
 
 def _check_equal_shares(rank_of_expert: IntArray, num_ranks: int) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
 
+VERSION = 2
 _REMEDY = "make the plan again with exflow place"
 _TABLES = ("physical_to_logical_map", "next_owner")  # written with one line a layer
 
@@ -28,6 +29,7 @@ class TopologyDocument(BaseModel):
 
     num_nodes: Count
     gpus_per_node: Count
+    link_cost: list[list[FiniteFloat]] | None
 
 
 class PlanDocument(BaseModel):
@@ -36,12 +38,14 @@ class PlanDocument(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     format: Literal["exflow-plan"]
-    version: Literal[1]
+    version: Literal[2]
     model: str
     num_hidden_layers: Count
     moe_layer_ids: list[Index]
     num_experts: Count
+    experts_per_layer: list[Count]
     topology: TopologyDocument
+    strategy: Literal["coherent", "node-coherent", "dispatch-combine"]
     method: str
     objective: FiniteFloat | None
     lower_bound: FiniteFloat | None
@@ -57,9 +61,9 @@ def read_document(path: Path) -> PlanDocument:
     content = read_json(path, "plan", _REMEDY)
     if not isinstance(content, dict) or content.get("format") != "exflow-plan":
         raise InputError(f'{path}: is not a plan (no "format": "exflow-plan"); {_REMEDY}')
-    if content.get("version") != 1:
+    if content.get("version") != VERSION:
         found = reprlib.repr(content.get("version"))
-        raise InputError(f"{path}: version is {found}, this exflow reads version 1; {_REMEDY}")
+        raise InputError(f"{path}: version is {found}, this exflow reads version {VERSION}; {_REMEDY}")
     try:
         return PlanDocument.model_validate(content)
     except ValidationError as error:

@@ -1,39 +1,52 @@
 """The placement problem: what it costs to keep two experts on different parts.
 
 A *part* is whatever the experts are spread over: the GPUs, the nodes, or the GPUs inside one node.
-Shapes: L MoE layers, E experts a layer, G parts. An *assignment* is an int array [L, E] that gives every
-expert its part; it is *balanced* when every part holds E / G experts of every layer, and *feasible* when,
-besides, no part holds more than the layer's largest allowed load.
+Shapes: L MoE layers, E experts a layer (with replicas: E items, each a replica of some expert), G parts. An
+*assignment* is an int array [L, E] that gives every expert its part; it is *balanced* when every part holds
+E / G experts of every layer, and *feasible* when, besides, no part holds more than the layer's largest
+allowed load or two replicas of one expert, and not more experts have moved than may.
 """
 
-import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exflow.errors import InputError
-from exflow.placement.affinity import AffinityCounts
 from exflow.placement.baselines import contiguous
 
 Assignment = NDArray[np.int64]
 Prices = NDArray[np.float64]
 
+# Imbalance is priced by a soft maximum of the parts' loads, their 16-norm. Near balance it is quadratic:
+# little is paid for evening out what other tokens will make uneven again. Far from it, it is the maximum.
+SQUARINGS = 4
+NORM = 2**SQUARINGS
+
 
 @dataclass(frozen=True, eq=False)
 class PlacementProblem:
-    """Prices of separating experts; minimise `cost` over the feasible assignments.
+    """Prices of separating experts and of imbalance; minimise `cost` over the feasible assignments.
 
-    inter      [L-1, E, E] float64 >= 0: paid when expert e of layer l and expert f of layer l+1 are on
-               different parts
-    intra      [L, E, E] float64 >= 0, symmetric, zero diagonal: paid once when experts e and f of one layer
-               are on different parts
-    load       [L, E] float64 >= 0: work of each expert (any unit; no part of `cost`)
-    num_parts  G >= 1, divides E
-    max_load   [L] float64 >= 0: the cap, the most load that a part may hold; infinite where free. [1] stands
-               for all layers alike; the default is free
+    inter          [L-1, E, E] float64 >= 0: what expert e of layer l and f of layer l+1 pay for a distance of
+                   1
+    intra          [L, E, E] float64 >= 0, symmetric, zero diagonal: the same for experts e and f of one
+                   layer, paid once
+    load           [L, E] float64 >= 0: work of each expert (any unit)
+    num_parts      G >= 1, divides E
+    max_load       [L] float64 >= 0: the cap, the most load that a part may hold; infinite where free
+    balance_price  [L] float64 >= 0: paid for every unit that `soft_maximum` of the layer's loads is over its
+                   least value
+    distance       [G, G] float64, symmetric, zero diagonal, else positive; by default 1 between any two parts
+    replica_of     [L, E] int: experts of a layer with the same number are replicas of one, and share no part;
+                   by default all differ
+    constant       part of every cost
+    anchor         [L, E] a balanced assignment, and `max_moves`: at most so many experts may be on another
+                   part than there; by default all may
 
-    Raises InputError where an array's shape or values, or the number of parts, break these rules.
+    [1] stands for all layers alike where [L] is asked for. Raises InputError where shapes or values break
+    these rules.
     """
 
     inter: Prices
@@ -41,6 +54,12 @@ class PlacementProblem:
     load: Prices
     num_parts: int
     max_load: Prices = field(default_factory=lambda: np.array([np.inf]))
+    balance_price: Prices = field(default_factory=lambda: np.array([0.0]))
+    distance: Prices | None = None
+    replica_of: Assignment | None = None
+    constant: float = 0.0
+    anchor: Assignment | None = None
+    max_moves: int | None = None
 
     def __post_init__(self) -> None:
         if self.load.ndim != 2 or self.load.size == 0:
@@ -58,8 +77,21 @@ class PlacementProblem:
                 f"{num_experts} experts cannot be spread evenly over {self.num_parts} parts; "
                 f"choose a divisor of {num_experts}"
             )
-        _check_max_load(self.max_load, num_layers)
-        object.__setattr__(self, "max_load", np.broadcast_to(self.max_load, num_layers).copy())
+        for name in ("max_load", "balance_price"):
+            _check_per_layer(name, getattr(self, name), num_layers)
+            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), num_layers).copy())
+        if self.distance is None:
+            object.__setattr__(self, "distance", 1 - np.eye(self.num_parts))
+        _check_prices("distance", self.distances, (self.num_parts, self.num_parts))
+        if (
+            not np.array_equal(self.distances, self.distances.T)
+            or ((self.distances > 0) != ~np.eye(self.num_parts, dtype=bool)).any()
+        ):
+            raise InputError("distance: give a symmetric matrix, zero on the diagonal and positive elsewhere")
+        if self.replica_of is None:
+            object.__setattr__(self, "replica_of", contiguous(num_layers, num_experts, num_experts))
+        assert (self.anchor is None) == (self.max_moves is None)
+        assert self.anchor is None or self.is_balanced(self.anchor)
 
     @property
     def num_layers(self) -> int:
@@ -78,11 +110,46 @@ class PlacementProblem:
     def experts_per_part(self) -> int:
         return self.num_experts // self.num_parts
 
+    @property
+    def distances(self) -> Prices:
+        """[G, G]."""
+        assert self.distance is not None
+        return self.distance
+
+    @property
+    def replica_ids(self) -> Assignment:
+        """[L, E]."""
+        assert self.replica_of is not None
+        return self.replica_of
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """True if all parts are at distance 1 from each other: their names do not matter."""
+        return np.array_equal(self.distances, 1 - np.eye(self.num_parts))
+
+    @cached_property
+    def has_replicas(self) -> bool:
+        return any(len(np.unique(row)) < len(row) for row in self.replica_ids)
+
     def cost(self, assignment: Assignment) -> float:
-        """The sum of the prices of all pairs that `assignment` [L, E] separates."""
-        apart_inter = assignment[:-1, :, None] != assignment[1:, None, :]
-        apart_intra = assignment[:, :, None] != assignment[:, None, :]
-        return float(self.inter[apart_inter].sum() + self.intra[apart_intra].sum() / 2)
+        """The sum of the prices of all pairs that `assignment` [L, E] separates, and of the busiest parts."""
+        hot = one_hot(assignment, self.num_parts)
+        total = self.constant + self.imbalance_cost(self.part_loads(assignment))
+        for layer in range(self.num_layers):
+            between_parts = hot[layer].T @ self.intra[layer] @ hot[layer] / 2
+            if layer + 1 < self.num_layers:
+                between_parts += hot[layer].T @ self.inter[layer] @ hot[layer + 1]
+            total += float((between_parts * self.distances).sum())
+        return total
+
+    @property
+    def least_soft_maximum(self) -> Prices:
+        """[L]: that of equal loads."""
+        return np.asarray(self.load.sum(axis=1) / self.num_parts ** (1 - 1 / NORM))
+
+    def imbalance_cost(self, loads: Prices) -> float:
+        """What the loads [L, G] of the parts cost; 0 if all are equal."""
+        return float(self.balance_price @ np.maximum(soft_maximum(loads) - self.least_soft_maximum, 0))
 
     def is_balanced(self, assignment: Assignment) -> bool:
         """True if `assignment` is [L, E] and every part holds E / G experts of every layer."""
@@ -95,90 +162,64 @@ class PlacementProblem:
         np.add.at(loads, (np.arange(self.num_layers)[:, None], assignment), self.load)
         return loads
 
+    def keeps_replicas_apart(self, assignment: Assignment) -> bool:
+        """True if no two replicas of an expert are on one part."""
+        if not self.has_replicas:
+            return True
+        places = np.sort(self.replica_ids * self.num_parts + assignment, axis=1)
+        return not (places[:, 1:] == places[:, :-1]).any()
+
+    def moves(self, assignment: Assignment) -> int:
+        """How many experts are not where they were; 0 without an anchor."""
+        return 0 if self.anchor is None else int((assignment != self.anchor).sum())
+
     def is_feasible(self, assignment: Assignment) -> bool:
-        """True if `assignment` is balanced and no part holds more than `max_load`."""
-        if not self.is_balanced(assignment):
-            return False
-        return bool((self.part_loads(assignment).max(axis=1) <= self.max_load).all())
+        """True if `assignment` is balanced and keeps all the limits."""
+        rounding = 0.0 if np.array_equal(self.load, np.rint(self.load)) else 1e-9  # of sums in another order
+        return (
+            self.is_balanced(assignment)
+            and bool((self.part_loads(assignment).max(axis=1) <= self.max_load * (1 + rounding)).all())
+            and self.keeps_replicas_apart(assignment)
+            and (self.max_moves is None or self.moves(assignment) <= self.max_moves)
+        )
 
-    def restricted(self, experts: NDArray[np.int64], num_parts: int) -> "PlacementProblem":
-        """The same prices among `experts` [L, n] only (ids, a row a layer), to be spread over `num_parts`.
+    def restricted(self, experts: NDArray[np.int64], parts: NDArray[np.int64]) -> "PlacementProblem":
+        """The same prices among `experts` [L, n] only (ids, a row a layer), to be spread over `parts` [m]
+        only.
 
-        A part may hold as much as before.
+        A part may hold as much as before. What is outside costs nothing and stays where it is; there must be
+        no anchor.
         """
         layer = np.arange(self.num_layers)[:, None]
         return PlacementProblem(
             inter=self.inter[layer[:-1, :, None], experts[:-1, :, None], experts[1:, None, :]],
             intra=self.intra[layer[:, :, None], experts[:, :, None], experts[:, None, :]],
             load=self.load[layer, experts],
-            num_parts=num_parts,
+            num_parts=len(parts),
             max_load=self.max_load,
+            balance_price=self.balance_price,
+            distance=self.distances[np.ix_(parts, parts)],
+            replica_of=self.replica_ids[layer, experts],
         )
 
 
-def problem_from_counts(
-    counts: AffinityCounts, num_parts: int, max_imbalance: float | None = None
-) -> PlacementProblem:
-    """Prices in messages per token, so that `cost` bounds the coherent messages from above; top-1: exactly.
-
-    Under the coherent strategy a token whose k experts of layer l live on the parts G_l, and whose owner is
-    o, sends |G_l \\ {o}| messages to them and gets |G_l| - 1 back: 2 (|G_l| - 1) + [o not in G_l]. Both
-    terms depend on whole sets; they are replaced by sums over pairs that agree with them at the two ends.
-
-    - m experts of a token on one part save m - 1 of the k possible members of G_l and make m (m-1) / 2
-      pairs that stay together. Crediting each such pair with 2/k gives m (m-1) / k <= m - 1, with equality
-      at m = 1 and m = k. Hence |G_l| - 1 <= 2/k * (pairs of co-selected experts apart), and the price of a
-      co-selected pair is 2 * 2/k = 4/k. (k = 2: exact. k = 1: no pairs.)
-    - The owner hosts one of the k experts of the layer before, taken as any of them alike. If m experts of
-      this layer live on its part, [o in G_l] >= m/k, with equality at m = 0 and m = k. Hence the price of
-      expert e of layer l and f of layer l+1, averaged over the k owners, is 1/k^2.
-
-    So the cost is zero exactly when no token leaves its part. For top_k = 1 it is the expected number of
-    crossings per token (ExFlow, Yao et al. 2024, the integer program's objective), and `intra` is zero.
-    The owner's rule does better than chance, which only widens the inequality.
-
-    `max_imbalance` caps, in every layer, the busiest part's load over the parts' mean load; None is free.
-    Loads are whole (token, expert) pairs: their sums are exact, and the cap means what `evaluate` reports.
-
-    Raises InputError if the experts cannot be spread evenly over `num_parts`, the trace is empty, or
-    `max_imbalance` is no finite number from 1 up.
-    """
-    if counts.num_tokens < 1:
-        raise InputError("the trace holds no tokens; record some before placing")
-    pair_price = 1 / counts.top_k**2
-    return PlacementProblem(
-        inter=counts.inter * pair_price / counts.num_tokens,
-        intra=counts.intra * (4 / counts.top_k) / counts.num_tokens,
-        load=counts.load.astype(np.float64),
-        num_parts=num_parts,
-        max_load=_load_cap(counts.load.sum(axis=1) / max(num_parts, 1), max_imbalance),
-    )
+def soft_maximum(loads: Prices) -> Prices:
+    """[...] from [..., G]: the NORM-norm; from the maximum to G ** (1 / NORM) times that."""
+    return np.asarray(np.linalg.norm(loads, ord=NORM, axis=-1))
 
 
-def _load_cap(mean_load: Prices, max_imbalance: float | None) -> Prices:
-    """[L]: the largest load whose ratio to `mean_load` [L], as a float, is `max_imbalance` at most."""
-    if max_imbalance is None:
-        return np.full(len(mean_load), np.inf)
-    if not 1 <= max_imbalance < math.inf:
-        raise InputError(
-            f"max imbalance is {max_imbalance}; it is the busiest rank's load over the mean load: "
-            "choose 1 or more"
-        )
-    cap = mean_load * max_imbalance
-    for _ in range(4):  # the product is within two roundings of it
-        above = np.nextafter(cap, np.inf)
-        cap = np.where(cap / mean_load > max_imbalance, np.nextafter(cap, 0), cap)
-        cap = np.where(above / mean_load <= max_imbalance, above, cap)
-    return np.asarray(cap)
+def one_hot(assignment: Assignment, num_parts: int) -> Prices:
+    """[..., E, G] float64: 1 where the expert is on the part."""
+    return np.asarray(assignment[..., None] == np.arange(num_parts), dtype=np.float64)
 
 
-def _check_max_load(max_load: Prices, num_layers: int) -> None:
-    if max_load.shape not in ((num_layers,), (1,)):
-        raise InputError(f"max_load: shape {max_load.shape}, expected {(num_layers,)}")
-    if max_load.dtype != np.float64:
-        raise InputError(f"max_load: dtype {max_load.dtype}, expected float64")
-    if not (max_load >= 0).all():
-        raise InputError("max_load: holds negative values or NaN; a cap is a load, infinite where free")
+def _check_per_layer(name: str, values: Prices, num_layers: int) -> None:
+    if values.shape not in ((num_layers,), (1,)):
+        raise InputError(f"{name}: shape {values.shape}, expected {(num_layers,)}")
+    if values.dtype != np.float64:
+        raise InputError(f"{name}: dtype {values.dtype}, expected float64")
+    if not (values >= 0).all():
+        raise InputError(f"{name}: holds negative values or NaN; give a number from 0 up for each layer")
 
 
 def _check_prices(name: str, prices: Prices, shape: tuple[int, ...]) -> None:

@@ -12,13 +12,18 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from exflow.placement.chains import swap_chain
-from exflow.placement.problem import Assignment, PlacementProblem, Prices
+from exflow.placement.problem import Assignment, PlacementProblem, one_hot, soft_maximum
 
 Stop = Callable[[], bool]
 
 
 def sweep(problem: PlacementProblem, assignment: Assignment, stop: Stop = lambda: False) -> Assignment:
-    """Repeat the three steps until none lowers the cost. `stop` is asked between steps and ends it early."""
+    """Repeat the three steps until none lowers the cost. `stop` is asked between steps and ends it early.
+
+    The steps move many experts at once: where only so many may move, the assignment is left as it is.
+    """
+    if problem.anchor is not None:
+        return assignment
     cost = problem.cost(assignment)
     while not stop():
         improved = _sweep_once(problem, assignment, stop)
@@ -44,48 +49,52 @@ def _sweep_once(problem: PlacementProblem, assignment: Assignment, stop: Stop) -
 
 
 def align_layers(problem: PlacementProblem, assignment: Assignment) -> Assignment:
-    """Rename the parts of each layer so that most is kept together: the best of all renamings, exactly.
+    """Rename the parts of each layer so that it is nearest to the layer before; never dearer than before.
 
-    Names do not matter inside a layer, so each adjacent pair is one assignment problem of size G.
+    With equal distances names do not matter inside a layer, so this is exact: the best of all renamings. With
+    others a layer's own distances change as well, and what comes out is taken only if it is cheaper.
     """
+    if problem.anchor is not None:
+        return assignment
     hot = one_hot(assignment, problem.num_parts)
     together = hot[:-1].transpose(0, 2, 1) @ problem.inter @ hot[1:]  # [L-1, G, G], by old names
     name = np.arange(problem.num_parts)
     aligned = [assignment[0]]
-    for layer, kept in enumerate(together):
-        old_name, partner = linear_sum_assignment(kept, maximize=True)
-        name[partner] = name[old_name]
+    for layer, flow in enumerate(together):
+        price = problem.distances[:, name] @ flow  # of calling a part of the next layer so
+        new_name, part = linear_sum_assignment(price)
+        name = np.empty_like(name)
+        name[part] = new_name
         aligned.append(name[assignment[layer + 1]])
-    return np.stack(aligned)
+    renamed = np.stack(aligned)
+    if problem.is_uniform or problem.cost(renamed) < problem.cost(assignment):
+        return renamed
+    return assignment
 
 
 def replace_layer(problem: PlacementProblem, assignment: Assignment, layer: int) -> Assignment:
     """Place one layer anew, all others fixed: an assignment of its experts to the G * E/G places.
 
-    Exact without intra prices; with them each expert is priced against where its mates are now, and the
-    result is taken only if it is cheaper in truth, and no part is over the cap.
+    Exact without intra prices and price of imbalance; with them each expert is priced against where its mates
+    are now, and the result is taken only if it is feasible and cheaper in truth.
     """
-    pull = np.zeros((problem.num_experts, problem.num_parts))
+    near = np.zeros((problem.num_experts, problem.num_parts))
     if layer > 0:
-        pull += problem.inter[layer - 1].T @ one_hot(assignment[layer - 1], problem.num_parts)
+        near += problem.inter[layer - 1].T @ one_hot(assignment[layer - 1], problem.num_parts)
     if layer + 1 < problem.num_layers:
-        pull += problem.inter[layer] @ one_hot(assignment[layer + 1], problem.num_parts)
-    pull_within = problem.intra[layer] @ one_hot(assignment[layer], problem.num_parts)
+        near += problem.inter[layer] @ one_hot(assignment[layer + 1], problem.num_parts)
+    outside = near @ problem.distances  # [E, G] what an expert pays to the layers beside
+    within = problem.intra[layer] @ one_hot(assignment[layer], problem.num_parts) @ problem.distances
     places = np.repeat(np.arange(problem.num_parts), problem.experts_per_part)
-    _, place = linear_sum_assignment((pull + pull_within)[:, places], maximize=True)
+    _, place = linear_sum_assignment((outside + within)[:, places])
 
-    def kept(parts: Assignment) -> float:
+    def price(parts: Assignment) -> float:
         hot = one_hot(parts, problem.num_parts)
-        return float((hot * (pull + problem.intra[layer] @ hot / 2)).sum())
+        pairs = hot * (outside + problem.intra[layer] @ hot @ problem.distances / 2)
+        return float(pairs.sum() + problem.balance_price[layer] * soft_maximum(problem.load[layer] @ hot))
 
-    held = np.bincount(places[place], problem.load[layer], problem.num_parts)
-    if held.max() > problem.max_load[layer] or kept(places[place]) <= kept(assignment[layer]):
-        return assignment
     replaced = assignment.copy()
     replaced[layer] = places[place]
+    if price(replaced[layer]) >= price(assignment[layer]) or not problem.is_feasible(replaced):
+        return assignment
     return replaced
-
-
-def one_hot(assignment: Assignment, num_parts: int) -> Prices:
-    """[..., E, G] float64: 1 where the expert is on the part."""
-    return np.asarray(assignment[..., None] == np.arange(num_parts), dtype=np.float64)

@@ -1,5 +1,6 @@
-"""Where the GPUs are: nodes, and the GPUs inside each."""
+"""Where the GPUs are: nodes, the GPUs inside each, and what a message between two of them costs."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,21 +8,31 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 
+# What a message between nodes costs where no links are given, in messages inside a node: NVLink carries about
+# 400 GB/s from each GPU, a network card 50.
+INTER_NODE_COST = 8.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """Equal nodes of `gpus_per_node` GPUs; node n holds the ranks n * gpus_per_node and up.
 
-    Raises InputError where a count is below 1.
+    link_cost   [num_ranks][num_ranks] what a message between two ranks costs: symmetric, zero on the diagonal
+                and positive elsewhere; by default 1 inside a node and INTER_NODE_COST between nodes
+
+    Raises InputError where a count is below 1 or the costs break these rules.
     """
 
     num_nodes: int = 1
     gpus_per_node: int
+    link_cost: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("num_nodes", self.num_nodes), ("gpus_per_node", self.gpus_per_node)):
             if count < 1:
                 raise InputError(f"topology: {name} is {count}; it must be at least 1")
+        if self.link_cost is not None:
+            _check_costs(self.link_cost, self.num_ranks)
 
     @property
     def num_ranks(self) -> int:
@@ -31,6 +42,17 @@ class Topology:
     def node_of_rank(self) -> npt.NDArray[np.int64]:
         """[num_ranks] int64."""
         return np.arange(self.num_ranks) // self.gpus_per_node
+
+    @property
+    def distance(self) -> npt.NDArray[np.float64]:
+        """[num_ranks, num_ranks] float64: what a message costs, in messages over the cheapest link."""
+        node = self.node_of_rank
+        cost = np.where(node[:, None] == node, 1.0, INTER_NODE_COST)
+        if self.link_cost is not None:
+            cost = np.array(self.link_cost)
+        np.fill_diagonal(cost, 0)
+        cheapest = cost[cost > 0].min() if self.num_ranks > 1 else 1.0
+        return np.asarray(cost / cheapest, dtype=np.float64)
 
     def __str__(self) -> str:
         nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
@@ -44,3 +66,22 @@ def topology_of(gpus: int, nodes: int) -> Topology:
             f"--gpus {gpus}: cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}"
         )
     return Topology(num_nodes=nodes, gpus_per_node=gpus // nodes)
+
+
+def _check_costs(cost: tuple[tuple[float, ...], ...], num_ranks: int) -> None:
+    if len(cost) != num_ranks or any(len(row) != num_ranks for row in cost):
+        raise InputError(
+            f"topology: link_cost is not {num_ranks} rows of {num_ranks}; give one for each rank"
+        )
+    for one, row in enumerate(cost):
+        for other, price in enumerate(row):
+            if not (math.isfinite(price) and (price == 0 if one == other else price > 0)):
+                raise InputError(
+                    f"topology: link_cost[{one}][{other}] is {price}; "
+                    "give 0 on the diagonal and a positive number elsewhere"
+                )
+            if price != cost[other][one]:
+                raise InputError(
+                    f"topology: link_cost[{one}][{other}] is {price}, but {cost[other][one]} the other way; "
+                    "give both ways the same cost"
+                )

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from numba import njit
 
 from exflow.errors import InputError
-from exflow.placement.owners import distinct_hosts
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -68,20 +67,42 @@ class Traffic:
         return copies / (self.tokens * self.attention_layers)
 
 
+@dataclass(frozen=True, eq=False)
+class Followed:
+    """What following a trace through a plan yields, kept apart so that parts of it can be drawn anew.
+
+    N sequences, in ascending order of their ids.
+    """
+
+    tokens: npt.NDArray[np.int64]  # [N] rows of each sequence
+    messages: npt.NDArray[np.int64]  # [N, 2, 2] dispatch or return, intra-node or inter-node
+    remote_nodes: npt.NDArray[np.int64]  # [N] nodes without the owner that a token's experts are on, summed
+    load: npt.NDArray[
+        np.int64
+    ]  # [B, L, G] by block of sequences: (token, choice) pairs that each rank computes
+    block: npt.NDArray[np.int64]  # [N] the block that a sequence's load is counted in
+    attended: npt.NDArray[np.int64]  # [G] attention layers computed
+
+
 def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int) -> Traffic:
     """Follow every row of the trace through the layers and count what crosses between GPUs.
 
     A sequence is at home on the rank "sequence id modulo G", and its tokens may be owned by the ranks of the
     home's coherence group: the block of `group_size` consecutive ranks that it lies in. Group size 1 is
     dispatch-combine, G coherent, `gpus_per_node` coherent inside the node. In each layer the owner sends the
-    hidden state to the other ranks that host selected experts; then the next owner is chosen among those of
-    them that lie in the group, by the largest sum of the plan's `next_owner` over the selected experts (ties
-    to the lowest rank), or stays where none does; the other hosts return their results to it. A sequence's
-    first row starts at home, a later one where the row before it ended.
+    hidden state to the other ranks that serve it for the selected experts (`serving_slots`); then the next
+    owner is chosen among those of them that lie in the group, by the largest sum of the plan's `next_owner`
+    over the selected experts (ties to the lowest rank), or stays where none does; the other hosts return
+    their results to it. A sequence's first row starts at home, a later one where the row before it ended.
 
     Rows are counted in the order given, all of them: select those of one phase first if only that is meant.
     Raises InputError if the trace does not fit the plan, or `group_size` does not divide the ranks.
     """
+    return total(follow(trace, plan, group_size), plan, group_size)
+
+
+def follow(trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1) -> Followed:
+    """As `count_traffic`, by sequence; loads by block of sequences, `blocks` of them (they take memory)."""
     plan.check_trace(trace)
     if group_size < 1 or plan.num_ranks % group_size:
         raise InputError(
@@ -89,46 +110,59 @@ def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int) -> Traffic:
             f"choose a divisor of {plan.num_ranks}"
         )
     sequence_ids, sequence = np.unique(trace.sequence, return_inverse=True)
+    block = np.arange(len(sequence_ids)) % blocks
     next_owner = plan.next_owner
     if next_owner is None:
-        next_owner = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int64)
-    messages, attended = _follow(
+        next_owner = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int16)
+    messages, remote, load, attended = _follow(
         np.asarray(trace.experts),  # a plain view: numba reads a memory map without copying it
         sequence,
+        block,
+        blocks,
         sequence_ids.astype(np.int64) % plan.num_ranks,
-        plan.rank_of_expert,
-        next_owner.astype(np.int64),
+        (plan.serving_slot // plan.slots_per_rank).astype(np.int16),  # narrow: more of them stay in the cache
+        next_owner.astype(np.int16),
         group_size,
         plan.topology.node_of_rank,
         _attention_before(plan),
     )
-    kv_copies = attended @ _kv_copies(plan.topology, group_size)
-    totals = [*messages.ravel().tolist(), *kv_copies.tolist()]
-    return Traffic(trace.num_tokens, plan.num_layers, plan.num_hidden_layers, *totals)
+    tokens = np.bincount(sequence, minlength=len(sequence_ids))
+    return Followed(tokens, messages, remote, load, block, attended)
 
 
-def rank_load(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.int64]:
-    """[L, G] (token, choice) pairs that each rank computes, over all top_k choices."""
-    plan.check_trace(trace)
-    load = np.zeros((plan.num_layers, plan.num_ranks), dtype=np.int64)
-    for layer, ranks in enumerate(plan.rank_of_expert):
-        pairs = np.bincount(trace.experts[:, layer].ravel(), minlength=plan.num_experts)
-        np.add.at(load[layer], ranks, pairs)
-    return load
+def total(followed: Followed, plan: Plan, group_size: int) -> Traffic:
+    """The sums over all sequences."""
+    kv_copies = followed.attended @ _kv_copies(plan.topology, group_size)
+    totals = [*followed.messages.sum(axis=0).ravel().tolist(), *kv_copies.tolist()]
+    return Traffic(int(followed.tokens.sum()), plan.num_layers, plan.num_hidden_layers, *totals)
 
 
-def imbalance(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.float64]:
+def rank_load(trace: RoutingTrace, plan: Plan, group_size: int | None = None) -> npt.NDArray[np.int64]:
+    """[L, G] (token, choice) pairs that each rank computes, over all top_k choices.
+
+    Where experts have replicas it matters which owner asks, so the tokens are followed, in coherence groups
+    of `group_size`; by default in those that the plan was made for.
+    """
+    return np.asarray(follow(trace, plan, group_size or plan.group_size).load.sum(axis=0))
+
+
+def imbalance(trace: RoutingTrace, plan: Plan, group_size: int | None = None) -> npt.NDArray[np.float64]:
     """[L] the busiest rank's load over the mean load; 1 is perfect balance, G is all on one rank."""
-    load = rank_load(trace, plan)
-    return np.asarray(load.max(axis=1) / load.mean(axis=1), dtype=np.float64)
+    return imbalance_of(rank_load(trace, plan, group_size))
+
+
+def imbalance_of(load: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """[..., L] from the loads [..., L, G]."""
+    return np.asarray(load.max(axis=-1) / load.mean(axis=-1), dtype=np.float64)
 
 
 def local_fraction(trace: RoutingTrace, plan: Plan) -> npt.NDArray[np.float64]:
-    """[L-1] share of the tokens whose first choices in layers l and l + 1 live on one rank."""
+    """[L-1] share of the tokens whose first choices in layers l and l + 1 have a replica on one rank."""
     plan.check_trace(trace)
-    ranks, first = plan.rank_of_expert, trace.experts[:, :, 0]
+    hosts, first = plan.hosts.astype(np.float32), trace.experts[:, :, 0]
+    together = hosts[:-1] @ hosts[1:].transpose(0, 2, 1) > 0  # [L-1, E, E]
     boundaries = range(plan.num_layers - 1)
-    return np.array([(ranks[i][first[:, i]] == ranks[i + 1][first[:, i + 1]]).mean() for i in boundaries])
+    return np.array([together[i, first[:, i], first[:, i + 1]].mean() for i in boundaries])
 
 
 def _attention_before(plan: Plan) -> npt.NDArray[np.int64]:
@@ -147,39 +181,70 @@ def _kv_copies(topology: Topology, group_size: int) -> npt.NDArray[np.int64]:
 def _follow(
     experts: IntArray,  # [T, L, K]
     sequence: IntArray,  # [T] 0, 1, ... without gaps
+    block: IntArray,  # [sequences] below num_blocks
+    num_blocks: int,
     home: IntArray,  # [sequences] rank
-    rank_of_expert: IntArray,  # [L, E]
+    serving: IntArray,  # [G, L, E] the rank that an owner's tokens go to
     next_owner: IntArray,  # [L, E, G]
     group_size: int,
     node: IntArray,  # [G]
     attention: IntArray,  # [L + 1] attention layers before each MoE layer's experts, and after the last
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Messages [dispatch or return, intra or inter], and attention layers computed by each rank [G]."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The fields messages, remote_nodes, load and attended of `Followed`."""
     num_tokens, num_layers, top_k = experts.shape
-    messages = np.zeros((2, 2), dtype=np.int64)
+    messages = np.zeros((len(home), 2, 2), dtype=np.int64)
+    remote = np.zeros(len(home), dtype=np.int64)
+    load = np.zeros((num_blocks, num_layers, len(node)), dtype=np.int64)
     attended = np.zeros(len(node), dtype=np.int64)
     hosts = np.empty(top_k, dtype=np.int64)
     owner_of = home.copy()
     for token in range(num_tokens):
-        owner = owner_of[sequence[token]]
+        of = sequence[token]
+        owner, held = owner_of[of], load[block[of]]
         for layer in range(num_layers):
             attended[owner] += attention[layer]
             chosen = experts[token, layer]
-            present = hosts[: distinct_hosts(chosen, rank_of_expert[layer], hosts)]
-            _send(owner, present, node, messages[0])
+            present = hosts[: _distinct_hosts(chosen, serving[owner, layer], held[layer], hosts)]
+            remote[of] += _send(owner, present, node, messages[of, 0])
             owner = _choose_owner(owner, present, chosen, next_owner[layer], group_size)
-            _send(owner, present, node, messages[1])
+            _send(owner, present, node, messages[of, 1])
         attended[owner] += attention[num_layers]
-        owner_of[sequence[token]] = owner
-    return messages, attended
+        owner_of[of] = owner
+    return messages, remote, load, attended
 
 
 @njit(cache=True, nogil=True)
-def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> None:
-    """Count a message between the owner and every other host: intra-node in messages[0], inter in [1]."""
-    for host in hosts:
+def _distinct_hosts(chosen: IntArray, serving: IntArray, load: IntArray, hosts: IntArray) -> int:
+    """Write the ranks that serve the `chosen` experts [K], each once, to the front of `hosts` [K]; count
+    them."""
+    count = 0
+    for expert in chosen:
+        rank = serving[expert]
+        load[rank] += 1
+        if rank not in hosts[:count]:
+            hosts[count] = rank
+            count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> int:
+    """Count a message between the owner and every other host: intra-node in messages[0], inter in [1].
+
+    Returns how many nodes other than the owner's the hosts are on.
+    """
+    remote = 0
+    for i in range(len(hosts)):
+        host = hosts[i]
         if host != owner:
             messages[int(node[host] != node[owner])] += 1
+        if node[host] != node[owner]:
+            remote += 1
+            for other in hosts[:i]:
+                if node[other] == node[host]:
+                    remote -= 1
+                    break
+    return remote
 
 
 @njit(cache=True, nogil=True)

@@ -34,6 +34,7 @@ class TraceIndex(_Strict):
     num_hidden_layers: int
     moe_layer_ids: list[int]
     num_experts: int
+    experts_per_layer: list[int] | None = None  # written only where the layers differ
     top_k: int
     dtype: Literal["uint8", "uint16"]
     has_weights: bool
@@ -46,6 +47,7 @@ class TraceIndex(_Strict):
             num_hidden_layers=layout.num_hidden_layers,
             moe_layer_ids=list(layout.moe_layer_ids),
             num_experts=layout.num_experts,
+            experts_per_layer=None if layout.experts_per_layer is None else list(layout.experts_per_layer),
             top_k=layout.top_k,
             dtype="uint8" if layout.id_dtype.itemsize == 1 else "uint16",
             has_weights=has_weights,
@@ -55,12 +57,14 @@ class TraceIndex(_Strict):
     @property
     def layout(self) -> RoutingLayout:
         """The model's layout; raises InputError where the numbers contradict each other."""
+        counts = self.experts_per_layer
         return RoutingLayout(
             model=self.model,
             num_hidden_layers=self.num_hidden_layers,
             moe_layer_ids=tuple(self.moe_layer_ids),
             num_experts=self.num_experts,
             top_k=self.top_k,
+            experts_per_layer=None if counts is None else tuple(counts),
         )
 
 
@@ -95,7 +99,7 @@ def read_index(folder: Path) -> TraceIndex:
 
 def write_index(folder: Path, index: TraceIndex) -> None:
     """Publish `index` atomically: from here on readers see exactly its shards."""
-    write_json(folder / INDEX_NAME, index.model_dump())
+    write_json(folder / INDEX_NAME, index.model_dump(exclude_none=True))
 
 
 def _check_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,14 @@ from exflow.errors import InputError
 from exflow.profiling.index import read_index
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows, concatenate, map_shard
-from exflow.profiling.validate import check_order, check_values, checked_integers, checked_weights, count_up
+from exflow.profiling.validate import (
+    check_ids,
+    check_order,
+    check_values,
+    checked_integers,
+    checked_weights,
+    count_up,
+)
 from exflow.profiling.writer import TraceWriter
 
 PREFILL, DECODE = 0, 1
@@ -32,6 +39,7 @@ class RoutingTrace:
     phase     [tokens] uint8: PREFILL or DECODE
     weights   [tokens, moe_layers, top_k] float16: the gate's weights, or None where not recorded
 
+    `experts_per_layer` [moe_layers] says how many experts each layer has, by default `num_experts`, the most.
     Rows of one sequence are in order of position; rows of different sequences may interleave.
     `from_arrays` and `load` validate; the plain constructor trusts its caller.
     """
@@ -45,6 +53,11 @@ class RoutingTrace:
     moe_layer_ids: tuple[int, ...]
     num_hidden_layers: int
     model: str
+    experts_per_layer: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.experts_per_layer:
+            object.__setattr__(self, "experts_per_layer", (self.num_experts,) * self.num_layers)
 
     @property
     def num_tokens(self) -> int:
@@ -62,7 +75,12 @@ class RoutingTrace:
     @property
     def layout(self) -> RoutingLayout:
         return RoutingLayout(
-            self.model, self.num_hidden_layers, self.moe_layer_ids, self.num_experts, self.top_k
+            self.model,
+            self.num_hidden_layers,
+            self.moe_layer_ids,
+            self.num_experts,
+            self.top_k,
+            self.experts_per_layer,
         )
 
     @classmethod
@@ -78,12 +96,14 @@ class RoutingTrace:
         model: str = "",
         moe_layer_ids: Sequence[int] | None = None,
         num_hidden_layers: int | None = None,
+        experts_per_layer: Sequence[int] | None = None,
     ) -> Self:
         """A validated trace of `experts`, integers [tokens, layers, top_k], or [tokens, layers] for top-1.
 
         `sequence` defaults to all 0, `position` to 0, 1, ... within each sequence, `phase` to DECODE,
-        `moe_layer_ids` to 0..layers-1 and `num_hidden_layers` to the last of them plus 1. `weights` has the
-        shape of `experts`. Raises InputError where a shape, a dtype or a value does not fit.
+        `moe_layer_ids` to 0..layers-1, `num_hidden_layers` to the last of them plus 1, `experts_per_layer` to
+        `num_experts` in each. `weights` has the shape of `experts`. Raises InputError where a shape, a dtype
+        or a value does not fit.
         """
         ids = _with_choices(experts)
         if ids.ndim != 3 or 0 in ids.shape[1:]:
@@ -97,7 +117,8 @@ class RoutingTrace:
                 f"moe_layer_ids: has {len(layer_ids)} entries for {layers} layers; give one each"
             )
         hidden = max(layer_ids) + 1 if num_hidden_layers is None else num_hidden_layers
-        layout = RoutingLayout(model, int(hidden), layer_ids, int(num_experts), top_k)
+        counts = None if experts_per_layer is None else tuple(int(count) for count in experts_per_layer)
+        layout = RoutingLayout(model, int(hidden), layer_ids, int(num_experts), top_k, counts)
 
         row = (tokens,)
         sequence = np.zeros(row, np.int32) if sequence is None else sequence
@@ -112,6 +133,7 @@ class RoutingTrace:
         }
         if weights is not None:
             rows["weights"] = checked_weights(_with_choices(weights), ids.shape)
+        check_ids("experts", rows["experts"], layout)
         check_order("position", sequence, rows["position"])
         return cls._of(rows, layout)
 
@@ -128,7 +150,7 @@ class RoutingTrace:
         blocks = []
         for shard in index.shards:
             block = map_shard(folder, shard, index)
-            check_values(str(folder / shard.file), block, index.num_experts)
+            check_values(str(folder / shard.file), block, index.layout)
             blocks.append(block)
         rows = concatenate(blocks)
         check_order(str(folder), rows["sequence"], rows["position"])
@@ -167,7 +189,7 @@ class RoutingTrace:
     def digest(self) -> str:
         """SHA-256 (hex) of the metadata and all rows; it does not depend on how the rows are sharded."""
         rows = self._rows()
-        sha = hashlib.sha256(json.dumps([asdict(self.layout), sorted(rows)]).encode())
+        sha = hashlib.sha256(json.dumps([self.layout.metadata(), sorted(rows)]).encode())
         for name in sorted(rows):
             for start in range(0, self.num_tokens, _CHUNK_TOKENS):
                 chunk = rows[name][start : start + _CHUNK_TOKENS]
@@ -195,6 +217,7 @@ class RoutingTrace:
             moe_layer_ids=layout.moe_layer_ids,
             num_hidden_layers=layout.num_hidden_layers,
             model=layout.model,
+            experts_per_layer=layout.expert_counts,
         )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows
 
 _MAX_INT32 = np.iinfo(np.int32).max
@@ -32,13 +33,26 @@ def checked_weights(values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArra
     return array.astype(np.float16, copy=False)
 
 
-def check_values(where: str, rows: Rows, num_experts: int) -> None:
+def check_ids(name: str, experts: npt.NDArray[Any], layout: RoutingLayout) -> None:
+    """InputError, beginning with `name`, if an id [tokens, layers, top_k] is not below its layer's number."""
+    _check_range(name, experts, layout.num_experts)
+    if layout.experts_per_layer is None or not experts.size:
+        return
+    highest = experts.max(axis=0).max(axis=1)  # in this order numpy goes through the memory as it lies
+    for layer, (high, count) in enumerate(zip(highest.tolist(), layout.experts_per_layer, strict=True)):
+        if high >= count:
+            raise InputError(
+                f"{name}: holds {high} in MoE layer {layer}; values there must be from 0 to {count - 1}"
+            )
+
+
+def check_values(where: str, rows: Rows, layout: RoutingLayout) -> None:
     """InputError, beginning with `where`, if a value of correctly typed rows is out of range.
 
-    Reads a memory-mapped array once and allocates nothing of its size.
+    Reads a memory-mapped array at most twice and allocates nothing of its size.
     """
-    stops = {"experts": num_experts, "sequence": _MAX_INT32 + 1, "position": _MAX_INT32 + 1, "phase": 2}
-    for name, stop in stops.items():
+    check_ids(f"{where}: experts", rows["experts"], layout)
+    for name, stop in (("sequence", _MAX_INT32 + 1), ("position", _MAX_INT32 + 1), ("phase", 2)):
         _check_range(f"{where}: {name}", rows[name], stop)
 
 
@@ -74,6 +88,7 @@ def _check_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> 
 def _check_range(name: str, array: npt.NDArray[Any], stop: int) -> None:
     if not array.size:
         return
-    low, high = int(array.min()), int(array.max())
+    low = 0 if array.dtype.kind == "u" else int(array.min())
+    high = int(array.max())
     if low < 0 or high >= stop:
         raise InputError(f"{name}: holds {low if low < 0 else high}; values must be from 0 to {stop - 1}")

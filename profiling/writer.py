@@ -10,6 +10,7 @@ from exflow.files import read_json
 from exflow.profiling.index import FORMAT, INDEX_NAME, Shard, TraceIndex, write_index
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows, concatenate, num_rows, row_slice, write_shard
+from exflow.profiling.validate import check_values
 
 SHARD_TOKENS = 1 << 16
 _SHARD_FILE = re.compile(r"shard-(\d+)\.safetensors")
@@ -46,7 +47,11 @@ class TraceWriter:
             self._publish()  # from the start the folder is recognisable as a trace
 
     def append(self, rows: Rows) -> None:
-        """Append rows in the dtypes of the format; the arrays must not change until they are written."""
+        """Append rows in the dtypes of the format; the arrays must not change until they are written.
+
+        InputError, and nothing appended, where a value is out of range.
+        """
+        check_values(str(self._folder), rows, self._layout)
         start, total = 0, num_rows(rows)
         while start < total:
             stop = min(total, start + self._shard_tokens - self._num_pending)

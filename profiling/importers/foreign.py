@@ -27,6 +27,7 @@ class ForeignTrace:
     position: npt.NDArray[Any] | None = None
     weights: npt.NDArray[Any] | None = None
     num_experts: int | None = None
+    experts_per_layer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         experts = self.experts
@@ -45,7 +46,7 @@ class ForeignTrace:
                 f"give a weight for each id"
             )
 
-    def trace(self, num_experts: int) -> RoutingTrace:
+    def trace(self, num_experts: int, experts_per_layer: tuple[int, ...] | None = None) -> RoutingTrace:
         """The validated trace; InputError, beginning with the file's name, where something does not fit.
 
         Sequences are renumbered 0, 1, ... in ascending order of their ids. Without ids, a position that does
@@ -60,7 +61,9 @@ class ForeignTrace:
             if disordered_sequence(sequence, position) is not None:
                 order = np.lexsort((position, sequence))
                 fields = {name: array[order] for name, array in fields.items()}
-            return RoutingTrace.from_arrays(**fields, num_experts=num_experts)
+            return RoutingTrace.from_arrays(
+                **fields, num_experts=num_experts, experts_per_layer=experts_per_layer
+            )
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from exflow.profiling.importers.npz import read_npz
 from exflow.profiling.trace import RoutingTrace
 
 _log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,18 @@ def read_trace(
     """The routing in `paths`, files of one model, joined in this order into one trace in memory.
 
     `format` is a name of FORMATS; without it each file's first bytes decide. The number of experts is
-    `num_experts`, else what the files say, else the largest id plus 1 (with a logged warning). Sequences of
-    the files stay apart: they are numbered 0, 1, ... over all files, so that their homes spread over ranks.
-    Gate weights are kept if every file has them. Raises InputError naming the file that does not fit.
+    `num_experts`, else what the files say, else the largest id plus 1 (with a logged warning); the
+    `experts_per_layer` of one file holds for those that do not say it. Sequences of the files stay apart:
+    they are numbered 0, 1, ... over all files, so that their homes spread over ranks. Gate weights are kept
+    if every file has them. Raises InputError naming the file that does not fit.
     """
     if not paths:
         raise InputError("import: no files given; name at least one")
     parts = [_format_of(Path(path), format).read(Path(path)) for path in paths]
     if num_experts is None:
         num_experts = _num_experts(parts)
-    return _join([(part.path, part.trace(num_experts)) for part in parts])
+    counts = _agreed("experts_per_layer", {part.path: part.experts_per_layer for part in parts})
+    return _join([(part.path, part.trace(num_experts, counts)) for part in parts])
 
 
 def _format_of(path: Path, name: str | None) -> ForeignFormat:
@@ -67,15 +72,21 @@ def _format_of(path: Path, name: str | None) -> ForeignFormat:
 
 def _num_experts(parts: list[ForeignTrace]) -> int:
     """The number of experts that the files agree on, or the smallest that fits all their ids."""
-    said = {part.num_experts: part.path for part in parts if part.num_experts is not None}
-    if len(said) > 1:
-        claims = ", ".join(f"{number} in {path}" for number, path in said.items())
-        raise InputError(f"num_experts: the files disagree ({claims}); import models one by one")
-    if said:
-        return next(iter(said))
+    said = _agreed("num_experts", {part.path: part.num_experts for part in parts})
+    if said is not None:
+        return said
     largest = max(int(part.experts.max()) for part in parts)
     _log.warning("the files do not say num_experts: taken as %d, the largest id plus 1", largest + 1)
     return largest + 1
+
+
+def _agreed(name: str, values: dict[Path, Value | None]) -> Value | None:
+    """What every file that is not silent says; InputError where they disagree."""
+    said = {value: path for path, value in values.items() if value is not None}
+    if len(said) > 1:
+        claims = ", ".join(f"{value} in {path}" for value, path in said.items())
+        raise InputError(f"{name}: the files disagree ({claims}); import models one by one")
+    return next(iter(said), None)
 
 
 def _join(parts: list[tuple[Path, RoutingTrace]]) -> RoutingTrace:
@@ -97,4 +108,5 @@ def _join(parts: list[tuple[Path, RoutingTrace]]) -> RoutingTrace:
         sequence=np.concatenate(sequences),
         position=np.concatenate([trace.position for trace in traces]),
         weights=np.concatenate(weights) if len(weights) == len(traces) else None,
+        experts_per_layer=first.experts_per_layer,
     )

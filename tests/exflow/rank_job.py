@@ -72,7 +72,7 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
         return {"fault": str(error)}, None
     for request in case["requests"][:-1]:
         engine.generate(request_of(request))
-    recorder = JobRecorder(engine)
+    recorder, computed = JobRecorder(engine), computed_choices(engine)
     places, logits = [], []
     spy.log, spy.rows_sent = [[]], []
 
@@ -91,6 +91,7 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
         "collectives": log,
         "rows_sent": spy.rows_sent,
         "experts_held": experts_held(engine),
+        "computed": computed,
     }
     return seen, (torch.cat(places).numpy(), torch.cat(logits).numpy())
 
@@ -101,6 +102,22 @@ def request_of(stored: dict[str, Any]) -> Request:
 
 def experts_held(engine: Engine) -> list[int]:
     return [len(module.experts.w_in) for module in engine.decoder.modules() if isinstance(module, MoE)]
+
+
+def computed_choices(engine: Engine) -> list[int]:
+    """How many choices of tokens this rank's experts compute in each MoE layer, counted from now on."""
+    layers = [module for module in engine.decoder.modules() if isinstance(module, MoE)]
+    counted = [0] * len(layers)
+
+    def watch(layer: MoE) -> None:
+        def count(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            counted[layer.index] += int((inputs[1] >= 0).sum())
+
+        layer.experts.register_forward_pre_hook(count)
+
+    for layer in layers:
+        watch(layer)
+    return counted
 
 
 def main(folder: Path) -> None:

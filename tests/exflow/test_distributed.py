@@ -33,7 +33,7 @@ from exflow.placement.evaluate import exchanges_per_step
 from exflow.placement.place import place
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic
+from exflow.placement.traffic import count_traffic, rank_load
 from exflow.profile import profile
 from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
 from exflow.sampling import Sampling
@@ -88,12 +88,16 @@ def cases() -> list[Case]:
         *product([4], ["top1"], four, ["affinity"], ["some-end", "all-end", "lone", "sampled"]),
         *product([4], ["top2"], ["coherent", "node-coherent"], ["affinity"], ["some-end", "sampled"]),
         *product([4], ["top1"], ["coherent", "replicated"], ["affinity"], ["end-at-once", "second"]),
+        *product([2], ["top1", "top2-dense"], two, ["replicas"], ["mixed"]),
+        *product([4], ["top1", "top2"], four, ["replicas"], ["mixed"]),
+        *product([4], ["top2"], ["coherent", "node-coherent"], ["replicas"], ["some-end"]),
     ]
     return [Case(*values) for values in each]
 
 
 CASES = cases()
 PLAIN = Case(4, "top1", "coherent", "random", "mixed")
+REPLICAS = Case(4, "top2", "coherent", "replicas", "mixed")
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -136,7 +140,12 @@ class Bench:
         if case.placement == "contiguous":  # as where no plan is given: nothing is known of next owners
             return contiguous_plan(config, topology)
         trace = self.once(("profiled", case.model), lambda: profiled(self.decoder(config)))
-        return place(trace, topology, method="random" if case.placement == "random" else "auto")
+        match case.placement:
+            case "random":
+                return random_plan(trace, topology, trace.num_experts)
+            case "replicas":
+                return random_plan(trace, topology, 12)
+        return place(trace, topology)
 
     def requests(self, model: str, name: str) -> list[Request]:
         """The last one is looked at; those before it have run on the same engine."""
@@ -176,6 +185,17 @@ def run_alone(model: Path, requests: list[Request]) -> Reference:
 
     generation = engine.generate(requests[-1], observe)
     return Reference(generation, recorder.trace(), logits)
+
+
+def random_plan(trace: RoutingTrace, topology: Topology, num_slots: int) -> Plan:
+    """In each layer every expert once, any of them in the slots that are left, all of them anywhere."""
+    rng = np.random.default_rng(2)
+    extra = num_slots - trace.num_experts
+    slots = [
+        rng.permutation([*range(trace.num_experts), *rng.integers(0, trace.num_experts, extra)])
+        for _ in range(trace.num_layers)
+    ]
+    return Plan.of_slots(np.stack(slots), topology, trace, method="random")
 
 
 def profiled(decoder: Decoder) -> RoutingTrace:
@@ -243,16 +263,17 @@ def job_of_2(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture(scope="module")
 def job_of_4(bench: Bench, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("job")
-    whole, rank_of_expert = bench.model(PLAIN.model), Plan.load(bench.plan(PLAIN)).rank_of_expert
-    one = np.zeros_like(rank_of_expert, dtype=bool)
-    one[2, 5] = True
-    damage_experts(whole, folder / "one", one, byte_tokenizer)
-    for rank in range(4):
-        damage_experts(whole, folder / f"all-but-{rank}", rank_of_expert != rank, byte_tokenizer)
     cases = [stored(case, bench) for case in CASES if case.ranks == 4]
+    for case in (PLAIN, REPLICAS):
+        hosts = Plan.load(bench.plan(case)).hosts
+        own = [folder / f"{case.placement}-{rank}" for rank in range(4)]
+        for rank in range(4):
+            damage_experts(bench.model(case.model), own[rank], ~hosts[:, :, rank], byte_tokenizer)
+        cases.append(stored(case, bench) | {"name": f"{case.name}-own", "models": [*map(str, own)]})
+    one = np.zeros_like(hosts[:, :, 0])
+    one[2, 5] = True
+    damage_experts(bench.model(PLAIN.model), folder / "one", one, byte_tokenizer)
     cases.append(stored(PLAIN, bench) | {"name": "one-damaged", "models": [str(folder / "one")]})
-    own = [str(folder / f"all-but-{rank}") for rank in range(4)]
-    cases.append(stored(PLAIN, bench) | {"name": "others-damaged", "models": own})
     return start(4, folder, cases)
 
 
@@ -282,6 +303,19 @@ def test_the_cases_are_what_they_claim_to_be(bench: Bench) -> None:
         assert lengths(model, "end-at-once") == [1]
         greedy, sampled = (bench.run(model, [each]).generation.tokens for each in (MIXED, SAMPLED))
         assert all(one != other for one, other in zip(greedy, sampled, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.placement == "replicas"], ids=lambda c: c.name
+)
+def test_the_replicas_are_what_they_claim_to_be(case: Case, bench: Bench) -> None:
+    """Experts on several ranks in every layer, experts twice on a rank, and one in three slots."""
+    plan = Plan.load(bench.plan(case))
+    ranks_of = plan.hosts.sum(axis=2)
+    slots_of = np.stack([np.bincount(row) for row in plan.physical_to_logical_map])
+    assert (ranks_of > 1).any(axis=1).all()
+    assert (ranks_of < slots_of).any()
+    assert slots_of.max() > 2
 
 
 @every_case
@@ -364,6 +398,16 @@ def without_times(generation: dict[str, Any]) -> dict[str, Any]:
 
 
 @every_case
+def test_each_choice_is_computed_once_and_where_the_plan_says(case: Case, bench: Bench, job: Job) -> None:
+    plan, trace = Plan.load(bench.plan(case)), bench.reference(case).trace
+    prefill = rank_load(trace.select(trace.phase == PREFILL), plan, 1)
+    decode = rank_load(trace.select(trace.phase == DECODE), plan, case.group_size)
+    computed = np.array([seen["computed"] for seen in job.of(case)]).T
+    assert computed.tolist() == (prefill + decode).tolist()
+    assert (computed.sum(axis=1) == trace.num_tokens * trace.top_k).all()
+
+
+@every_case
 def test_the_rows_in_the_buffers_are_the_messages(case: Case, job: Job) -> None:
     """Nothing but messages is sent, nothing to oneself, and a second exchange carries only the returns."""
     seen = job.of(case)
@@ -382,11 +426,14 @@ def test_the_rows_in_the_buffers_are_the_messages(case: Case, job: Job) -> None:
             assert counters[f"{purpose}_inter"] == between[~same_node].sum(), (phase, purpose)
 
 
-def test_a_rank_reads_and_holds_its_own_experts_alone(bench: Bench, job_of_4: Job) -> None:
-    """In the checkpoint that each rank reads, all experts of the other ranks are NaN."""
-    for seen in job_of_4.seen:
-        assert seen["others-damaged"]["generation"]["tokens"] == bench.reference(PLAIN).generation.tokens
-        assert seen["others-damaged"]["experts_held"] == [2, 2, 2, 2]
+@pytest.mark.parametrize(("case", "held"), [(PLAIN, 2), (REPLICAS, 3)])
+def test_a_rank_reads_and_holds_its_own_experts_alone(
+    case: Case, held: int, bench: Bench, job_of_4: Job
+) -> None:
+    """In the checkpoint that each rank reads, all experts that it does not host are NaN."""
+    for seen in (each[f"{case.name}-own"] for each in job_of_4.seen):
+        assert seen["generation"]["tokens"] == bench.reference(case).generation.tokens
+        assert seen["experts_held"] == [held] * 4
 
 
 def test_what_one_rank_finds_wrong_ends_all_of_them_alike(job_of_4: Job) -> None:

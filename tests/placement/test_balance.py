@@ -134,3 +134,52 @@ def test_inside_start_is_feasible_for_any_nodes(seed: int) -> None:
     problem = replace(loose, max_load=np.full(3, tightest))
     node = rng.permuted(contiguous(3, 16, 2), axis=1)
     assert problem.is_feasible(start_inside(problem, node, balanced_start(problem)))
+
+
+def test_at_the_anchor_nothing_moves_that_need_not(random_problem: ProblemFactory) -> None:
+    problem = random_problem((3, 8, 4), anchor=0, load=True)
+    assert problem.anchor is not None
+    assert np.array_equal(balanced_start(problem), problem.anchor)
+    held = problem.part_loads(problem.anchor)
+    limits = held.max(axis=1)
+    limits[1] -= 1
+    capped = replace(problem, max_load=limits, max_moves=4)
+    start = balanced_start(capped)
+    assert capped.is_feasible(start)
+    assert np.array_equal(start[[0, 2]], problem.anchor[[0, 2]])
+    with pytest.raises(InputError, match=r"max moves 0: .* \d experts have to move; allow as many"):
+        balanced_start(replace(capped, max_moves=0))
+    with pytest.raises(InputError, match="cannot be kept from the plan in use by single swaps"):
+        balanced_start(replace(capped, max_load=np.array([1.0])))
+
+
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from([(3, 6, 3), (2, 8, 4), (2, 4, 2)]))
+@settings(max_examples=30, deadline=None)
+def test_replicas_are_dealt_apart(
+    random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int]
+) -> None:
+    problem = random_problem(shape, seed, load=True, replicas=True)
+    start = balanced_start(problem)
+    assert problem.is_feasible(start)
+    limits = problem.part_loads(start).max(axis=1)
+    levelled = replace(problem, max_load=np.maximum(limits * 0.95, problem.load.sum(axis=1) / shape[2]))
+    try:
+        assert levelled.is_feasible(balanced_start(levelled))
+    except InputError as error:
+        least = float(str(error).split()[-3])
+        worst = int(str(error).split("MoE layer ")[1].split()[0])
+        assert least * levelled.load[worst].sum() / shape[2] > levelled.max_load[worst]
+
+
+def test_replicas_are_swapped_for_a_cap_that_dealing_breaks() -> None:
+    """Dealt out, the two heavy ones meet on part 0: 20 and 4."""
+    problem = replace(
+        loaded([[2, 2, 9, 1, 9, 1]], num_parts=2, max_load=13), replica_of=np.array([[0, 0, 1, 2, 3, 4]])
+    )
+    start = balanced_start(problem)
+    assert problem.is_feasible(start)
+    assert problem.part_loads(start).tolist() == [[12, 12]]
+    with pytest.raises(
+        InputError, match=r"max imbalance 0\.916667 cannot be kept: .* MoE layer 0 is 1\.0000"
+    ):
+        balanced_start(replace(problem, max_load=np.array([11.0])))

@@ -1,12 +1,14 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exflow.placement.baselines import contiguous
 from exflow.placement.bounds import lower_bound, most_kept
-from exflow.placement.exact import brute_force, chain_of_matchings
+from exflow.placement.exact import brute_force, chain_of_matchings, viterbi
 from exflow.placement.problem import PlacementProblem
 
 ProblemFactory = Callable[..., PlacementProblem]
@@ -22,7 +24,36 @@ def test_bound_is_never_above_the_optimum(
     random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int], intra: bool
 ) -> None:
     problem = random_problem(shape, seed, intra=intra)
-    assert 0 <= lower_bound(problem) <= problem.cost(brute_force(problem))
+    best = brute_force(problem)
+    assert 0 <= lower_bound(problem) <= lower_bound(problem, best) <= problem.cost(best)
+
+
+@given(
+    seed=st.integers(0, 10**6), distance=st.sampled_from([None, "metric"]), balance_price=st.integers(0, 1)
+)
+@settings(max_examples=20, deadline=None)
+def test_bound_is_about_separation_alone_whatever_is_known(
+    random_problem: ProblemFactory, seed: int, distance: str | None, balance_price: int
+) -> None:
+    problem = random_problem((3, 8, 2), seed, distance=distance, balance_price=balance_price)
+    plain = replace(problem, distance=None, balance_price=np.zeros(1))
+    best = viterbi(plain)
+    for known in (best, contiguous(3, 8, 2)):
+        assert lower_bound(plain) <= lower_bound(problem, known) <= plain.cost(best)
+
+
+def test_a_known_assignment_is_proved_optimal() -> None:
+    # Five experts a part that like all others of their own, and some others by chance: degrees see a third
+    # of what it costs to part with those, if that.
+    rng = np.random.default_rng(0)
+    known = np.tile(np.arange(10) % 2, (5, 1))
+    alike = known[0][:, None] == known[0]
+    inter = 0.3 * alike + rng.random((4, 10, 10))
+    intra = np.triu(0.3 * alike + rng.random((5, 10, 10)), 1)
+    problem = PlacementProblem(inter, intra + intra.transpose(0, 2, 1), np.ones((5, 10)), num_parts=2)
+    known = viterbi(problem)
+    cost = problem.cost(known)
+    assert lower_bound(problem) < 0.9 * cost < 0.99 * cost < lower_bound(problem, known) <= cost
 
 
 def test_bound_is_near_where_layers_need_not_agree(random_problem: ProblemFactory) -> None:

@@ -14,9 +14,11 @@ from exflow.placement.baselines import contiguous
 from exflow.placement.chains import swap_chain
 from exflow.placement.exact import brute_force, solve_exactly, viterbi
 from exflow.placement.ilp import build_program, solve_program
-from exflow.placement.place import place
+from exflow.placement.kernel import fixed, state, try_swaps
+from exflow.placement.objective import Objective
+from exflow.placement.place import Solving, place
 from exflow.placement.problem import PlacementProblem
-from exflow.placement.search import SearchSettings, search, try_swaps
+from exflow.placement.search import SearchSettings, search
 from exflow.placement.solve import METHODS, solve
 from exflow.placement.sweep import sweep
 from exflow.placement.topology import Topology
@@ -31,10 +33,11 @@ SHORT = SearchSettings(starts=3, levels=20, passes=10)
 def capped(random_problem: ProblemFactory) -> ProblemFactory:
     """A random problem with whole loads, and in each layer a cap between its tightest and its loosest."""
 
-    def make(shape: tuple[int, int, int], seed: int = 0, slack: float = 0.3) -> PlacementProblem:
+    def make(
+        shape: tuple[int, int, int], seed: int = 0, slack: float = 0.3, balance_price: float = 0
+    ) -> PlacementProblem:
         rng = np.random.default_rng([seed, 1])
-        load = rng.integers(1, 30, shape[:2]).astype(np.float64)
-        problem = replace(random_problem(shape, seed), load=load)
+        problem = random_problem(shape, seed, load=True, balance_price=balance_price)
         candidates = np.stack([rng.permuted(contiguous(*shape), axis=1) for _ in range(50)])
         busiest = np.stack([problem.part_loads(candidate).max(axis=1) for candidate in candidates])
         least, most = busiest.min(axis=0), busiest.max(axis=0)
@@ -56,19 +59,20 @@ def skewed_trace(seed: int = 0, tokens: int = 400, layers: int = 4, experts: int
     shape=st.sampled_from([(1, 4, 2), (3, 4, 2), (2, 6, 2), (2, 6, 3), (3, 3, 3), (2, 4, 1)]),
     seed=st.integers(0, 10**6),
     slack=st.sampled_from([0.0, 0.2, 0.6]),
+    balance_price=st.sampled_from([0, 3, 50]),
 )
 @settings(max_examples=30, deadline=None)
 def test_exact_equals_brute_force_and_search_never_beats_it(
-    capped: ProblemFactory, shape: tuple[int, int, int], seed: int, slack: float
+    capped: ProblemFactory, shape: tuple[int, int, int], seed: int, slack: float, balance_price: int
 ) -> None:
-    problem = capped(shape, seed, slack)
+    problem = capped(shape, seed, slack, balance_price)
     optimum = problem.cost(brute_force(problem))
     for method in (viterbi, solve_exactly):
         assert problem.is_feasible(method(problem))
-        assert problem.cost(method(problem)) == optimum
+        assert problem.cost(method(problem)) == pytest.approx(optimum)
     found = search(problem, seed=seed, settings=SHORT)
     assert problem.is_feasible(found)
-    assert problem.cost(found) >= optimum
+    assert problem.cost(found) >= optimum - 1e-9 * abs(optimum)
 
 
 @given(seed=st.integers(0, 10**6), slack=st.sampled_from([0.0, 0.1, 0.4]))
@@ -78,8 +82,9 @@ def test_every_step_keeps_the_cap(capped: ProblemFactory, seed: int, slack: floa
     start = balanced_start(problem)
     assert problem.is_feasible(start)
     rng = np.random.default_rng(seed)
-    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
-    wandered = try_swaps(problem, inter_back, start, np.inf, 10, rng)
+    now = state(problem, start)
+    try_swaps(fixed(problem), now, np.inf, 10, rng)
+    wandered = now.assignment
     for result in (wandered, swap_chain(problem, wandered, 0, 2), sweep(problem, wandered)):
         assert problem.is_feasible(result)
     assert problem.cost(sweep(problem, wandered)) <= problem.cost(wandered)
@@ -88,9 +93,9 @@ def test_every_step_keeps_the_cap(capped: ProblemFactory, seed: int, slack: floa
 def test_random_swaps_leave_the_start_far_behind(capped: ProblemFactory) -> None:
     problem = capped((4, 12, 3), 0, 0.5)
     start = balanced_start(problem)
-    inter_back = np.ascontiguousarray(problem.inter.transpose(0, 2, 1))
-    wandered = try_swaps(problem, inter_back, start, np.inf, 10, np.random.default_rng(0))
-    assert (wandered != start).mean() > 0.4
+    now = state(problem, start)
+    try_swaps(fixed(problem), now, np.inf, 10, np.random.default_rng(0))
+    assert (now.assignment != start).mean() > 0.4
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -129,10 +134,12 @@ def test_a_cap_that_binds_nowhere_changes_nothing_found_exactly(
 
 def test_place_keeps_the_cap_it_is_given_and_says_so() -> None:
     trace = skewed_trace()
-    free = place(trace, Topology(gpus_per_node=2))
-    capped_plan = place(trace, Topology(gpus_per_node=2), max_imbalance=1.05)
+    free = place(trace, Topology(gpus_per_node=2), objective=Objective(balance_price=0))
+    capped_plan = place(
+        trace, Topology(gpus_per_node=2), objective=Objective(balance_price=0, max_imbalance=1.05)
+    )
     assert free.expected["imbalance"]["max"] > 1.05 >= capped_plan.expected["imbalance"]["max"]
-    assert capped_plan.method == "exact, max imbalance 1.05"
+    assert capped_plan.method == "exact"
     assert capped_plan.optimal
     assert free.objective is not None and capped_plan.objective is not None
     assert free.objective <= capped_plan.objective
@@ -142,34 +149,35 @@ def test_place_keeps_the_cap_it_is_given_and_says_so() -> None:
 @settings(max_examples=25, deadline=None)
 def test_an_infeasible_cap_names_the_smallest_that_works(seed: int, parts: int, nodes: int) -> None:
     trace, topology = skewed_trace(seed, tokens=97), Topology(num_nodes=nodes, gpus_per_node=parts // nodes)
+    solving = Solving("sweep")
     try:
-        plan = place(trace, topology, method="sweep", max_imbalance=1)
+        plan = place(trace, topology, objective=Objective(max_imbalance=1), solving=solving)
     except InputError as error:
         assert "max imbalance 1 cannot be kept" in str(error)
         least = float(str(error).split()[-3])
-        plan = place(trace, topology, method="sweep", max_imbalance=least)
+        plan = place(trace, topology, objective=Objective(max_imbalance=least), solving=solving)
         assert least - 0.00011 <= plan.expected["imbalance"]["max"] <= least
     else:
         assert plan.expected["imbalance"]["max"] == 1
 
 
-@pytest.mark.parametrize("cap", [0.99, -1, float("nan"), float("inf")])
-def test_caps_that_are_none_are_refused(cap: float) -> None:
-    with pytest.raises(InputError, match=r"max imbalance is .*: choose 1 or more"):
-        place(skewed_trace(), Topology(gpus_per_node=2), max_imbalance=cap)
-
-
 @pytest.mark.parametrize("method", ["contiguous", "random"])
 def test_a_baseline_over_the_cap_is_refused(method: str) -> None:
     with pytest.raises(InputError, match=rf"method {method} has imbalance 1\.\d+ in MoE layer \d, over"):
-        place(skewed_trace(), Topology(gpus_per_node=2), method=method, max_imbalance=1.01)
+        place(
+            skewed_trace(),
+            Topology(gpus_per_node=2),
+            objective=Objective(max_imbalance=1.01),
+            solving=Solving(method),
+        )
 
 
 def test_a_load_equal_to_the_cap_is_allowed() -> None:
     """3 parts, 10 tokens a part on average; 11 on one is 1.1 times the mean, to the last bit."""
     experts = np.repeat(np.arange(3), [11, 10, 9])[:, None].astype(np.uint8)
     trace = RoutingTrace.from_arrays(experts, num_experts=3)
-    assert place(trace, Topology(gpus_per_node=3), max_imbalance=1.1).expected["imbalance"]["max"] == 1.1
+    plan = place(trace, Topology(gpus_per_node=3), objective=Objective(max_imbalance=1.1))
+    assert plan.expected["imbalance"]["max"] == 1.1
 
 
 @pytest.mark.parametrize(
@@ -194,4 +202,4 @@ def test_feasible_means_balanced_and_under_the_cap(random_problem: ProblemFactor
     assert problem.is_feasible(start)
     assert not problem.is_feasible(np.array([[0, 1, 1, 0], [0, 0, 1, 1]]))  # 6
     assert not problem.is_feasible(np.array([[0, 1, 1, 1], [0, 0, 1, 1]]))  # one and three
-    assert problem.restricted(np.array([[0, 1], [0, 1]]), 2).max_load.tolist() == [4, 4]
+    assert problem.restricted(np.array([[0, 1], [0, 1]]), np.arange(2)).max_load.tolist() == [4, 4]

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exflow.placement.balance import balanced_start
 from exflow.placement.baselines import contiguous, random
 from exflow.placement.chains import swap_chain
 from exflow.placement.problem import PlacementProblem
@@ -38,6 +40,44 @@ def test_the_best_of_all_chains_is_found(
     found = swap_chain(problem, start, 0, 1)
     assert problem.is_balanced(found)
     assert problem.cost(found) == best
+
+
+@given(
+    shape=st.sampled_from([(2, 4, 2), (3, 4, 2), (2, 6, 3), (2, 8, 4)]),
+    seed=st.integers(0, 10**6),
+    balance_price=st.sampled_from([0, 10, 200]),
+    distance=st.sampled_from([None, "nodes"]),
+    replicas=st.booleans(),
+    slack=st.sampled_from([None, 0.0, 5.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_best_of_all_feasible_chains_is_found(
+    random_problem: ProblemFactory,
+    shape: tuple[int, int, int],
+    seed: int,
+    balance_price: int,
+    distance: str | None,
+    replicas: bool,
+    slack: float | None,
+) -> None:
+    problem = random_problem(
+        shape, seed, load=True, balance_price=balance_price, distance=distance, replicas=replicas
+    )
+    start = balanced_start(problem)
+    if slack is not None:
+        problem = replace(problem, max_load=problem.part_loads(start).max(axis=1) + slack)
+    chains = product(*(swaps_of_a_layer(parts, 0, 1) for parts in start))
+    best = min(problem.cost(chain) for chain in map(np.stack, chains) if problem.is_feasible(chain))
+    found = swap_chain(problem, start, 0, 1)
+    assert problem.is_feasible(found)
+    assert problem.cost(found) == pytest.approx(best)
+
+
+def test_between_parts_that_others_tell_apart_nothing_moves(random_problem: ProblemFactory) -> None:
+    problem = random_problem((3, 8, 4), distance="nodes")
+    start = random(3, 8, 4, seed=0)
+    assert swap_chain(problem, start, 0, 2) is start
+    assert problem.cost(swap_chain(problem, start, 0, 1)) < problem.cost(start)
 
 
 def test_a_track_moves_as_a_whole_where_no_single_swap_pays() -> None:

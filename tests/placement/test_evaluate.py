@@ -7,9 +7,9 @@ import pytest
 from exflow.errors import InputError
 from exflow.placement import baselines
 from exflow.placement.evaluate import evaluate, exchanges_per_step
-from exflow.placement.plan import Plan
+from exflow.placement.plan import Plan, Strategy
 from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic
+from exflow.placement.traffic import count_traffic, follow, imbalance
 from exflow.profiling.trace import RoutingTrace
 
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
@@ -25,6 +25,7 @@ FIGURES = {
     "exchanges_per_step",
     "totals",
 }
+FOLLOWED = FIGURES | {"remote_nodes", "imbalance"}
 
 
 def contiguous_plan(trace: RoutingTrace, topology: Topology) -> Plan:
@@ -57,7 +58,7 @@ def test_one_top_1_token_that_visits_both_ranks() -> None:
 def test_replicated_sends_no_message_but_reduces_every_layer(random_trace: RoutingTrace) -> None:
     plan = contiguous_plan(random_trace, Topology(gpus_per_node=4))
     replicated = evaluate(plan, random_trace)["strategies"]["replicated"]
-    assert set(replicated) == FIGURES | {"all_reduces_per_step", "all_reduce_copies"}
+    assert set(replicated) == FIGURES | {"all_reduces_per_step", "all_reduce_copies", "imbalance"}
     assert replicated["messages_per_token_layer"] == replicated["kv_copies"] == 0
     assert replicated["all_reduces_per_step"] == replicated["exchanges_per_step"] == 3
     assert replicated["all_reduce_copies"] == 6  # each of 4 ranks sends 2 * 3/4 of a row
@@ -72,13 +73,36 @@ def test_every_figure_agrees_with_the_count(random_trace: RoutingTrace, nodes: i
     assert set(figures["strategies"]) == {*group_sizes, "replicated"}
     for name, group_size in group_sizes.items():
         strategy, traffic = figures["strategies"][name], count_traffic(random_trace, plan, group_size)
-        assert set(strategy) == FIGURES
+        assert set(strategy) == FOLLOWED
+        layers = imbalance(random_trace, plan, group_size)
+        assert strategy["imbalance"] == {
+            "mean": pytest.approx(layers.mean()),
+            "max": layers.max(),
+            "per_layer": layers.tolist(),
+        }
+        remote = follow(random_trace, plan, group_size).remote_nodes.sum()
+        assert strategy["remote_nodes"] == remote / (50 * 3) <= strategy["dispatch"]
+        assert (nodes == 1) == (remote == 0)
         messages = strategy["messages_per_token_layer"]
         assert messages == pytest.approx(strategy["intra_node"] + strategy["inter_node"])
         assert messages == pytest.approx(strategy["dispatch"] + strategy["return"])
         assert messages == strategy["totals"]["messages"] / (50 * 3) == traffic.messages / (50 * 3)
         assert strategy["kv_copies"] == group_size - 1
         assert all(getattr(traffic, key) == total for key, total in strategy["totals"].items())
+
+
+@pytest.mark.parametrize("strategy", ["coherent", "node-coherent", "dispatch-combine"])
+def test_the_imbalance_beside_them_is_that_of_the_plans_strategy(
+    random_trace: RoutingTrace, strategy: Strategy
+) -> None:
+    slots = np.tile([0, 1, 2, 3, 0, 4, 5, 6, 7, 1, 2, 0], (3, 1))  # three of four ranks have expert 0
+    topology = Topology(gpus_per_node=4)
+    plan = Plan.of_slots(slots, topology, random_trace, method="", strategy=strategy)
+    figures = evaluate(plan, random_trace)
+    assert ("node_coherent" in figures["strategies"]) == (strategy == "node-coherent")
+    assert figures["slots"] == 12
+    assert figures["imbalance"] == figures["strategies"][strategy.replace("-", "_")]["imbalance"]
+    assert figures["imbalance"]["per_layer"] == imbalance(random_trace, plan).tolist()
 
 
 def test_the_second_exchange_is_absent_for_coherent_top_1_alone() -> None:

@@ -20,7 +20,9 @@ from exflow.placement.exact import (
     solve_exactly,
     viterbi,
 )
-from exflow.placement.problem import PlacementProblem, problem_from_counts
+from exflow.placement.objective import Objective, make_problem
+from exflow.placement.problem import PlacementProblem
+from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
 ProblemFactory = Callable[..., PlacementProblem]
@@ -29,17 +31,44 @@ TINY = [(1, 4, 2), (2, 4, 2), (3, 4, 2), (2, 4, 4), (3, 3, 3), (2, 6, 2), (1, 6,
 MIXTRAL = Path(__file__).resolve().parents[3] / "shared" / "traces" / "mixtral8x7b_math.npz"
 
 
-@given(shape=st.sampled_from(TINY), seed=st.integers(0, 10**6))
+@given(
+    shape=st.sampled_from(TINY), seed=st.integers(0, 10**6), balance_price=st.sampled_from([0, 1, 20, 1000])
+)
 @settings(max_examples=60, deadline=None)
 def test_exact_methods_equal_brute_force(
-    random_problem: ProblemFactory, shape: tuple[int, int, int], seed: int
+    random_problem: ProblemFactory, shape: tuple[int, int, int], seed: int, balance_price: int
 ) -> None:
-    problem = random_problem(shape, seed)
+    problem = random_problem(shape, seed, balance_price=balance_price)
     optimum = problem.cost(brute_force(problem))
     for method in (viterbi, solve_exactly):
         assignment = method(problem)
         assert problem.is_balanced(assignment)
-        assert problem.cost(assignment) == optimum
+        cost = problem.cost(assignment)
+        assert cost == pytest.approx(optimum) if balance_price else cost == optimum
+
+
+@pytest.mark.parametrize("change", [{"distance": "metric"}, {"replicas": True}, {"anchor": 2}])
+def test_what_it_does_not_know_is_refused(random_problem: ProblemFactory, change: dict[str, object]) -> None:
+    for shape in ((2, 4, 2), (2, 4, 4)):
+        problem = random_problem(shape, 1, **change)
+        assert is_exactly_solvable(problem) == (problem.is_uniform and "distance" in change)
+        if not is_exactly_solvable(problem):
+            message = "method exact: does not know unequal distances, replicas, or a limit on moves"
+            with pytest.raises(InputError, match=message):
+                solve_exactly(problem)
+    assert is_exactly_solvable(random_problem((2, 4, 2), 1, balance_price=5))
+
+
+@pytest.mark.parametrize("price", [0, 10**5])
+def test_a_high_price_of_imbalance_levels_the_loads(random_problem: ProblemFactory, price: int) -> None:
+    """The cost of the optimum is then next to that of the most level assignment."""
+    problem = random_problem((3, 6, 2), 1, load=True, balance_price=price)
+    level_only = replace(problem, inter=0 * problem.inter, intra=0 * problem.intra)
+    over = level_only.cost(solve_exactly(problem)) - level_only.cost(solve_exactly(level_only))
+    assert over == pytest.approx(0, abs=1e-6 * max(price, 1))
+    if price:
+        free = replace(problem, balance_price=np.zeros(3))
+        assert free.cost(solve_exactly(problem)) > free.cost(solve_exactly(free))
 
 
 @given(seed=st.integers(0, 10**6), layers=st.integers(1, 6))
@@ -51,18 +80,49 @@ def test_matchings_and_viterbi_agree_on_one_expert_a_part(
     assert problem.cost(chain_of_matchings(problem)) == problem.cost(viterbi(problem))
 
 
-@given(seed=st.integers(0, 10**6), parts=st.sampled_from([2, 3, 6]))
+@given(seed=st.integers(0, 10**6), parts=st.sampled_from([2, 3, 6]), balance_price=st.sampled_from([0, 10]))
 @settings(max_examples=20, deadline=None)
 def test_optimum_ignores_names_of_experts_and_direction(
-    random_problem: ProblemFactory, seed: int, parts: int
+    random_problem: ProblemFactory, seed: int, parts: int, balance_price: int
 ) -> None:
-    problem = random_problem((5, 6, parts), seed)
+    problem = random_problem((5, 6, parts), seed, balance_price=balance_price)
     optimum = problem.cost(solve_exactly(problem))
     rng = np.random.default_rng(seed)
-    renamed = problem.restricted(rng.permuted(np.tile(np.arange(6), (5, 1)), axis=1), parts)
-    backwards = replace(problem, inter=problem.inter[::-1].transpose(0, 2, 1), intra=problem.intra[::-1])
-    assert renamed.cost(solve_exactly(renamed)) == optimum
-    assert backwards.cost(solve_exactly(backwards)) == optimum
+    renamed = problem.restricted(rng.permuted(np.tile(np.arange(6), (5, 1)), axis=1), np.arange(parts))
+    backwards = reversed_layers(problem)
+    assert renamed.cost(solve_exactly(renamed)) == pytest.approx(optimum)
+    assert backwards.cost(solve_exactly(backwards)) == pytest.approx(optimum)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    distance=st.sampled_from(["nodes", "metric"]),
+    replicas=st.booleans(),
+    balance_price=st.sampled_from([0, 10]),
+)
+@settings(max_examples=6, deadline=None)
+def test_least_cost_ignores_names_of_gpus_too(
+    random_problem: ProblemFactory, seed: int, distance: str, replicas: bool, balance_price: int
+) -> None:
+    problem = random_problem(
+        (2, 4, 4), seed, distance=distance, replicas=replicas, balance_price=balance_price
+    )
+    optimum = problem.cost(brute_force(problem))
+    rng = np.random.default_rng(seed)
+    experts = rng.permuted(np.tile(np.arange(4), (2, 1)), axis=1)
+    renamed = replace(problem.restricted(experts, rng.permutation(4)), constant=problem.constant)
+    for other in (renamed, reversed_layers(problem)):
+        assert other.cost(brute_force(other)) == pytest.approx(optimum)
+
+
+def reversed_layers(problem: PlacementProblem) -> PlacementProblem:
+    return replace(
+        problem,
+        inter=problem.inter[::-1].transpose(0, 2, 1),
+        intra=problem.intra[::-1],
+        load=problem.load[::-1],
+        replica_of=problem.replica_ids[::-1],
+    )
 
 
 def test_tracks_that_never_meet_get_a_part_each() -> None:
@@ -105,7 +165,9 @@ def test_mixtral_is_solved_to_the_optimum_in_seconds(parts: int) -> None:
         pytest.skip(f"no routing trace at {MIXTRAL}")
     first_choice = np.load(MIXTRAL, allow_pickle=False)["experts"][:, :, 0]
     trace = RoutingTrace.from_arrays(first_choice, num_experts=8)
-    problem = problem_from_counts(count_affinity(trace), parts)
+    ones = np.ones((trace.num_layers, 8), dtype=np.int64)
+    topology, objective = Topology(gpus_per_node=parts), Objective(balance_price=0)
+    problem = make_problem([count_affinity(trace)], [1.0], topology, objective, ones)
     began = perf_counter()
     cost = problem.cost(solve_exactly(problem))
     assert perf_counter() - began < 5

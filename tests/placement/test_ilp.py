@@ -2,16 +2,18 @@ import _thread
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from exflow.errors import InputError
 from exflow.placement import ilp
+from exflow.placement.balance import balanced_start
 from exflow.placement.baselines import contiguous, random
-from exflow.placement.exact import solve_exactly
+from exflow.placement.exact import brute_force, solve_exactly
 from exflow.placement.ilp import build_program, solve_program
-from exflow.placement.problem import PlacementProblem
+from exflow.placement.problem import NORM, PlacementProblem
 
 ProblemFactory = Callable[..., PlacementProblem]
 
@@ -29,6 +31,53 @@ def test_the_program_finds_and_proves_the_optimum(
     assert problem.is_balanced(result.assignment)
     optimum = problem.cost(solve_exactly(problem))
     assert problem.cost(result.assignment) == result.lower_bound == optimum
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2), (3, 4, 2), (1, 6, 3)])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("balance_price", [1, 30])
+def test_with_a_price_of_imbalance_the_bound_holds(
+    random_problem: ProblemFactory, shape: tuple[int, int, int], seed: int, balance_price: int
+) -> None:
+    problem = random_problem(shape, seed, balance_price=balance_price)
+    start = random(*shape, seed)
+    result = solve_program(problem, start)
+    optimum, cost = problem.cost(brute_force(problem)), problem.cost(result.assignment)
+    assert problem.is_feasible(result.assignment)
+    assert result.lower_bound <= optimum + 1e-6
+    assert optimum - 1e-9 <= cost <= problem.cost(start)
+    assert cost - optimum <= balance_price * (problem.num_parts ** (1 / NORM) - 1) * problem.load.sum()
+    assert not result.optimal or cost == pytest.approx(optimum)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"replicas": True}, {"anchor": 2}, {"anchor": 3}, {"anchor": 0}, {"replicas": True, "anchor": 4}],
+)
+@pytest.mark.parametrize(("shape", "seed"), [((2, 4, 2), 0), ((2, 4, 2), 1), ((3, 4, 2), 0), ((1, 6, 3), 0)])
+def test_replicas_and_anchors_are_solved_to_the_optimum(
+    random_problem: ProblemFactory, kind: dict[str, Any], shape: tuple[int, int, int], seed: int
+) -> None:
+    problem = random_problem(shape, seed, **kind)
+    result = solve_program(problem, balanced_start(problem))
+    assert problem.is_feasible(result.assignment)
+    optimum = problem.cost(brute_force(problem))
+    assert problem.cost(result.assignment) == pytest.approx(optimum)
+    assert result.optimal
+    assert result.lower_bound == pytest.approx(optimum)
+
+
+def test_unequal_distances_are_refused(random_problem: ProblemFactory) -> None:
+    with pytest.raises(InputError, match=r"method ilp: does not know unequal distances .* use method search"):
+        build_program(random_problem((2, 4, 4), distance="nodes"))
+
+
+def test_constraints_for_limits_are_named_too(random_problem: ProblemFactory) -> None:
+    problem = random_problem((2, 4, 2), balance_price=1, replicas=True, anchor=2)
+    names = {constraint.name for constraint in build_program(problem).program.constraints()}
+    assert {"busiest_l0_g0", "busiest_l1_g1", "moves"} <= names
+    assert any(re.fullmatch(r"replicas_l\d_e\d_e\d_g\d", name) for name in names)
+    assert not any(name.startswith("symmetry") for name in names)
 
 
 def test_constraints_are_named_for_what_they_say(random_problem: ProblemFactory) -> None:
@@ -49,7 +98,7 @@ def test_constraints_are_named_for_what_they_say(random_problem: ProblemFactory)
 def test_no_constraint_excludes_a_balanced_assignment(random_problem: ProblemFactory) -> None:
     problem = random_problem((3, 6, 3))
     for seed in range(10):
-        start = ilp._named_by_first_layer(random(3, 6, 3, seed))
+        start = ilp._named_by_first_layer(problem, random(3, 6, 3, seed))
         model = build_program(problem)
         for (layer, expert, part), variable in model.on.items():
             variable.setInitialValue(int(start[layer, expert] == part))
@@ -59,9 +108,11 @@ def test_no_constraint_excludes_a_balanced_assignment(random_problem: ProblemFac
         assert model.program.objective.value() == problem.cost(start)
 
 
-def test_names_by_first_layer_keep_the_placement() -> None:
+def test_names_by_first_layer_keep_the_placement(random_problem: ProblemFactory) -> None:
     assignment = np.array([[2, 0, 1], [0, 1, 2]])
-    assert ilp._named_by_first_layer(assignment).tolist() == [[0, 1, 2], [1, 2, 0]]
+    assert ilp._named_by_first_layer(random_problem((2, 3, 3)), assignment).tolist() == [[0, 1, 2], [1, 2, 0]]
+    anchored = random_problem((2, 3, 3), anchor=2)
+    assert ilp._named_by_first_layer(anchored, assignment) is assignment
 
 
 def test_the_solver_starts_from_the_start(random_problem: ProblemFactory) -> None:

@@ -6,8 +6,14 @@ from exflow.placement.owners import next_owner_table
 from exflow.profiling.trace import RoutingTrace
 
 
-def slow_table(trace: RoutingTrace, rank_of_expert: np.ndarray, num_ranks: int) -> list[list[list[int]]]:
+def on_ranks(rank_of_expert: list[list[int]], num_ranks: int) -> np.ndarray:
+    """[L, E, G]: the hosts where expert e of layer l is on rank `rank_of_expert[l][e]` alone."""
+    return np.array(rank_of_expert)[..., None] == np.arange(num_ranks)
+
+
+def slow_table(trace: RoutingTrace, hosts: np.ndarray) -> list[list[list[int]]]:
     """The definition, word by word."""
+    num_ranks = hosts.shape[2]
     visits: dict[int, list[list[int]]] = {}
     for sequence, token in zip(trace.sequence.tolist(), trace.experts.tolist(), strict=True):
         visits.setdefault(sequence, []).extend(token)  # a sequence's layers in order, token after token
@@ -16,7 +22,7 @@ def slow_table(trace: RoutingTrace, rank_of_expert: np.ndarray, num_ranks: int) 
         next_layer = (layer + 1) % trace.num_layers
         for expert in range(trace.num_experts):
             hosted = [
-                {int(rank_of_expert[next_layer, e]) for e in path[i + 1]}
+                {rank for rank in range(num_ranks) for e in path[i + 1] if hosts[next_layer, e, rank]}
                 for path in visits.values()
                 for i in range(layer, len(path) - 1, trace.num_layers)
                 if expert in path[i]
@@ -31,7 +37,7 @@ def slow_table(trace: RoutingTrace, rank_of_expert: np.ndarray, num_ranks: int) 
 def test_one_token_in_sixteen_is_63_per_mille() -> None:
     experts = [[0, 0]] + [[0, 1]] * 15
     trace = RoutingTrace.from_arrays(experts, num_experts=2, sequence=np.arange(16))
-    table = next_owner_table(trace, np.array([[0, 1], [0, 1]]), 2)
+    table = next_owner_table(trace, on_ranks([[0, 1], [0, 1]], 2))
     assert table.dtype == np.int16
     assert table[0].tolist() == [[63, 938], [0, 0]]  # 62.5 and 937.5, rounded half up; expert 1 never seen
     assert not table[1].any()  # no sequence has a next token
@@ -40,17 +46,26 @@ def test_one_token_in_sixteen_is_63_per_mille() -> None:
 def test_the_last_layer_looks_to_the_next_token_of_its_own_sequence() -> None:
     experts = [[0], [1], [2], [2]]
     trace = RoutingTrace.from_arrays(experts, num_experts=4, sequence=[0, 1, 0, 1])
-    table = next_owner_table(trace, np.array([[0, 0, 1, 1]]), 2)
+    table = next_owner_table(trace, on_ranks([[0, 0, 1, 1]], 2))
     assert table.tolist() == [[[0, 1000], [0, 1000], [0, 0], [0, 0]]]
 
 
 def test_a_rank_that_hosts_two_of_the_next_experts_counts_once() -> None:
     trace = RoutingTrace.from_arrays([[[0, 2], [0, 1]], [[0, 2], [1, 3]]], num_experts=4, sequence=[0, 1])
-    table = next_owner_table(trace, np.array([[0, 0, 1, 1]] * 2), 2)
+    table = next_owner_table(trace, on_ranks([[0, 0, 1, 1]] * 2, 2))
     assert table[0].tolist() == [[1000, 500], [0, 0], [1000, 500], [0, 0]]
 
 
-@settings(deadline=None, max_examples=50)
+def test_every_rank_with_a_replica_of_a_next_expert_counts() -> None:
+    trace = RoutingTrace.from_arrays([[0, 0], [0, 1]], num_experts=2, sequence=[0, 1])
+    hosts = on_ranks([[0, 1], [0, 1]], 3)
+    hosts[1, 1] = [False, True, True]
+    assert next_owner_table(trace, hosts)[0].tolist() == [[500, 500, 500], [0, 0, 0]]
+    hosts[1, 0, 2] = True
+    assert next_owner_table(trace, hosts)[0].tolist() == [[500, 500, 1000], [0, 0, 0]]
+
+
+@settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 15),
     st.integers(1, 3),
@@ -68,5 +83,5 @@ def test_the_table_is_its_definition(
         num_experts=experts,
         sequence=rng.integers(0, 3, tokens),
     )
-    ranks = rng.integers(0, num_ranks, (layers, experts))
-    assert next_owner_table(trace, ranks, num_ranks).tolist() == slow_table(trace, ranks, num_ranks)
+    hosts = rng.random((layers, experts, num_ranks)) < rng.random()
+    assert next_owner_table(trace, hosts).tolist() == slow_table(trace, hosts)

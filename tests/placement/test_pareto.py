@@ -1,11 +1,14 @@
 import json
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement.pareto import CAPS, trade_off
-from exflow.placement.place import place
+from exflow.placement.objective import Objective
+from exflow.placement.pareto import PRICES, Point, trade_off
+from exflow.placement.place import Solving, place
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
@@ -21,40 +24,77 @@ def trace() -> RoutingTrace:
     return RoutingTrace.from_arrays(experts, num_experts=4)
 
 
-def test_a_line_a_cap_the_loosest_last(trace: RoutingTrace) -> None:
-    points = trade_off(trace, TWO, 1.3)
-    assert [point.max_imbalance for point in points] == [1.02, 1.05, 1.1, 1.2, 1.3, 1.5, None]
-    solved = [point.figures() for point in points if point.plan]
-    objectives = [point.plan.objective for point in points if point.plan]
-    assert objectives == sorted(objectives, reverse=True)  # exact: a looser cap never costs more
-    for figures in solved[:-1]:
-        assert figures["imbalance_mean"] <= figures["imbalance_max"] <= figures["max_imbalance"]
+def points_of(trace: RoutingTrace, objective: Objective | None = None, **more: Any) -> list[Point]:
+    return trade_off([trace], TWO, objective=objective or Objective(), solving=Solving(), **more)
 
 
-def test_caps_that_cannot_be_kept_say_so(trace: RoutingTrace) -> None:
-    first = trade_off(trace, TWO)[0].figures()
-    assert first["messages_per_token_layer"] is None
-    assert first["reason"].startswith("max imbalance 1.02 cannot be kept: the least found for MoE layer")
-    json.dumps(first)
+def test_a_point_a_price_the_dearest_last(trace: RoutingTrace) -> None:
+    points = points_of(trace, Objective(balance_price=0.45))
+    assert [point.balance_price for point in points] == [0.0, 0.3, 0.45, 0.6, 1.2, 2.5, 5.0, 10.0]
+    figures = [point.figures() for point in points]
+    assert json.loads(json.dumps(figures)) == figures
+    assert all(each["imbalance_mean"] <= each["imbalance_max"] for each in figures)
+    # Exact: a higher price never buys less balance, nor for fewer messages.
+    balance = [each["imbalance_mean"] for each in figures]
+    assert (np.diff(balance) <= 1e-9).all()
+    assert balance[-1] < balance[0]
+    objectives = [point.plan.objective for point in points]
+    assert objectives == sorted(objectives)
 
 
-def test_each_line_is_the_plan_of_its_own_solve(trace: RoutingTrace) -> None:
-    for point in trade_off(trace, TWO):
-        if point.plan is not None:
-            alone = place(trace, TWO, max_imbalance=point.max_imbalance)
-            assert np.array_equal(alone.rank_of_expert, point.plan.rank_of_expert)
-            assert alone.expected == point.plan.expected
+def test_figures_are_those_of_the_strategy(trace: RoutingTrace) -> None:
+    for strategy in ("coherent", "dispatch-combine"):
+        point = points_of(trace, Objective(strategy=strategy))[0]
+        expected = point.plan.expected["strategies"][strategy.replace("-", "_")]
+        assert point.figures() == {
+            "balance_price": 0.0,
+            "messages_per_token_layer": expected["messages_per_token_layer"],
+            "imbalance_mean": point.plan.expected["imbalance"]["mean"],
+            "imbalance_max": point.plan.expected["imbalance"]["max"],
+        }
 
 
-def test_a_listed_cap_is_not_solved_twice(trace: RoutingTrace) -> None:
-    told: list[float | None] = []
-    trade_off(trace, TWO, CAPS[2], progress=told.append)
-    assert told == [*reversed(CAPS)][0:6]
+def test_each_point_is_the_plan_of_its_own_solve(trace: RoutingTrace) -> None:
+    for point in points_of(trace, Objective(max_imbalance=1.5)):
+        alone = place(trace, TWO, objective=Objective(balance_price=point.balance_price, max_imbalance=1.5))
+        assert np.array_equal(alone.rank_of_expert, point.plan.rank_of_expert)
+        assert alone.expected == point.plan.expected
+        assert alone.expected["imbalance"]["max"] <= 1.5
 
 
-@pytest.mark.parametrize("cap", [0.5, float("nan")])
-def test_what_is_wrong_with_the_input_is_no_line(trace: RoutingTrace, cap: float) -> None:
-    with pytest.raises(InputError, match="choose 1 or more"):
-        trade_off(trace, TWO, cap)
-    with pytest.raises(InputError, match="4 experts cannot be"):
-        trade_off(trace, Topology(gpus_per_node=3))
+def test_a_listed_price_is_not_solved_twice(trace: RoutingTrace) -> None:
+    told: list[float] = []
+    points = points_of(trace, Objective(balance_price=PRICES[2]), tell=told.append)
+    assert told == [point.balance_price for point in points] == list(PRICES)
+
+
+def test_replicas_and_several_traces_are_taken(trace: RoutingTrace) -> None:
+    traces = [trace.select(np.arange(500) < 200), trace.select(np.arange(500) >= 200)]
+    solving = Solving("sweep", time_limit=7.0)
+    points = trade_off(traces, TWO, objective=Objective(), solving=solving, redundant_experts=1)
+    assert {point.plan.num_slots for point in points} == {6}
+    assert {point.plan.expected["tokens"] for point in points} == {500}
+
+
+def test_time_is_shared_out(trace: RoutingTrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exflow.placement import pareto
+
+    given: list[float] = []
+
+    def placed(*args: Any, solving: Solving, **more: Any) -> Any:
+        given.append(solving.time_limit)
+        return place(*args, solving=Solving("contiguous"), **more)
+
+    monkeypatch.setattr(pareto, "place", placed)
+    trade_off([trace], TWO, objective=Objective(), solving=Solving(time_limit=14.0))
+    assert given == [2.0] * 7
+    given.clear()
+    trade_off([trace], TWO, objective=Objective(), solving=Solving())
+    assert given == [math.inf] * 7
+
+
+def test_what_is_wrong_with_the_input_is_no_point(trace: RoutingTrace) -> None:
+    with pytest.raises(InputError, match="max imbalance 1 cannot be kept: the least found for MoE layer"):
+        points_of(trace, Objective(max_imbalance=1))
+    with pytest.raises(InputError, match="trace holds no tokens"):
+        points_of(trace.select(np.zeros(500, dtype=bool)))

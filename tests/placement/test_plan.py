@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement.plan import Plan
+from exflow.placement.plan import STRATEGIES, Plan
 from exflow.placement.topology import Topology
+from exflow.placement.traffic import count_traffic, local_fraction
 from exflow.profiling.trace import RoutingTrace
 
+SLOTS = np.array([[0, 1, 2, 0, 2, 3], [0, 2, 3, 1, 2, 3]])  # of the example in the docs
 DOCS = Path(__file__).parents[2] / "docs" / "plan-format.md"
 AGAIN = "make the plan again with exflow place"
 
@@ -41,13 +43,15 @@ def trace() -> RoutingTrace:
 
 
 def test_the_example_in_the_docs_reads_as_it_says(plan: Plan) -> None:
-    assert (plan.num_layers, plan.num_experts, plan.num_ranks, plan.slots_per_rank) == (2, 4, 2, 2)
-    assert (plan.num_hidden_layers, plan.moe_layer_ids) == (3, (1, 2))
+    assert (plan.num_layers, plan.num_experts, plan.num_ranks) == (2, 4, 2)
+    assert (plan.num_slots, plan.slots_per_rank) == (6, 3)
+    assert (plan.num_hidden_layers, plan.moe_layer_ids, plan.experts_per_layer) == (3, (1, 2), (4, 4))
     assert plan.topology == Topology(num_nodes=1, gpus_per_node=2)
-    assert plan.rank_of_expert.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
-    assert plan.slot_of_expert.tolist() == [[0, 1, 2, 3], [2, 3, 0, 1]]
+    assert plan.rank_of_expert.tolist() == [[0, 0, 0, 1], [0, 1, 0, 0]]
+    assert plan.hosts[0].tolist() == [[True, True], [True, False], [True, True], [False, True]]
+    assert plan.serving_slot[:, 0].tolist() == [[0, 1, 2, 5], [3, 1, 4, 5]]
     assert plan.next_owner is not None
-    assert plan.next_owner[1, 2].tolist() == [500, 500]
+    assert plan.next_owner[0, 2].tolist() == [1000, 0]
     assert plan.optimal
     assert plan.gap == 0
 
@@ -55,8 +59,8 @@ def test_the_example_in_the_docs_reads_as_it_says(plan: Plan) -> None:
 def test_the_example_in_the_docs_is_made_from_its_trace(
     example: str, trace: RoutingTrace, tmp_path: Path
 ) -> None:
-    plan = Plan.from_ranks(
-        np.array([[0, 0, 1, 1], [1, 1, 0, 0]]),
+    plan = Plan.of_slots(
+        SLOTS[:, [2, 0, 1, 3, 4, 5]],  # a rank's experts are put in order
         Topology(gpus_per_node=2),
         trace,
         method="by hand",
@@ -66,8 +70,42 @@ def test_the_example_in_the_docs_is_made_from_its_trace(
         expected={"local_fraction": 1.0},
     )
     assert plan.trace_digest == trace.digest()
+    assert count_traffic(trace, plan, 2).messages == count_traffic(trace, plan, 1).messages == 0
+    assert local_fraction(trace, plan).tolist() == [1.0]
     replace(plan, trace_digest="").save(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").read_text(encoding="utf-8") == example
+
+
+def test_what_is_not_in_the_example_survives_the_file(plan: Plan, tmp_path: Path) -> None:
+    """Links, layers of unequal size, another strategy."""
+    costs = ((0.0, 2.5), (2.5, 0.0))
+    uneven = replace(
+        plan,
+        topology=Topology(num_nodes=2, gpus_per_node=1, link_cost=costs),
+        experts_per_layer=(4, 3),
+        physical_to_logical_map=np.array([[0, 1, 2, 0, 2, 3], [0, 2, 2, 1, 1, 2]]),
+        strategy="node-coherent",
+    )
+    uneven.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.topology == uneven.topology
+    assert (loaded.experts_per_layer, loaded.strategy) == ((4, 3), "node-coherent")
+    assert loaded.physical_to_logical_map.tolist() == uneven.physical_to_logical_map.tolist()
+    assert loaded.rank_of_expert.tolist() == [[0, 0, 0, 1], [0, 1, 0, -1]]
+    assert loaded.serving_slot[:, 1].tolist() == [[0, 3, 1, -1], [0, 3, 5, -1]]
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_a_group_is_that_of_the_strategy(plan: Plan) -> None:
+    four = replace(
+        plan,
+        topology=Topology(num_nodes=2, gpus_per_node=2),
+        physical_to_logical_map=np.arange(8).reshape(1, 8).repeat(2, axis=0) % 4,
+        next_owner=None,
+    )
+    sizes = {strategy: replace(four, strategy=strategy).group_size for strategy in STRATEGIES}
+    assert sizes == {"coherent": 4, "node-coherent": 2, "dispatch-combine": 1}
 
 
 def test_saving_what_was_loaded_changes_no_byte(plan: Plan, example: str, tmp_path: Path) -> None:
@@ -122,6 +160,42 @@ def test_ranks_that_do_not_fit_are_refused(trace: RoutingTrace, ranks: list[list
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [[0, 1, 2, 3, 0]] * 2])
+def test_slots_that_the_ranks_cannot_share_are_refused(trace: RoutingTrace, slots: list[Any]) -> None:
+    with pytest.raises(InputError) as error:
+        Plan.of_slots(np.array(slots), Topology(gpus_per_node=2), trace, method="")
+    assert str(error.value) == (
+        f"physical_to_logical_map: has the shape {np.shape(slots)}; give [layers, slots], and a multiple of "
+        "2 slots"
+    )
+
+
+def test_layers_of_unequal_size_are_those_of_the_trace() -> None:
+    trace = RoutingTrace.from_arrays([[3, 1], [0, 2]], num_experts=4, experts_per_layer=[4, 3])
+    slots = np.array([[0, 1, 2, 3], [1, 0, 2, 2]])
+    plan = Plan.of_slots(slots, Topology(gpus_per_node=2), trace, method="")
+    assert plan.experts_per_layer == (4, 3)
+    assert plan.next_owner is not None
+    assert plan.next_owner.tolist() == [
+        [[0, 1000], [0, 0], [0, 0], [1000, 0]],
+        [[0, 0], [1000, 0], [0, 0], [0, 0]],
+    ]
+    plan.check_trace(trace)
+
+
+def test_ranks_may_have_further_knowledge(trace: RoutingTrace) -> None:
+    plan = Plan.from_ranks(
+        np.array([[0, 0, 1, 1]] * 2),
+        Topology(gpus_per_node=2),
+        trace,
+        method="",
+        strategy="dispatch-combine",
+        objective=2.0,
+        lower_bound=1.0,
+    )
+    assert (plan.strategy, plan.gap) == ("dispatch-combine", 0.5)
+
+
 def put(*place: Any) -> Callable[[dict[str, Any]], None]:
     """An edit of the document: `put("topology", "num_nodes", 0)` sets document["topology"]["num_nodes"]."""
     *path, key, value = place
@@ -138,9 +212,13 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
     ("edit", "message"),
     [
         (put("format", "exflow-trace"), f'is not a plan (no "format": "exflow-plan"); {AGAIN}'),
-        (put("version", 2), f"version is 2, this exflow reads version 1; {AGAIN}"),
-        (lambda document: document.pop("version"), f"version is None, this exflow reads version 1; {AGAIN}"),
+        (put("version", 1), f"version is 1, this exflow reads version 2; {AGAIN}"),
+        (lambda document: document.pop("version"), f"version is None, this exflow reads version 2; {AGAIN}"),
         (lambda document: document.pop("method"), f"key 'method' is missing; {AGAIN}"),
+        (
+            lambda document: document["topology"].pop("link_cost"),
+            f"key 'topology.link_cost' is missing; {AGAIN}",
+        ),
         (put("colour", "red"), f"unknown key 'colour'; {AGAIN}"),
         (put("topology", "racks", 2), f"unknown key 'topology.racks'; {AGAIN}"),
         (
@@ -150,6 +228,43 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
         (put("num_experts", 4.0), f"num_experts: input should be a valid integer (found 4.0); {AGAIN}"),
         (put("optimal", 1), f"optimal: input should be a valid boolean (found 1); {AGAIN}"),
         (put("objective", float("nan")), f"objective: input should be a finite number (found nan); {AGAIN}"),
+        (
+            put("strategy", "replicated"),
+            "strategy: input should be 'coherent', 'node-coherent' or 'dispatch-combine' "
+            f"(found 'replicated'); {AGAIN}",
+        ),
+        (
+            put("topology", "link_cost", [[0, "1"], [1, 0]]),
+            f"topology.link_cost[0][1]: input should be a valid number (found '1'); {AGAIN}",
+        ),
+        (
+            put("topology", "link_cost", [[0, 1, 1]] * 2),
+            "topology: link_cost is not 2 rows of 2; give one for each rank",
+        ),
+        (
+            put("topology", "link_cost", [[0, 2], [1, 0]]),
+            "topology: link_cost[0][1] is 2.0, but 1.0 the other way; give both ways the same cost",
+        ),
+        (put("experts_per_layer", [4]), f"experts_per_layer: has 1 entries instead of 2; {AGAIN}"),
+        (put("experts_per_layer", []), f"experts_per_layer: has 0 entries instead of 2; {AGAIN}"),
+        (
+            put("experts_per_layer", 1, 0),
+            f"experts_per_layer[1]: input should be greater than or equal to 1 (found 0); {AGAIN}",
+        ),
+        (
+            put("experts_per_layer", [4, 5]),
+            "experts_per_layer: is [4, 5]; "
+            "give a number for each of the 2 MoE layers, 4 at most and at least once",
+        ),
+        (
+            put("experts_per_layer", [3, 3]),
+            "experts_per_layer: is [3, 3]; "
+            "give a number for each of the 2 MoE layers, 4 at most and at least once",
+        ),
+        (
+            put("experts_per_layer", [3, 4]),
+            "physical_to_logical_map[0]: holds expert 3, but the layer has 3; place 0..2",
+        ),
         (put("model", None), f"model: input should be a valid string (found None); {AGAIN}"),
         (
             put("moe_layer_ids", 1, "2"),
@@ -166,20 +281,31 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
             "moe_layer_ids: are [1, 2] in a model of 2 hidden layers; "
             "give ascending indices of hidden layers, at least one",
         ),
-        (put("moe_layer_ids", [0, 1, 2]), f"physical_to_logical_map: has 2 entries instead of 3; {AGAIN}"),
+        (put("moe_layer_ids", [0, 1, 2]), f"experts_per_layer: has 2 entries instead of 3; {AGAIN}"),
         (
-            put("physical_to_logical_map", 1, [0, 1, 2]),
-            f"physical_to_logical_map[1]: has 3 entries instead of 4; {AGAIN}",
+            lambda document: document["physical_to_logical_map"].pop(),
+            f"physical_to_logical_map: has 1 entries instead of 2; {AGAIN}",
         ),
         (
-            put("physical_to_logical_map", 1, [2, 3, 3, 1]),
-            "physical_to_logical_map[1]: holds expert 3 once too often and expert 0 not at all; "
-            "place each expert 0..3 exactly once",
+            put("physical_to_logical_map", 1, [0, 1, 2, 3, 2]),
+            f"physical_to_logical_map[1]: has 5 entries instead of 6; {AGAIN}",
+        ),
+        (
+            put("physical_to_logical_map", [[0, 1, 2, 3, 3]] * 2),
+            "physical_to_logical_map: 5 slots cannot be shared equally by 2 ranks (1 node of 2); "
+            "choose a number of ranks that divides it",
+        ),
+        (
+            put("physical_to_logical_map", [[], []]),
+            "physical_to_logical_map: has the shape (2, 0) instead of (2, 1); place again on this trace",
+        ),
+        (
+            put("physical_to_logical_map", 1, [2, 3, 3, 1, 1, 2]),
+            "physical_to_logical_map[1]: does not hold expert 0; place each of 0..3",
         ),
         (
             put("physical_to_logical_map", 0, 3, 9),
-            "physical_to_logical_map[0]: holds expert 9 once too often and expert 3 not at all; "
-            "place each expert 0..3 exactly once",
+            "physical_to_logical_map[0]: holds expert 9, but the layer has 4; place 0..3",
         ),
         (put("next_owner", 0, 1, [1000]), f"next_owner[0][1]: has 1 entries instead of 2; {AGAIN}"),
         (
@@ -212,11 +338,11 @@ def test_a_missing_or_truncated_file_is_refused(example: str, tmp_path: Path) ->
         Plan.load(path)
 
 
-def test_ranks_that_cannot_share_the_experts_equally_are_refused(plan: Plan) -> None:
+def test_ranks_that_cannot_share_the_slots_equally_are_refused(plan: Plan) -> None:
     with pytest.raises(InputError) as error:
-        replace(plan, topology=Topology(gpus_per_node=3))
+        replace(plan, topology=Topology(gpus_per_node=4))
     assert str(error.value) == (
-        "num_experts: 4 experts cannot be shared equally by 3 ranks (1 node of 3); "
+        "physical_to_logical_map: 6 slots cannot be shared equally by 4 ranks (1 node of 4); "
         "choose a number of ranks that divides it"
     )
 
@@ -253,6 +379,21 @@ def test_another_model_is_refused(plan: Plan, model: tuple[int, tuple[int, ...],
     with pytest.raises(InputError) as error:
         plan.check_model(*model)
     assert str(error.value) == message + "use a plan that was placed on a trace of this model"
+
+
+def test_a_model_with_layers_of_another_size_is_refused(plan: Plan, trace: RoutingTrace) -> None:
+    slots = np.array([[0, 1, 2, 0, 2, 3], [0, 2, 2, 1, 1, 2]])
+    uneven = replace(plan, experts_per_layer=(4, 3), physical_to_logical_map=slots)
+    fault = (
+        "the plan is for 3 experts in MoE layer 1, {} has 4; "
+        "use a plan that was placed on a trace of this model"
+    )
+    with pytest.raises(InputError) as error:
+        uneven.check_model(num_experts=4, moe_layer_ids=[1, 2], num_ranks=2)
+    assert str(error.value) == fault.format("the model")
+    with pytest.raises(InputError) as error:
+        uneven.check_trace(trace)
+    assert str(error.value) == fault.format("the trace")
 
 
 def test_another_number_of_ranks_is_refused(plan: Plan) -> None:

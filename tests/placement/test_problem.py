@@ -1,22 +1,17 @@
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations, pairwise, product
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
 
 from exflow.errors import InputError
-from exflow.placement.affinity import count_affinity
 from exflow.placement.baselines import contiguous, random
-from exflow.placement.plan import Plan
-from exflow.placement.problem import PlacementProblem, problem_from_counts
-from exflow.placement.sweep import sweep
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic
-from exflow.profiling.trace import RoutingTrace
+from exflow.placement.problem import NORM, PlacementProblem, soft_maximum
+
+ProblemFactory = Callable[..., PlacementProblem]
 
 # Two layers, four experts, two parts: a price of 5 from expert 0 to expert 3, and of 2 between 0 and 1.
 TWO_LAYERS = PlacementProblem(
@@ -60,6 +55,10 @@ def test_balanced_means_equal_shares_in_every_layer() -> None:
         ({"intra": np.triu(np.ones((2, 4, 4)), 1)}, r"intra: not symmetric"),
         ({"load": np.ones(4)}, r"load: shape \(4,\); give \[layers, experts\]"),
         ({"load": np.ones((0, 4))}, r"load: shape \(0, 4\)"),
+        ({"balance_price": np.ones(3)}, r"balance_price: shape \(3,\), expected \(2,\)"),
+        ({"balance_price": np.array([-1.0])}, r"balance_price: holds negative values or NaN"),
+        ({"distance": np.zeros((4, 4))}, r"distance: shape \(4, 4\), expected \(2, 2\)"),
+        ({"distance": np.array([[0, np.inf], [np.inf, 0]])}, r"distance: .*non-finite"),
     ],
 )
 def test_bad_arrays_are_named(change: dict[str, object], message: str) -> None:
@@ -70,119 +69,107 @@ def test_bad_arrays_are_named(change: dict[str, object], message: str) -> None:
 
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_cost_splits_into_between_and_inside_nodes(
-    random_problem: Callable[..., PlacementProblem], seed: int
-) -> None:
+def test_cost_splits_into_between_and_inside_nodes(random_problem: ProblemFactory, seed: int) -> None:
     problem = random_problem((3, 8, 4), seed)
     ranks = random(3, 8, 4, seed)
     nodes = ranks // 2
     inside = 0.0
     for node in range(2):
         experts = np.stack([np.flatnonzero(row == node) for row in nodes])
-        inside += problem.restricted(experts, 2).cost(np.take_along_axis(ranks, experts, axis=1) % 2)
-    assert problem.cost(ranks) == replace(problem, num_parts=2).cost(nodes) + inside
+        restricted = problem.restricted(experts, np.arange(2 * node, 2 * node + 2))
+        inside += restricted.cost(np.take_along_axis(ranks, experts, axis=1) % 2)
+    assert problem.cost(ranks) == replace(problem, num_parts=2, distance=None).cost(nodes) + inside
 
 
-traces = st.builds(
-    lambda tokens, layers, top_k, seed: RoutingTrace.from_arrays(
-        np.random.default_rng(seed).permuted(np.tile(np.arange(8), (tokens, layers, 1)), axis=2)[..., :top_k],
-        num_experts=8,
-    ),
-    st.integers(1, 20),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(0, 10**6),
+@given(
+    seed=st.integers(0, 10**6),
+    balance_price=st.sampled_from([0, 7]),
+    distance=st.sampled_from([None, "nodes", "metric"]),
+    replicas=st.booleans(),
 )
-
-
-@given(trace=traces, parts=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
-def test_cost_bounds_the_messages_of_an_owner_chosen_by_chance(
-    trace: RoutingTrace, parts: int, seed: int
+@settings(max_examples=40, deadline=None)
+def test_cost_is_its_definition(
+    random_problem: ProblemFactory, seed: int, balance_price: int, distance: str | None, replicas: bool
 ) -> None:
-    problem = problem_from_counts(count_affinity(trace), parts)
-    assignment = random(*problem.shape, seed)
-    within, between = slow_messages(trace, assignment)
-    only_within = replace(problem, inter=np.zeros_like(problem.inter)).cost(assignment)
-    cost = problem.cost(assignment)
-    assert cost >= within + between - 1e-9
-    assert (cost == 0) == (within + between == 0)
-    if trace.top_k == 1:
-        assert cost == pytest.approx(between)
-        assert only_within == 0
-    if trace.top_k == 2:
-        assert only_within == pytest.approx(within)
+    problem = random_problem(
+        (3, 6, 3), seed, balance_price=balance_price, distance=distance, replicas=replicas
+    )
+    parts = random(3, 6, 3, seed)
+    cost = problem.constant
+    for layer, row in enumerate(parts):
+        for e, f in np.ndindex(6, 6):
+            cost += problem.intra[layer, e, f] * problem.distances[row[e], row[f]] / 2
+            if layer < 2:
+                cost += problem.inter[layer, e, f] * problem.distances[row[e], parts[layer + 1, f]]
+        held = [problem.load[layer, row == part].sum() for part in range(3)]
+        least = 3 ** (1 / NORM) * problem.load[layer].mean() * 2
+        cost += balance_price * (sum(load**NORM for load in held) ** (1 / NORM) - least)
+    assert problem.cost(parts) == pytest.approx(cost)
 
 
-def slow_messages(trace: RoutingTrace, assignment: np.ndarray) -> tuple[float, float]:
-    """Per token: 2 (|G_l| - 1) over all layers, and [o not in G_l] averaged over who was chosen before."""
-    within = between = 0.0
-    for token in trace.experts:
-        parts = [assignment[layer, experts].tolist() for layer, experts in enumerate(token)]
-        within += sum(2 * (len(set(here)) - 1) for here in parts)
-        between += sum(np.mean([owner not in after for owner in before]) for before, after in pairwise(parts))
-    return within / trace.num_tokens, between / trace.num_tokens
+def test_imbalance_costs_nothing_at_level_loads_and_little_near_them() -> None:
+    problem = replace(TWO_LAYERS, balance_price=np.array([1.0]), load=np.full((2, 4), 25.0))
+    level = np.full((2, 2), 50.0)
+    near, far = level.copy(), level.copy()
+    near[0], far[0] = [51, 49], [90, 10]
+    assert problem.imbalance_cost(level) == 0
+    assert 0 < problem.imbalance_cost(near) < 0.2  # the maximum is 1 over the mean
+    assert 35 < problem.imbalance_cost(far) < 40  # and here 40
 
 
-def test_top_1_cost_is_exactly_the_crossings_per_token() -> None:
-    experts = np.array([[0, 0, 2], [1, 3, 3], [2, 2, 1], [3, 1, 0]])
-    problem = problem_from_counts(count_affinity(RoutingTrace.from_arrays(experts, num_experts=4)), 2)
-    crossings = sum(one // 2 != other // 2 for token in experts for one, other in pairwise(token))
-    assert crossings == 4
-    assert problem.cost(contiguous(3, 4, 2)) == crossings / 4
-    assert not problem.intra.any()
+@given(loads=st.lists(st.integers(0, 100), min_size=1, max_size=8))
+def test_the_soft_maximum_is_near_the_maximum(loads: list[int]) -> None:
+    soft = float(soft_maximum(np.array(loads, dtype=np.float64)))
+    assert max(loads) * (1 - 1e-12) <= soft <= max(loads) * len(loads) ** (1 / NORM) * (1 + 1e-12)
 
 
-def test_plans_of_lower_cost_send_fewer_messages() -> None:
-    trace = topical_trace(tokens=2000, layers=6, top_k=2)
-    problem = problem_from_counts(count_affinity(trace), 4)
-    plans = [random(*problem.shape, seed) for seed in range(8)]
-    best = sweep(problem, contiguous(*problem.shape))
-    plans += [shuffled_layers(best, count, seed) for count, seed in product(range(6), range(3))]
-    messages = [
-        count_traffic(trace, Plan.from_ranks(plan, Topology(gpus_per_node=4), trace, method=""), 4).messages
-        for plan in plans
-    ]
-    agreement = spearmanr([problem.cost(plan) for plan in plans], messages).statistic
-    assert agreement > 0.95
-    assert min(messages) < 0.7 * messages[0]  # and the plans are worth telling apart
-
-
-def topical_trace(tokens: int, layers: int, top_k: int) -> RoutingTrace:
-    """Tokens of four topics; three of four times a token picks one of its topic's four experts, of 16."""
-    rng = np.random.default_rng(0)
-    topic = rng.integers(0, 4, tokens)
-    of_topic = rng.permuted(np.tile(np.arange(16), (layers, 1)), axis=1).reshape(layers, 4, 4)
-    score = rng.random((tokens, layers, 16))
-    for layer in range(layers):
-        np.put_along_axis(score[:, layer], of_topic[layer, topic], rng.random((tokens, 4)) + 0.6, axis=1)
-    return RoutingTrace.from_arrays(score.argsort(axis=2)[..., ::-1][..., :top_k], num_experts=16)
-
-
-def shuffled_layers(assignment: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The assignment with `count` of its layers replaced by random ones."""
+@given(seed=st.integers(0, 10**6), distance=st.sampled_from([None, "nodes", "metric"]))
+@settings(max_examples=25, deadline=None)
+def test_restricting_to_everything_renames(
+    random_problem: ProblemFactory, seed: int, distance: str | None
+) -> None:
+    problem = random_problem((3, 6, 3), seed, balance_price=3, distance=distance)
     rng = np.random.default_rng(seed)
-    changed = assignment.copy()
-    layers = rng.permutation(len(assignment))[:count]
-    changed[layers] = rng.permuted(assignment[layers], axis=1)
-    return changed
+    experts, parts = rng.permuted(np.tile(np.arange(6), (3, 1)), axis=1), rng.permutation(3)
+    old = random(3, 6, 3, seed)
+    new_name = np.empty(3, dtype=np.int64)
+    new_name[parts] = np.arange(3)
+    renamed = new_name[np.take_along_axis(old, experts, axis=1)]
+    assert problem.restricted(experts, parts).cost(renamed) == pytest.approx(problem.cost(old))
 
 
-def test_pairs_of_co_selected_experts_are_priced_once() -> None:
-    trace = RoutingTrace.from_arrays(np.array([[[0, 1, 2, 3]]]), num_experts=4)
-    problem = problem_from_counts(count_affinity(trace), 4)
-    for e, f in combinations(range(4), 2):
-        assert problem.intra[0, e, f] == problem.intra[0, f, e] == 4 / 4
-    assert problem.cost(contiguous(1, 4, 4)) == 2 * (4 - 1)  # exact when all are apart
+def test_replicas_of_one_expert_share_no_part(random_problem: ProblemFactory) -> None:
+    replica_of = np.array([[0, 0, 1, 2], [0, 1, 1, 2]])
+    problem = replace(random_problem((2, 4, 2)), replica_of=replica_of)
+    assert problem.has_replicas
+    assert problem.is_feasible(np.array([[0, 1, 0, 1], [0, 0, 1, 1]]))
+    assert not problem.is_feasible(np.array([[0, 0, 1, 1], [0, 0, 1, 1]]))
+    assert not problem.is_feasible(np.array([[0, 1, 0, 1], [0, 1, 1, 0]]))
+    assert not random_problem((2, 4, 2)).has_replicas
 
 
-def test_an_empty_trace_is_refused() -> None:
-    trace = RoutingTrace.from_arrays(np.zeros((0, 2, 1), dtype=np.uint8), num_experts=4)
-    with pytest.raises(InputError, match="no tokens; record some"):
-        problem_from_counts(count_affinity(trace), 2)
+def test_only_so_many_may_have_moved(random_problem: ProblemFactory) -> None:
+    anchor = contiguous(2, 4, 2)
+    problem = replace(random_problem((2, 4, 2)), anchor=anchor, max_moves=2)
+    swapped = np.array([[0, 1, 0, 1], [0, 0, 1, 1]])
+    assert problem.moves(anchor) == 0 and problem.moves(swapped) == 2
+    assert problem.is_feasible(swapped)
+    assert not problem.is_feasible(swapped[:, ::-1])
+    assert not replace(problem, max_moves=1).is_feasible(swapped)
+    assert random_problem((2, 4, 2)).moves(swapped) == 0
 
 
-def test_experts_that_do_not_divide_are_refused_with_the_numbers() -> None:
-    trace = RoutingTrace.from_arrays(np.array([[0, 1]]), num_experts=8)
-    with pytest.raises(InputError, match="8 experts cannot be spread evenly over 3 parts"):
-        problem_from_counts(count_affinity(trace), 3)
+@pytest.mark.parametrize(("kind", "uniform"), [(None, True), ("nodes", False), ("metric", False)])
+def test_uniform_means_that_names_do_not_matter(
+    random_problem: ProblemFactory, kind: str | None, uniform: bool
+) -> None:
+    assert random_problem((2, 4, 4), distance=kind).is_uniform == uniform
+
+
+@pytest.mark.parametrize("change", [{"replicas": True}, {"anchor": 2}, {"distance": "metric"}, {}])
+def test_the_factory_makes_what_it_says(random_problem: ProblemFactory, change: dict[str, Any]) -> None:
+    problem = random_problem((4, 8, 4), 3, **change)
+    assert problem.has_replicas == ("replicas" in change)
+    assert (problem.anchor is not None) == ("anchor" in change)
+    assert problem.is_uniform == ("distance" not in change)
+    assert np.array_equal(problem.distances, problem.distances.T)

@@ -1,12 +1,18 @@
 from collections.abc import Callable
-from itertools import permutations, product
+from dataclasses import replace
+from itertools import combinations, permutations, product
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exflow.placement.balance import balanced_start
 from exflow.placement.baselines import random
+from exflow.placement.chains import swap_chain
 from exflow.placement.exact import brute_force
+from exflow.placement.kernel import fixed, state, try_swaps
 from exflow.placement.problem import PlacementProblem
 from exflow.placement.sweep import align_layers, replace_layer, sweep
 
@@ -83,3 +89,63 @@ def test_a_sweep_usually_reaches_the_optimum_of_tiny_problems(random_problem: Pr
 def test_stop_is_obeyed_at_once(random_problem: ProblemFactory) -> None:
     start = random(4, 8, 4, seed=0)
     assert sweep(random_problem((4, 8, 4)), start, lambda: True) is start
+
+
+KINDS = st.fixed_dictionaries(
+    {
+        "shape": st.sampled_from([(3, 6, 3), (2, 8, 4), (3, 6, 2), (2, 4, 4), (2, 4, 1)]),
+        "seed": st.integers(0, 10**6),
+        "load": st.booleans(),
+        "balance_price": st.sampled_from([0, 5, 1000]),
+        "distance": st.sampled_from([None, "nodes", "metric"]),
+        "replicas": st.booleans(),
+    }
+)
+
+
+@given(kind=KINDS, capped=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_no_step_makes_it_dearer_or_breaks_a_limit(
+    random_problem: ProblemFactory, kind: dict[str, Any], capped: bool
+) -> None:
+    problem = random_problem(**kind)
+    now = state(problem, balanced_start(problem))
+    try_swaps(fixed(problem), now, np.inf, 3, np.random.default_rng(kind["seed"]))
+    start = now.assignment
+    if capped:
+        problem = replace(problem, max_load=problem.part_loads(start).max(axis=1) + 3)
+    results = [align_layers(problem, start), sweep(problem, start)]
+    results += [replace_layer(problem, start, layer) for layer in range(problem.num_layers)]
+    results += [swap_chain(problem, start, *pair) for pair in combinations(range(problem.num_parts), 2)]
+    cost = problem.cost(start)
+    for result in results:
+        assert problem.is_feasible(result)
+        assert problem.cost(result) <= cost + 1e-9 * abs(cost)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_equal_distances_of_any_length_change_nothing(random_problem: ProblemFactory, seed: int) -> None:
+    problem = random_problem((3, 6, 3), seed)
+    farther = replace(problem, distance=2 * problem.distances)
+    start = random(3, 6, 3, seed)
+    assert farther.cost(sweep(farther, start)) == 2 * problem.cost(sweep(problem, start))
+
+
+@pytest.mark.parametrize("anchor", [0, 4])
+def test_where_few_may_move_nothing_does(random_problem: ProblemFactory, anchor: int) -> None:
+    problem = random_problem((3, 6, 3), anchor=anchor)
+    start = balanced_start(problem)
+    assert sweep(problem, start) is start
+    assert align_layers(problem, start) is start
+
+
+def test_alignment_weighs_the_links() -> None:
+    """Parts 0 and 1 are near each other, and 2 and 3: what belongs together is far apart, and is renamed."""
+    distance = np.where(np.arange(4)[:, None] // 2 == np.arange(4) // 2, 1.0, 8.0) * (1 - np.eye(4))
+    inter = np.zeros((1, 4, 4))
+    inter[0, 0, 1] = inter[0, 1, 0] = inter[0, 2, 3] = inter[0, 3, 2] = 1
+    problem = PlacementProblem(inter, np.zeros((2, 4, 4)), np.ones((2, 4)), num_parts=4, distance=distance)
+    far = np.array([[0, 1, 2, 3], [2, 3, 0, 1]])
+    assert problem.cost(far) == 32
+    assert problem.cost(align_layers(problem, far)) == 0

@@ -75,6 +75,25 @@ def test_num_experts_is_argument_then_file_then_largest_id(tmp_path: Path) -> No
     assert read_trace([unsaid, npz(tmp_path / "more.npz", experts=IDS + 5)]).num_experts == 9
 
 
+def test_npz_whose_layers_have_different_numbers_of_experts(tmp_path: Path) -> None:
+    ids = IDS % [[4], [2]]
+    said = npz(tmp_path / "said.npz", experts=ids, experts_per_layer=np.array([4, 2], np.uint16))
+    unsaid = npz(tmp_path / "unsaid.npz", experts=ids)
+    for paths in ([said], [said, unsaid], [unsaid, said]):
+        trace = read_trace(paths)
+        assert (trace.num_experts, trace.experts_per_layer) == (4, (4, 2))
+    more = npz(tmp_path / "more.npz", experts=ids, experts_per_layer=[8, 2], num_experts=8)
+    assert read_trace([more]).experts_per_layer == (8, 2)
+    other = npz(tmp_path / "other.npz", experts=ids, experts_per_layer=[4, 3])
+    message = (
+        r"experts_per_layer: the files disagree \(\(4, 2\) in .*said\.npz, \(4, 3\) in .*other\.npz\); import"
+    )
+    with pytest.raises(InputError, match=message):
+        read_trace([said, other])
+    with pytest.raises(InputError, match=r"said\.npz: num_experts: is 8, but no layer has more than 4 in"):
+        read_trace([said], num_experts=8)
+
+
 def test_files_are_joined_and_their_sequences_kept_apart(tmp_path: Path) -> None:
     first = npz(tmp_path / "1.npz", experts=IDS, seq=[5, 2, 5, 2], weights=IDS * 0.5)
     second = npz(tmp_path / "2.npz", experts=IDS[:2], seq=[2, 2])
@@ -114,6 +133,22 @@ def test_without_ids_a_position_that_does_not_advance_begins_a_sequence(tmp_path
         ({"experts": IDS, "num_experts": 0}, "num_experts: is 0; give a number from 1 to 65536"),
         ({"experts": IDS, "num_experts": 2.5}, "num_experts: is float64 (); give one integer"),
         ({"experts": IDS, "num_experts": [4, 4]}, "num_experts: is int64 (2,); give one integer"),
+        (
+            {"experts": IDS, "experts_per_layer": [4, 3]},
+            "experts: holds 3 in MoE layer 1; values there must be from 0 to 2",
+        ),
+        ({"experts": IDS, "experts_per_layer": [4]}, "experts_per_layer: has 1 entries for 2 MoE layers"),
+        (
+            {"experts": IDS, "experts_per_layer": [[4, 4]]},
+            "experts_per_layer: is int64 (1, 2); give one integer for each layer",
+        ),
+        ({"experts": IDS, "experts_per_layer": [4.0, 4.0]}, "experts_per_layer: is float64 (2,); give one"),
+        ({"experts": IDS, "experts_per_layer": []}, "experts_per_layer: is float64 (0,); give one integer"),
+        ({"experts": IDS, "experts_per_layer": [4, -4]}, "experts_per_layer: holds -4; give 1 or more"),
+        (
+            {"experts": IDS, "num_experts": 4, "experts_per_layer": [4, 5]},
+            "experts_per_layer: is 5 in MoE layer 1; give a number from 1 to num_experts, which is 4",
+        ),
         ({"experts": IDS + 70_000}, "num_experts: is 70004; give a number from 1 to 65536"),
         ({"experts": IDS * 1.0}, "experts: dtype is float64; give integers"),
         ({"experts": IDS[0, 0]}, "experts: shape is (2,); give [tokens, layers, top_k]"),

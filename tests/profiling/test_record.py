@@ -133,9 +133,13 @@ def test_a_pass_that_was_cut_short_and_tried_again_counts_once() -> None:
 def test_ids_outside_the_layout_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FakeModel(num_experts=8)
     monkeypatch.setattr(model, "routing_layout", lambda: replace(model.layout, num_experts=4))
-    with record(model, tmp_path / "t") as recorder:
+    message = "experts: holds 7; values must be from 0 to 3"
+    with pytest.raises(InputError, match=f"t: {message}"), record(model, tmp_path / "t"):
         model.generate(batch=4, steps=4)
-    with pytest.raises(InputError, match="experts: holds 7; values must be from 0 to 3"):
+    assert model.listeners == []
+    with record(model) as recorder:
+        model.generate(batch=4, steps=4)
+    with pytest.raises(InputError, match=message):
         _ = recorder.trace
 
 

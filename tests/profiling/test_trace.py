@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ def traces(draw: st.DrawFn) -> RoutingTrace:
     num_experts = draw(st.sampled_from([1, 8, 256, 257, 65536]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (tokens, layers, top_k)
+    counts = rng.integers(1, num_experts, layers, endpoint=True) if draw(st.booleans()) else None
+    if counts is not None:
+        counts[rng.integers(layers)] = num_experts
     return RoutingTrace.from_arrays(
-        rng.integers(0, num_experts, shape),
+        rng.integers(0, num_experts if counts is None else counts[:, np.newaxis], shape),
         num_experts=num_experts,
+        experts_per_layer=None if counts is None else counts.tolist(),
         sequence=rng.integers(0, 5, tokens),
         phase=rng.integers(0, 2, tokens),
         weights=rng.random(shape) if draw(st.booleans()) else None,
@@ -44,6 +49,7 @@ def test_a_saved_trace_loads_the_same(trace: RoutingTrace, shard_tokens: int) ->
             np.testing.assert_array_equal(after, before)
             assert before is None or after.dtype == before.dtype
         assert loaded.layout == trace.layout
+        assert loaded.experts_per_layer == trace.experts_per_layer
         assert loaded.digest() == trace.digest()
 
 
@@ -66,6 +72,33 @@ def test_defaults_of_from_arrays() -> None:
     assert (trace.moe_layer_ids, trace.num_hidden_layers) == ((0, 1), 2)
     dtypes = (trace.experts.dtype, trace.sequence.dtype, trace.position.dtype, trace.phase.dtype)
     assert dtypes == (np.uint8, np.int32, np.int32, np.uint8)
+
+
+def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:
+    ids = [[[3], [1], [2]], [[0], [0], [3]], [[2], [1], [0]]]
+    trace = RoutingTrace.from_arrays(ids, num_experts=4, experts_per_layer=[4, 2, 4])
+    assert trace.experts_per_layer == (4, 2, 4) == trace.layout.experts_per_layer
+    assert trace.select([0, 2]).experts_per_layer == (4, 2, 4)
+    assert replace(trace, model="n").experts_per_layer == (4, 2, 4)
+    trace.save(tmp_path / "t")
+    assert RoutingTrace.load(tmp_path / "t").experts_per_layer == (4, 2, 4)
+
+
+def test_layers_that_are_alike_are_the_same_trace_whether_that_is_said_or_not(tmp_path: Path) -> None:
+    unsaid = RoutingTrace.from_arrays(IDS, num_experts=4)
+    said = RoutingTrace.from_arrays(IDS, num_experts=4, experts_per_layer=(4, 4))
+    assert said.experts_per_layer == unsaid.experts_per_layer == (4, 4)
+    assert said.layout == unsaid.layout
+    assert said.layout.expert_counts == (4, 4)
+    assert said.digest() == unsaid.digest()
+    said.save(tmp_path / "t")
+    assert "experts_per_layer" not in (tmp_path / "t/index.json").read_text(encoding="utf-8")
+
+
+def test_a_trace_built_by_its_plain_constructor_is_checked_when_it_is_saved(tmp_path: Path) -> None:
+    trace = RoutingTrace.from_arrays(IDS + 3, num_experts=4)
+    with pytest.raises(InputError, match="t: experts: holds 3 in MoE layer 1; values there must be from 0"):
+        replace(trace, experts_per_layer=(4, 3)).save(tmp_path / "t")
 
 
 def test_ids_take_one_byte_up_to_256_experts() -> None:
@@ -97,6 +130,28 @@ IDS = np.zeros((3, 2, 1), int)
         ({"moe_layer_ids": [0]}, "moe_layer_ids: has 1 entries for 2 layers; give one each"),
         ({"moe_layer_ids": [1, 0]}, r"moe_layer_ids: are \[1, 0\]; give ascending"),
         ({"num_hidden_layers": 1}, "moe_layer_ids: layer 1 is not among 1 hidden layers; give indices below"),
+        (
+            {"experts_per_layer": [4]},
+            "experts_per_layer: has 1 entries for 2 MoE layers; give one each",
+        ),
+        (
+            {"experts_per_layer": [4, 5]},
+            "experts_per_layer: is 5 in MoE layer 1; give a number from 1 to num_experts, which is 4",
+        ),
+        ({"experts_per_layer": [0, 4]}, "experts_per_layer: is 0 in MoE layer 0; give a number from 1"),
+        (
+            {"experts_per_layer": [2, 3]},
+            "num_experts: is 4, but no layer has more than 3 in experts_per_layer; give 3",
+        ),
+        (
+            {"experts": IDS + np.array([[0], [2]]), "experts_per_layer": [4, 2]},
+            "experts: holds 2 in MoE layer 1; values there must be from 0 to 1",
+        ),
+        (
+            {"experts": IDS + np.array([[4], [0]]), "experts_per_layer": [4, 2]},
+            "experts: holds 4; values must be from 0 to 3",
+        ),
+        ({"experts": IDS - 1, "experts_per_layer": [4, 2]}, "experts: holds -1; values must be"),
     ],
 )
 def test_from_arrays_names_what_does_not_fit(fields: dict[str, Any], message: str) -> None:
@@ -140,14 +195,20 @@ def test_the_digest_depends_on_every_part() -> None:
         {"model": "n"},
         {"moe_layer_ids": (0, 2)},
         {"num_hidden_layers": 5},
+        {"experts_per_layer": (4, 3)},
+        {"experts_per_layer": (3, 4)},
     ]
     digests = {RoutingTrace.from_arrays(**fields | change).digest() for change in changes}
     assert len(digests) == len(changes)
 
 
 def test_an_empty_trace_is_not_saved(tmp_path: Path) -> None:
-    empty = RoutingTrace.from_arrays(IDS, num_experts=4).select([False] * 3)
+    empty = RoutingTrace.from_arrays(IDS, num_experts=4, experts_per_layer=(4, 2)).select([False] * 3)
     assert empty.num_tokens == 0
+    again = RoutingTrace.from_arrays(empty.experts, num_experts=4, experts_per_layer=(4, 2))
+    assert (
+        again.digest() == RoutingTrace.from_arrays(IDS[:0], num_experts=4, experts_per_layer=(4, 2)).digest()
+    )
     with pytest.raises(InputError, match="the trace to save holds no tokens; select at least one"):
         empty.save(tmp_path / "t")
 

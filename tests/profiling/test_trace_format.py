@@ -1,5 +1,6 @@
 """The bytes of a trace (docs/trace-format.md), and what a reader says of bytes that are wrong."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,34 @@ def test_the_document_shows_the_golden_bytes() -> None:
         assert line.strip() in text
 
 
+def test_where_layers_differ_the_index_and_the_digest_say_so(tmp_path: Path) -> None:
+    """The golden trace but for one id, so that MoE layer 1 gets along with three experts."""
+    index = INDEX.replace(' "top_k"', ' "experts_per_layer": [\n  4,\n  3\n ],\n "top_k"')
+    data = bytes.fromhex(DATA.replace("03 02  02 03", "00 02  02 03"))
+    metadata = (
+        '[{"model": "tiny", "num_hidden_layers": 4, "moe_layer_ids": [1, 3], "num_experts": 4, "top_k": 2, '
+        '"experts_per_layer": [4, 3]}, ["experts", "phase", "position", "sequence"]]'
+    )
+    trace = RoutingTrace.from_arrays(
+        [[[0, 3], [2, 1]], [[1, 0], [0, 2]], [[2, 3], [0, 1]]],
+        num_experts=4,
+        sequence=[0, 0, 1],
+        phase=[0, 1, 0],
+        model="tiny",
+        moe_layer_ids=(1, 3),
+        num_hidden_layers=4,
+        experts_per_layer=(4, 3),
+    )
+    trace.save(tmp_path / "t")
+    assert (tmp_path / "t/index.json").read_text(encoding="utf-8") == index
+    assert (tmp_path / "t/shard-00000.safetensors").read_bytes() == SHARD[:256] + data
+    loaded = RoutingTrace.load(tmp_path / "t")
+    assert loaded.layout == trace.layout
+    by_name = data[24:] + data[:24]  # experts, phase, position, sequence
+    digest = hashlib.sha256(metadata.encode() + by_name).hexdigest()
+    assert loaded.digest() == trace.digest() == digest
+
+
 def test_any_order_of_tensors_is_read(golden: Path) -> None:
     """Readers go by the header: here a metadata entry and an odd data offset, which nothing forbids."""
     entries = json.loads(HEADER)
@@ -145,6 +174,14 @@ DAMAGED = "; the file is damaged: restore the trace from a copy, or record it ag
         (edit_index(top_k="2"), "index.json", ": top_k: Input should be a valid integer"),
         (edit_index(top_k=0), "index.json", ": top_k: is 0; give 1 or more"),
         (edit_index(num_experts=300), "index.json", ": dtype: is uint8, but 300 experts take uint16"),
+        (edit_index(experts_per_layer=4), "index.json", ": experts_per_layer: Input should be a valid list"),
+        (edit_index(experts_per_layer=[4]), "index.json", ": experts_per_layer: has 1 entries for 2 MoE"),
+        (edit_index(experts_per_layer=[4, 2.0]), "index.json", ": experts_per_layer.1: Input should be a"),
+        (
+            edit_index(experts_per_layer=[4, 2]),
+            None,
+            ": experts: holds 3 in MoE layer 1; values there must be from 0 to 1",
+        ),
         (edit_index(moe_layer_ids=[1, 4]), "index.json", ": moe_layer_ids: layer 4 is not among 4 hidden"),
         (
             edit_index(shards=[{"file": "../secret", "num_tokens": 3}]),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,18 @@ def test_an_exception_in_the_block_loses_nothing(tmp_path: Path) -> None:
         writer.append(rows(0, 1, 2))
         raise RuntimeError("stop")
     assert ids_at(tmp_path / "t") == [0, 1, 2]
+
+
+def test_rows_out_of_range_are_not_appended(tmp_path: Path) -> None:
+    layout = replace(LAYOUT, num_hidden_layers=2, moe_layer_ids=(0, 1), experts_per_layer=(256, 7))
+    with TraceWriter(tmp_path / "t", layout, has_weights=False) as writer:
+        good = rows(255) | {"experts": np.array([[[255], [6]]], np.uint8)}
+        writer.append(good)
+        with pytest.raises(InputError, match="t: experts: holds 7 in MoE layer 1; values there must be from"):
+            writer.append(good | {"experts": np.array([[[255], [7]]], np.uint8)})
+        with pytest.raises(InputError, match="t: phase: holds 2; values must be from 0 to 1"):
+            writer.append(good | {"phase": np.array([2], np.uint8)})
+    assert ids_at(tmp_path / "t") == [255, 6]
 
 
 @pytest.fixture
