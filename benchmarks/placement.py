@@ -52,6 +52,7 @@ from exflow.profiling.trace import RoutingTrace
 ILP_SECONDS = 60.0
 ILP_EXPERTS = 1000  # of all layers: more take longer to write down than to place otherwise
 EDGE_WEIGHTS = 1_000_000_000  # their sum: the partitioner has 32-bit integers
+TIME_LIMIT = 30.0  # the command line's default
 BALANCED, CAP = 2.5, 1.1
 
 progress = Console(stderr=True, highlight=False)
@@ -138,7 +139,7 @@ class Results:
 
 def ours(case: Case, objective: Objective | None = None, method: str = "auto") -> Plan:
     """What `exflow place` does, baselines included."""
-    solving = Solving(method=method)
+    solving = Solving(method=method, time_limit=TIME_LIMIT)
     return place(case.train, case.topology, objective=objective, solving=solving, counts=[case.counts])
 
 
@@ -183,6 +184,7 @@ METHODS: dict[str, Callable[[Case], Plan]] = {
     "load-only": partial(ours, method="load-only"),
     "sweep": partial(ours, method="sweep"),
     "ours": ours,
+    "ours, free load": partial(ours, objective=Objective(balance_price=0)),
     "ours balanced": partial(ours, objective=Objective(balance_price=BALANCED)),
     "ours capped": partial(ours, objective=Objective(max_imbalance=CAP)),
     "integer program, cold": integer_program,

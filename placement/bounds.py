@@ -24,8 +24,9 @@ def lower_bound(
     """A cost of separation that no balanced assignment is below; >= 0, in the unit of the prices at distance
     1.
 
-    With a `known` assignment [L, E] the spectral bound is tried too: it sees that who is together with two is
-    with both together, and takes seconds, until it has proved `known` to be optimal, or until `stop` says so.
+    With a `known` assignment [L, E] the spectral bound is tried too, until it proves that one the best, it
+    gains little, or `stop` says so: it sees that who is together with two is with both together, and takes
+    seconds.
 
     Where every layer pair can be had at its own optimum (E == G) it comes close to the optimum; otherwise the
     distance is the price of making the layers agree, and no sign of a bad assignment.
