@@ -506,7 +506,7 @@ def test_a_time_limit_is_kept_about(topology: Topology, monkeypatch: pytest.Monk
     trace, _ = planted(experts=128, groups=8, layers=16, tokens=20_000, noise=0.5)
     began = monotonic()
     plan = place(trace, topology, solving=Solving(time_limit=1))
-    assert monotonic() - began < 4
+    assert monotonic() - began < 10  # the limit is on the search; the bound and the evaluation come after it
     assert not plan.optimal
     contiguous = place(trace, topology, solving=Solving("contiguous"))
     assert messages(plan, trace) < messages(contiguous, trace)
