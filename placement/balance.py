@@ -88,9 +88,9 @@ def _spread_replicas(problem: PlacementProblem) -> Assignment:
             balance_price=1 / problem.load.sum(axis=1),
             replica_of=problem.replica_ids,
         )
-        now, rng = state(level_only, assignment), np.random.default_rng(0)
+        prices, now, rng = fixed(level_only), state(level_only, assignment), np.random.default_rng(0)
         for temperature in np.geomspace(0.1 / num_parts, 1e-4 / num_parts, _LEVELS):
-            try_swaps(fixed(level_only), now, temperature, _RANDOM_STARTS, rng)
+            try_swaps(prices, now, temperature, _RANDOM_STARTS, rng)
         assignment[over] = now.assignment[over]
     busiest, mean_load = problem.part_loads(assignment).max(axis=1), problem.load.sum(axis=1) / num_parts
     if (busiest > problem.max_load).any():

@@ -1,5 +1,7 @@
 """The placements everything is measured against: what engines do today, and chance."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,6 +15,11 @@ def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> npt.NDArray
     """
     ranks = np.arange(num_experts) // _experts_per_rank(num_experts, num_ranks)
     return np.tile(ranks, (num_layers, 1))
+
+
+def contiguous_slots(experts_per_layer: Sequence[int], num_slots: int) -> npt.NDArray[np.int64]:
+    """[num_layers, num_slots] the expert in each slot: in order; spare slots begin again with expert 0."""
+    return np.stack([np.arange(num_slots) % num_experts for num_experts in experts_per_layer])
 
 
 def random(num_layers: int, num_experts: int, num_ranks: int, seed: int) -> npt.NDArray[np.int64]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.baselines import contiguous_slots
 from exflow.placement.plan import Plan
 from exflow.placement.traffic import follow
 from exflow.profiling.trace import RoutingTrace
@@ -124,7 +125,7 @@ def held_out_figures(
 
 def _contiguous(plan: Plan, train: RoutingTrace) -> Plan:
     """As `place` makes it by method contiguous, with as many slots."""
-    slots = np.stack([np.arange(plan.num_slots) % num_experts for num_experts in plan.experts_per_layer])
+    slots = contiguous_slots(plan.experts_per_layer, plan.num_slots)
     return Plan.of_slots(slots, plan.topology, train, method="contiguous", strategy=plan.strategy)
 
 

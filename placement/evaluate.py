@@ -45,13 +45,23 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
         "slots": plan.num_slots,
         "strategies": strategies,
         "local_fraction": float(local.mean()) if len(local) else 1.0,
-        "imbalance": strategies[plan.strategy.replace("-", "_")]["imbalance"],
+        "imbalance": strategies[_key(plan.strategy)]["imbalance"],
     }
+
+
+def own_figures(plan: Plan) -> dict[str, Any]:
+    """Of what the plan expects, the figures of the strategy that it was made for."""
+    figures: dict[str, Any] = plan.expected["strategies"][_key(plan.strategy)]
+    return figures
 
 
 def exchanges_per_step(num_layers: int, top_k: int, group_size: int, num_ranks: int) -> int:
     """All-to-alls of a decode step: one a MoE layer where a token can stay at its only expert, else two."""
     return num_layers if top_k == 1 and group_size == num_ranks else 2 * num_layers
+
+
+def _key(strategy: str) -> str:
+    return strategy.replace("-", "_")
 
 
 def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:

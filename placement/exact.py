@@ -26,7 +26,7 @@ def solve_exactly(problem: PlacementProblem) -> Assignment:
 
     Raises InputError if neither exact method applies.
     """
-    if not problem.is_uniform or problem.has_replicas or problem.anchor is not None:
+    if not problem.is_plain:
         raise InputError(
             "method exact: does not know unequal distances, replicas, or a limit on moves; use method search"
         )
@@ -43,7 +43,7 @@ def solve_exactly(problem: PlacementProblem) -> Assignment:
 
 def is_exactly_solvable(problem: PlacementProblem) -> bool:
     """True if `solve_exactly` applies: E == G, or few enough balanced partitions, and parts alike."""
-    if not problem.is_uniform or problem.has_replicas or problem.anchor is not None:
+    if not problem.is_plain:
         return False
     return problem.num_parts == problem.num_experts or count_transitions(problem) <= MAX_TRANSITIONS
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from exflow.errors import InputError
 from exflow.placement.confidence import interval, of_sequences, split_by_sequence
+from exflow.placement.evaluate import own_figures
 from exflow.placement.objective import Objective
 from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
@@ -105,7 +106,7 @@ def verdict(points: Sequence[Point]) -> str:
 
 
 def _point(plan: Plan, part: RoutingTrace, sequences: int, held_out: RoutingTrace) -> Point:
-    own = plan.expected["strategies"][plan.strategy.replace("-", "_")]["messages_per_token_layer"]
+    own = own_figures(plan)["messages_per_token_layer"]
     judged = interval(plan, held_out)["messages_per_token_layer"]
     return Point(part.num_tokens, sequences, own, judged["value"], judged["low"], judged["high"])
 

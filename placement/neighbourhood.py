@@ -27,8 +27,7 @@ def share_out_anew(
     replicas, an anchor, many experts a part) the assignment is returned as it is.
     """
     splits = comb(2 * problem.experts_per_part, problem.experts_per_part)
-    plain = problem.is_uniform and not problem.has_replicas and problem.anchor is None
-    if not plain or splits > _MOST_SPLITS or problem.num_parts < 3:
+    if not problem.is_plain or splits > _MOST_SPLITS or problem.num_parts < 3:
         return assignment
     cost, improved = problem.cost(assignment), True
     while improved:

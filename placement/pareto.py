@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exflow.placement.affinity import count_affinity
+from exflow.placement.evaluate import own_figures
 from exflow.placement.objective import Objective
 from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
@@ -24,10 +25,9 @@ class Point:
     def figures(self) -> dict[str, Any]:
         """Ready for JSON: messages of the plan's strategy per token and MoE layer, all of it on the trace."""
         expected = self.plan.expected
-        strategy = expected["strategies"][self.plan.strategy.replace("-", "_")]
         return {
             "balance_price": self.balance_price,
-            "messages_per_token_layer": strategy["messages_per_token_layer"],
+            "messages_per_token_layer": own_figures(self.plan)["messages_per_token_layer"],
             "imbalance_mean": expected["imbalance"]["mean"],
             "imbalance_max": expected["imbalance"]["max"],
         }

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.affinity import AffinityCounts, count_affinity
-from exflow.placement.baselines import contiguous, random
+from exflow.placement.baselines import contiguous, contiguous_slots, random
 from exflow.placement.evaluate import evaluate
 from exflow.placement.load_only import load_only, replica_counts
 from exflow.placement.objective import Objective, items_of, make_problem
@@ -144,7 +144,7 @@ def _or_contiguous(
     next token.
     """
     judged = thinned(trace, _JUDGES / trace.num_tokens)
-    slots = _contiguous(trace.experts_per_layer, int(replicas[0].sum()))
+    slots = contiguous_slots(trace.experts_per_layer, int(replicas[0].sum()))
     rival = Plan.of_slots(slots, plan.topology, trace, method="contiguous", strategy=plan.strategy)
     (theirs, layers), (ours, _) = (_true_cost(each, objective, judged) for each in (rival, plan))
     allowed = objective.max_imbalance is None or layers.max() <= objective.max_imbalance
@@ -168,11 +168,6 @@ def _true_cost(
     between = traffic.per_token_layer(traffic.inter_node) * far
     layers = imbalance_of(followed.load.sum(axis=0))
     return within + between + objective.balance_price * float(layers.mean()), layers
-
-
-def _contiguous(experts_per_layer: Sequence[int], num_slots: int) -> npt.NDArray[np.int64]:
-    """[L, P]: experts in order; spare slots begin again with expert 0."""
-    return np.stack([np.arange(num_slots) % num_experts for num_experts in experts_per_layer])
 
 
 def _replicas(
@@ -218,7 +213,7 @@ def _baseline(
     num_slots = int(replicas[0].sum())
     match solving.method:
         case "contiguous":
-            return _contiguous(experts_per_layer, num_slots)
+            return contiguous_slots(experts_per_layer, num_slots)
         case "random":
             ranks = random(len(replicas), num_slots, topology.num_ranks, solving.seed)
             return np.take_along_axis(items_of(replicas), np.argsort(ranks, axis=1, kind="stable"), axis=1)

@@ -131,6 +131,11 @@ class PlacementProblem:
     def has_replicas(self) -> bool:
         return any(len(np.unique(row)) < len(row) for row in self.replica_ids)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if parts are alike and each expert stands for itself: what the exact methods know."""
+        return self.is_uniform and not self.has_replicas and self.anchor is None
+
     def cost(self, assignment: Assignment) -> float:
         """The sum of the prices of all pairs that `assignment` [L, E] separates, and of the busiest parts."""
         hot = one_hot(assignment, self.num_parts)

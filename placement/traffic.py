@@ -77,9 +77,7 @@ class Followed:
     tokens: npt.NDArray[np.int64]  # [N] rows of each sequence
     messages: npt.NDArray[np.int64]  # [N, 2, 2] dispatch or return, intra-node or inter-node
     remote_nodes: npt.NDArray[np.int64]  # [N] nodes without the owner that a token's experts are on, summed
-    load: npt.NDArray[
-        np.int64
-    ]  # [B, L, G] by block of sequences: (token, choice) pairs that each rank computes
+    load: npt.NDArray[np.int64]  # [B, L, G] (token, choice) pairs each rank computes, by block of sequences
     block: npt.NDArray[np.int64]  # [N] the block that a sequence's load is counted in
     attended: npt.NDArray[np.int64]  # [G] attention layers computed
 
