@@ -103,7 +103,7 @@ def load_decoder(
     with torch.device("meta"):
         decoder = Decoder(config, slots)
     wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
-    rows = {} if experts_here is None else _expert_rows(config, experts_here)
+    rows = {} if experts_here is None else expert_rows(config, experts_here)
     state = {}
     for name, value in _read_weights(folder, wanted, rows, config.num_experts):
         if not torch.isfinite(value).all():
@@ -113,7 +113,8 @@ def load_decoder(
     return decoder.eval().requires_grad_(False)
 
 
-def _expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
+def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
+    """For each expert tensor of a decoder the logical expert in each slot."""
     return {
         f"blocks.{layer}.mlp.experts.{part}": experts
         for layer, experts in zip(config.moe_layer_ids, experts_here, strict=True)

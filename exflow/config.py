@@ -23,6 +23,8 @@ class ModelConfig(StrictModel):
 
     `gpt-moe` is the model of the ExFlow paper (section II): pre-LayerNorm, learned positions, GELU experts,
     every `moe_every`-th layer a Mixture of Experts (the last layer of each such group), the others dense.
+    Published models are modelled by their shape alone (configs/shapes): `head_dim` is the width of a head,
+    if it is not hidden_size / num_attention_heads; a `swiglu` MLP has a gate beside its inner projection.
     """
 
     model_type: Literal["gpt-moe"] = "gpt-moe"
@@ -33,18 +35,22 @@ class ModelConfig(StrictModel):
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
     num_kv_heads: PositiveInt
+    head_dim: PositiveInt = 0  # 0, which no file can say, is replaced below
     intermediate_size: PositiveInt
+    activation: Literal["gelu", "swiglu"] = "gelu"
     num_experts: PositiveInt
     top_k: PositiveInt = 1
     moe_every: PositiveInt = 1
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads "
@@ -63,8 +69,9 @@ class ModelConfig(StrictModel):
         return self
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def attention_width(self) -> int:
+        """Width of all query heads side by side."""
+        return self.num_attention_heads * self.head_dim
 
     @property
     def kv_width(self) -> int:

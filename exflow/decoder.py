@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 from exflow.config import ModelConfig
 from exflow.kernels.experts import Backend, expert_mlp
+from exflow.kernels.reference import Activation, rows_of_w_in, swiglu
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.record import RoutingListener
+from exflow.replay import ReplayedRouting
+
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "swiglu": swiglu}
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.widths = [config.hidden_size, config.kv_width // 2, config.kv_width // 2]
+        self.widths = [config.attention_width, config.kv_width // 2, config.kv_width // 2]
         self.norm = nn.LayerNorm(config.hidden_size)
         self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out = nn.Linear(config.attention_width, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor, rows: Rows, context: AttentionContext) -> Tensor:
         parts = self.qkv(self.norm(hidden_TD)).split(self.widths, dim=-1)
@@ -69,19 +73,26 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Top-1 keeps its softmax probability as weight (Switch); top-k shares one among the chosen (GShard)."""
+    """Top-1 keeps its softmax probability as weight (Switch); top-k shares one among the chosen (GShard).
+
+    Where experts are dictated the gate still weighs them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.top_k
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
 
-    def forward(self, hidden_TD: Tensor) -> Routing:
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor | None = None) -> Routing:
+        """expert_TK: the experts to take [T, K] int64; None means the likeliest."""
         logits_TE = F.linear(hidden_TD.float(), self.gate.weight.float())
         probability_TE = logits_TE.softmax(dim=-1)
-        weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
-        if self.top_k > 1:
-            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        if expert_TK is None:
+            expert_TK = probability_TE.topk(self.top_k, dim=-1).indices
+        if self.top_k == 1:
+            weight_TK = probability_TE.gather(1, expert_TK)
+        else:  # not a quotient of probabilities: those of dictated experts may all have vanished
+            weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         return Routing(expert_TK, weight_TK, probability_TE)
 
 
@@ -91,13 +102,15 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, num_slots: int) -> None:
         super().__init__()
         self.backend: Backend = "grouped_mm"
-        self.w_in = nn.Parameter(torch.empty(num_slots, config.intermediate_size, config.hidden_size))
+        self.activation = ACTIVATIONS[config.activation]
+        rows = rows_of_w_in(config.intermediate_size, self.activation)
+        self.w_in = nn.Parameter(torch.empty(num_slots, rows, config.hidden_size))
         self.w_out = nn.Parameter(torch.empty(num_slots, config.hidden_size, config.intermediate_size))
 
     def forward(self, hidden_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum over the slots held here; -1 stands for an expert held elsewhere."""
         w_in, w_out = self.w_in.to(hidden_TD.dtype), self.w_out.to(hidden_TD.dtype)
-        return expert_mlp(hidden_TD, slots_TK, weights_TK, w_in, w_out, F.gelu, self.backend)
+        return expert_mlp(hidden_TD, slots_TK, weights_TK, w_in, w_out, self.activation, self.backend)
 
 
 class MoE(nn.Module):
@@ -112,9 +125,14 @@ class MoE(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config, num_slots)
         self.listeners = listeners
+        self.replay: ReplayedRouting | None = None
 
     def route(self, normed_TD: Tensor, rows: Rows) -> Routing:
-        routing: Routing = self.router(normed_TD)
+        dictated_TK = None
+        if self.replay is not None:
+            row_T = self.replay.row_of(rows.sequence_T, rows.position_T)
+            dictated_TK = self.replay.experts(self.index, row_T)
+        routing: Routing = self.router(normed_TD, dictated_TK)
         for listener in self.listeners:
             listener(
                 self.index,
@@ -131,11 +149,13 @@ class DenseMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.w_in = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.activation = ACTIVATIONS[config.activation]
+        rows = rows_of_w_in(config.intermediate_size, self.activation)
+        self.w_in = nn.Linear(config.hidden_size, rows, bias=False)
         self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        out_TD: Tensor = self.w_out(F.gelu(self.w_in(self.norm(hidden_TD))))
+        out_TD: Tensor = self.w_out(self.activation(self.w_in(self.norm(hidden_TD))))
         return hidden_TD + out_TD
 
 
@@ -179,6 +199,7 @@ class Decoder(nn.Module):
             for layer in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size)
+        self.replay = None
 
     def forward(
         self, token_T: Tensor, rows: Rows, context: AttentionContext, layout: MoELayout
@@ -202,6 +223,18 @@ class Decoder(nn.Module):
             top_k=self.config.top_k,
         )
 
+    @property
+    def replay(self) -> ReplayedRouting | None:
+        """What dictates the routing; None leaves it to the gates. Assign to change it."""
+        return self._replay
+
+    @replay.setter
+    def replay(self, replay: ReplayedRouting | None) -> None:
+        self._replay = replay
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.replay = replay
+
     def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
         """Call `listener` with every routing decision until the function returned is called."""
         self.listeners.append(listener)
@@ -215,12 +248,13 @@ def _embedding(entries: int, width: int) -> nn.Embedding:
 
 
 def initialise(decoder: Decoder, generator: torch.Generator) -> None:
-    """Normal(0, 0.02) as GPT-2; matrices that write to the residual stream scaled by 1/sqrt(2 * layers)."""
-    into_residual = ("attention.out.weight", "mlp.w_out", "mlp.w_out.weight", "mlp.experts.w_out")
+    """Draw every matrix from Normal(0, initial_std)."""
     for name, parameter in decoder.named_parameters():
-        if parameter.dim() < 2:
-            continue  # norms keep their ones and zeros
-        std = 0.02
-        if name.endswith(into_residual):
-            std /= (2 * decoder.config.num_hidden_layers) ** 0.5
-        nn.init.normal_(parameter, std=std, generator=generator)
+        if parameter.dim() >= 2:  # norms keep their ones and zeros
+            nn.init.normal_(parameter, std=initial_std(name, decoder.config), generator=generator)
+
+
+def initial_std(name: str, config: ModelConfig) -> float:
+    """0.02 as GPT-2; for matrices that write to the residual stream scaled by 1/sqrt(2 * layers)."""
+    into_residual = ("attention.out.weight", "mlp.w_out", "mlp.w_out.weight", "mlp.experts.w_out")
+    return 0.02 / (2 * config.num_hidden_layers) ** 0.5 if name.endswith(into_residual) else 0.02

@@ -17,7 +17,7 @@ def expert_mlp(
     hidden_TD: Tensor,
     slots_TK: Tensor,
     weights_TK: Tensor,
-    w_in_SFD: Tensor,
+    w_in_SWD: Tensor,
     w_out_SDF: Tensor,
     activation: Activation,
     backend: Backend,
@@ -25,38 +25,40 @@ def expert_mlp(
     """Weighted sum over each token's experts that live here -> [T, D].
 
     slots_TK holds local slots, -1 where the expert lives on another rank: summed over all ranks the results
-    are the layer's output. Differentiable. Raises ValueError for shapes that do not fit.
+    are the layer's output. The activation says what W is (reference.rows_of_w_in). Differentiable.
+    Raises ValueError for shapes that do not fit.
     """
     if slots_TK.shape != weights_TK.shape or len(slots_TK) != len(hidden_TD):
         raise ValueError(
             f"slots {tuple(slots_TK.shape)} and weights {tuple(weights_TK.shape)} must be equal, with one "
             f"row a token (hidden {tuple(hidden_TD.shape)})"
         )
-    num_slots, inner, hidden = w_in_SFD.shape
-    if hidden != hidden_TD.shape[1] or w_out_SDF.shape != (num_slots, hidden, inner):
+    num_slots, hidden, inner = w_out_SDF.shape
+    expected = (num_slots, reference.rows_of_w_in(inner, activation), hidden)
+    if hidden != hidden_TD.shape[1] or w_in_SWD.shape != expected:
         raise ValueError(
-            f"w_in {tuple(w_in_SFD.shape)} and w_out {tuple(w_out_SDF.shape)} must be [S, F, D] and "
-            f"[S, D, F] with the D of hidden {tuple(hidden_TD.shape)}"
+            f"w_in {tuple(w_in_SWD.shape)} must be [S, W, D] = {expected}, as w_out [S, D, F] = "
+            f"{tuple(w_out_SDF.shape)} implies, with the D of hidden {tuple(hidden_TD.shape)}"
         )
     rows = reference.dispatch(slots_TK, weights_TK, num_slots)
-    out_RD = BACKENDS[backend](hidden_TD[rows.token_R], rows.counts_S, w_in_SFD, w_out_SDF, activation)
+    out_RD = BACKENDS[backend](hidden_TD[rows.token_R], rows.counts_S, w_in_SWD, w_out_SDF, activation)
     return reference.combine(out_RD, rows, num_tokens=len(hidden_TD))
 
 
 def grouped_experts(
-    rows_RD: Tensor, counts_S: Tensor, w_in_SFD: Tensor, w_out_SDF: Tensor, activation: Activation
+    rows_RD: Tensor, counts_S: Tensor, w_in_SWD: Tensor, w_out_SDF: Tensor, activation: Activation
 ) -> Tensor:
     """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later.
 
     Raises ValueError where a row of the weights is not a multiple of 16 bytes.
     """
-    for width in w_in_SFD.shape[1:]:
+    for width in w_out_SDF.shape[1:]:
         if width * rows_RD.element_size() % 16:
             raise ValueError(
                 f"a width of {width} is not a multiple of 16 bytes in {rows_RD.dtype}, which grouped_mm needs"
             )
     ends_S = counts_S.cumsum(0).to(torch.int32)
-    inner_RF = activation(grouped_mm(rows_RD, w_in_SFD.mT, offs=ends_S))
+    inner_RF = activation(grouped_mm(rows_RD, w_in_SWD.mT, offs=ends_S))
     return grouped_mm(inner_RF, w_out_SDF.mT, offs=ends_S)
 
 

@@ -1,15 +1,17 @@
 """Dispatch, experts and combine in plain torch: the oracle every faster back end is tested against.
 
-Shapes: T tokens, K choices a token, R = rows (token, choice) computed here, S slots, D hidden, F inner width.
+Shapes: T tokens, K choices a token, R = rows (token, choice) computed here, S slots, D hidden, F inner width,
+W the rows of an expert's w_in: F, or 2F where the activation is `swiglu`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor], Tensor]  # [R, W] -> [R, F]
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,25 @@ def dispatch(slots_TK: Tensor, weights_TK: Tensor, num_slots: int) -> SlotRows:
     return SlotRows(order_R // slots_TK.shape[1], weights_TK.flatten()[order_R], counts_S)
 
 
+def swiglu(gate_up_RW: Tensor) -> Tensor:
+    """silu(gate) * up -> [R, F]; the first half of a row is the gate, the second is up."""
+    gate_RF, up_RF = gate_up_RW.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+def rows_of_w_in(inner: int, activation: Activation) -> int:
+    """W of an expert whose inner width is F."""
+    return 2 * inner if activation is swiglu else inner
+
+
 def experts(
-    rows_RD: Tensor, counts_S: Tensor, w_in_SFD: Tensor, w_out_SDF: Tensor, activation: Activation
+    rows_RD: Tensor, counts_S: Tensor, w_in_SWD: Tensor, w_out_SDF: Tensor, activation: Activation
 ) -> Tensor:
     """Apply expert s to its counts_S[s] consecutive rows: activation(rows @ w_in.T) @ w_out.T -> [R, D]."""
     parts = [
-        activation(rows @ w_in_FD.T) @ w_out_DF.T
-        for rows, w_in_FD, w_out_DF in zip(
-            torch.split(rows_RD, counts_S.tolist()), w_in_SFD, w_out_SDF, strict=True
+        activation(rows @ w_in_WD.T) @ w_out_DF.T
+        for rows, w_in_WD, w_out_DF in zip(
+            torch.split(rows_RD, counts_S.tolist()), w_in_SWD, w_out_SDF, strict=True
         )
         if len(rows)
     ]

@@ -64,6 +64,18 @@ def test_a_saved_model_loads_the_same(
     assert not any(value.requires_grad for value in loaded.parameters())
 
 
+def test_a_model_of_a_published_shape_loads_the_same(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    config = tiny_config(top_k=2, moe_every=2, head_dim=24, activation="swiglu")
+    loaded, saved = load(tiny_checkpoint(config), [[5, 0]] * 2), tiny_decoder(config)
+    assert loaded.config == config
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value[[5, 0]] if ".experts." in name else value), name
+
+
 def test_the_weights_take_the_type_asked_for(folder: Path) -> None:
     decoder = load_decoder(folder, torch.device("cpu"), torch.bfloat16)
     assert {value.dtype for value in decoder.parameters()} == {torch.bfloat16}

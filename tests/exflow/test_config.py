@@ -12,7 +12,7 @@ from exflow.errors import InputError
 
 KEYS = (
     "model_type, name, vocab_size, max_positions, num_hidden_layers, hidden_size, num_attention_heads, "
-    "num_kv_heads, intermediate_size, num_experts, top_k, moe_every"
+    "num_kv_heads, head_dim, intermediate_size, activation, num_experts, top_k, moe_every"
 )
 
 
@@ -29,10 +29,26 @@ def test_what_is_written_is_read(tmp_path: Path, tiny_config: Callable[..., Mode
 def test_derived_numbers(tiny_config: Callable[..., ModelConfig]) -> None:
     config = tiny_config()
     assert config.head_dim == 8
+    assert config.attention_width == 32
     assert config.kv_width == 2 * 2 * 8
     assert config.moe_layer_ids == (0, 1, 2, 3)
     assert tiny_config(moe_every=2).moe_layer_ids == (1, 3)
     assert tiny_config(moe_every=3).moe_layer_ids == (2,)
+
+
+def test_heads_may_be_wider_or_narrower_than_their_share(
+    tmp_path: Path, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    config = tiny_config(num_attention_heads=6, num_kv_heads=3, head_dim=24)
+    assert (config.attention_width, config.kv_width) == (6 * 24, 2 * 3 * 24)
+    assert load_model_config(write(tmp_path, config.model_dump())) == config
+
+
+def test_a_configuration_of_before_is_read(tmp_path: Path, tiny_config: Callable[..., ModelConfig]) -> None:
+    """Without the keys that came later."""
+    content = tiny_config().model_dump()
+    del content["head_dim"], content["activation"]
+    assert load_model_config(write(tmp_path, content)) == tiny_config(head_dim=8, activation="gelu")
 
 
 def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfig]) -> None:
@@ -50,7 +66,8 @@ def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfi
             "num_experts = 'eight': Input should be a valid integer, unable to parse string as an integer",
         ),
         ({"model_type": "bert"}, "model_type = 'bert': Input should be 'gpt-moe'"),
-        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"head_dim": 0}, "head_dim = 0: Input should be greater than 0"),
+        ({"activation": "relu"}, "activation = 'relu': Input should be 'gelu' or 'swiglu'"),
         ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
         (
             {"intermediate_size": 12},
@@ -67,6 +84,19 @@ def test_a_wrong_value_is_named(
     with pytest.raises(InputError) as error:
         load_model_config(folder)
     assert str(error.value) == f"{folder / 'config.json'}: {message}"
+
+
+def test_a_width_that_the_heads_do_not_divide(
+    tmp_path: Path, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    content = tiny_config().model_dump() | {"num_attention_heads": 6}
+    del content["head_dim"]
+    folder = write(tmp_path, content)
+    with pytest.raises(InputError) as error:
+        load_model_config(folder)
+    assert str(error.value) == (
+        f"{folder / 'config.json'}: hidden_size 32 is not a multiple of num_attention_heads 6; give head_dim"
+    )
 
 
 def test_a_missing_key_is_named(tmp_path: Path, tiny_config: Callable[..., ModelConfig]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import erf, exp, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from exflow.attention import CausalAttention, rows_of_batch
-from exflow.config import ModelConfig
+from exflow.config import ModelConfig, load_model_config
 from exflow.decoder import Decoder, DenseMLP, MoE, initialise
 from exflow.moe import AllExpertsHere
 from exflow.profiling.trace import PREFILL
 
 Array = npt.NDArray[np.float64]
 gelu = np.vectorize(lambda x: 0.5 * x * (1 + erf(x / sqrt(2))), otypes=[float])
+silu = np.vectorize(lambda x: x / (1 + exp(-x)), otypes=[float])
 each_shape = pytest.mark.parametrize(("top_k", "moe_every"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+PUBLISHED = {"num_attention_heads": 6, "num_kv_heads": 3, "head_dim": 24, "activation": "swiglu"}
 
 
 def run(decoder: Decoder, token_NS: Tensor) -> Tensor:
@@ -62,6 +65,12 @@ def loop_decoder(decoder: Decoder, tokens: list[int]) -> Array:
             out.append(x + weights[f"{block}.out.weight"] @ np.concatenate(attended))
         return out
 
+    def activated(inner: Array) -> Array:
+        if config.activation == "gelu":
+            return np.asarray(gelu(inner))
+        gate, up = inner.reshape(2, config.intermediate_size)
+        return np.asarray(silu(gate) * up)
+
     def moe(block: str, x: Array) -> Array:
         normed = norm(f"{block}.norm", x)
         scores = weights[f"{block}.router.gate.weight"] @ normed
@@ -69,10 +78,10 @@ def loop_decoder(decoder: Decoder, tokens: list[int]) -> Array:
         chosen = sorted(range(config.num_experts), key=lambda e: -gate[e])[: config.top_k]
         total = 1.0 if config.top_k == 1 else sum(gate[e] for e in chosen)
         w_in, w_out = weights[f"{block}.experts.w_in"], weights[f"{block}.experts.w_out"]
-        return x + sum(gate[e] / total * (w_out[e] @ gelu(w_in[e] @ normed)) for e in chosen)
+        return x + sum(gate[e] / total * (w_out[e] @ activated(w_in[e] @ normed)) for e in chosen)
 
     def dense(block: str, x: Array) -> Array:
-        inner = gelu(weights[f"{block}.w_in.weight"] @ norm(f"{block}.norm", x))
+        inner = activated(weights[f"{block}.w_in.weight"] @ norm(f"{block}.norm", x))
         return x + weights[f"{block}.w_out.weight"] @ inner
 
     stream = [weights["embedding.weight"][t] + weights["positions.weight"][p] for p, t in enumerate(tokens)]
@@ -84,13 +93,15 @@ def loop_decoder(decoder: Decoder, tokens: list[int]) -> Array:
 
 
 @each_shape
+@pytest.mark.parametrize("changes", [{}, PUBLISHED], ids=["gelu", "swiglu-wide-heads"])
 def test_equals_the_decoder_written_as_loops(
     tiny_config: Callable[..., ModelConfig],
     tiny_decoder: Callable[..., Decoder],
     top_k: int,
     moe_every: int,
+    changes: dict[str, Any],
 ) -> None:
-    decoder = tiny_decoder(tiny_config(top_k, moe_every))
+    decoder = tiny_decoder(tiny_config(top_k, moe_every, **changes))
     with torch.no_grad():
         for name, value in decoder.named_parameters():  # biases and scales of the norms that matter
             if "norm" in name:
@@ -198,6 +209,35 @@ def test_number_of_parameters(tiny_config: Callable[..., ModelConfig]) -> None:
     layers = 4 * attention + 2 * moe + 2 * dense
     decoder = Decoder(tiny_config(moe_every=2))
     assert sum(value.numel() for value in decoder.parameters()) == embeddings + layers + 2 * 32
+
+
+def test_number_of_parameters_of_a_published_shape(tiny_config: Callable[..., ModelConfig]) -> None:
+    embeddings = 257 * 32 + 64 * 32
+    attention = 2 * 32 + 6 * 24 * 32 + 2 * 3 * 24 * 32 + 32 * 6 * 24
+    moe = 2 * 32 + 8 * 32 + 8 * 3 * 16 * 32
+    dense = 2 * 32 + 3 * 16 * 32
+    decoder = Decoder(tiny_config(moe_every=2, **PUBLISHED))
+    expected = embeddings + 4 * attention + 2 * moe + 2 * dense + 2 * 32
+    assert sum(value.numel() for value in decoder.parameters()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "expert", "others"),
+    [
+        ("gpt-oss-20b", 24, 64 * 64, 3 * 2880 * 2880, 201088 * 2880),
+        ("mixtral-8x7b", 32, 32 * 128, 3 * 4096 * 14336, 32000 * 4096),
+    ],
+)
+def test_the_published_shapes(name: str, layers: int, heads: int, expert: int, others: int) -> None:
+    config = load_model_config(Path(__file__).parents[2] / "configs" / "shapes" / name)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    assert config.name == name
+    assert decoder.blocks[0].attention.out.weight.shape == (config.hidden_size, heads)
+    assert sum(value[0].numel() for value in decoder.blocks[0].mlp.experts.parameters()) == expert
+    attention = config.hidden_size * (2 * heads + config.kv_width)
+    total = layers * (attention + config.num_experts * expert) + others
+    assert sum(value.numel() for value in decoder.parameters()) == pytest.approx(total, rel=1e-3)
 
 
 def test_a_rank_holds_its_slots_alone(tiny_config: Callable[..., ModelConfig]) -> None:

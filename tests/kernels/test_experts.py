@@ -10,31 +10,37 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exflow.kernels.experts import BACKENDS, Backend, expert_mlp
+from exflow.kernels.reference import Activation, swiglu
 
 torch.set_num_threads(1)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_activation = pytest.mark.parametrize("activation", [F.gelu, swiglu])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @dataclass
 class Case:
-    """Random inputs of an expert MLP: D = 8, F = 16."""
+    """Random inputs of an expert MLP: D = 8, F = 16, and W = 32 for swiglu."""
 
     hidden_TD: Tensor
     slots_TK: Tensor
     weights_TK: Tensor
-    w_in_SFD: Tensor
+    w_in_SWD: Tensor
     w_out_SDF: Tensor
+    activation: Activation
 
     @classmethod
-    def random(cls, num_tokens: int, top_k: int, num_slots: int, seed: int = 0) -> "Case":
+    def random(
+        cls, num_tokens: int, top_k: int, num_slots: int, activation: Activation = F.gelu, seed: int = 0
+    ) -> "Case":
         generator = torch.Generator().manual_seed(seed)
         return cls(
             torch.randn(num_tokens, 8, generator=generator),
             torch.randint(-1, num_slots, (num_tokens, top_k), generator=generator),
             torch.rand(num_tokens, top_k, generator=generator),
-            torch.randn(num_slots, 16, 8, generator=generator),
+            torch.randn(num_slots, 32 if activation is swiglu else 16, 8, generator=generator),
             torch.randn(num_slots, 8, 16, generator=generator),
+            activation,
         )
 
     def run(self, backend: Backend) -> Tensor:
@@ -42,9 +48,9 @@ class Case:
             self.hidden_TD,
             self.slots_TK,
             self.weights_TK,
-            self.w_in_SFD,
+            self.w_in_SWD,
             self.w_out_SDF,
-            F.gelu,
+            self.activation,
             backend,
         )
 
@@ -55,17 +61,21 @@ class Case:
             total_D = torch.zeros_like(hidden_D)
             for slot, weight in zip(self.slots_TK[token].tolist(), self.weights_TK[token], strict=True):
                 if slot != -1:
-                    total_D = total_D + weight * (
-                        self.w_out_SDF[slot] @ F.gelu(self.w_in_SFD[slot] @ hidden_D)
-                    )
+                    inner_F = self.naive_inner(self.w_in_SWD[slot] @ hidden_D)
+                    total_D = total_D + weight * (self.w_out_SDF[slot] @ inner_F)
             out.append(total_D)
         return torch.stack(out) if out else self.hidden_TD
+
+    def naive_inner(self, x_W: Tensor) -> Tensor:
+        if self.activation is not swiglu:
+            return self.activation(x_W)
+        return torch.stack([x_W[i] / (1 + torch.exp(-x_W[i])) * x_W[16 + i] for i in range(16)])
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     shape = draw(st.tuples(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4)))
-    return Case.random(*shape, seed=draw(st.integers(0, 2**32)))
+    return Case.random(*shape, draw(st.sampled_from([F.gelu, swiglu])), draw(st.integers(0, 2**32)))
 
 
 @each_backend
@@ -88,18 +98,20 @@ def test_partial_sums_of_the_ranks_add_up_to_the_layer(backend: Backend) -> None
             whole.hidden_TD,
             slot_of_expert[expert_TK],
             whole.weights_TK,
-            whole.w_in_SFD[held],
+            whole.w_in_SWD[held],
             whole.w_out_SDF[held],
+            whole.activation,
         )
         partial.append(rank.run(backend))
     torch.testing.assert_close(sum(partial), whole.run(backend), rtol=1e-4, atol=1e-4)
 
 
 @each_backend
-def test_gradients_are_those_of_the_loop(backend: Backend) -> None:
-    case = Case.random(num_tokens=10, top_k=2, num_slots=5)
+@each_activation
+def test_gradients_are_those_of_the_loop(backend: Backend, activation: Activation) -> None:
+    case = Case.random(num_tokens=10, top_k=2, num_slots=5, activation=activation)
     case.slots_TK[case.slots_TK == 3] = -1  # an expert without a token has gradient zero, not none
-    inputs = [case.hidden_TD, case.weights_TK, case.w_in_SFD, case.w_out_SDF]
+    inputs = [case.hidden_TD, case.weights_TK, case.w_in_SWD, case.w_out_SDF]
     for value in inputs:
         value.requires_grad_()
     mix_TD = torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
@@ -118,10 +130,11 @@ def test_no_token_has_an_expert_here(backend: Backend) -> None:
 
 
 @each_backend
-def test_bf16_stays_bf16(backend: Backend) -> None:
-    case = Case.random(num_tokens=6, top_k=2, num_slots=3)
+@each_activation
+def test_bf16_stays_bf16(backend: Backend, activation: Activation) -> None:
+    case = Case.random(num_tokens=6, top_k=2, num_slots=3, activation=activation)
     exact_TD = case.run("reference")
-    for name in ("hidden_TD", "w_in_SFD", "w_out_SDF"):
+    for name in ("hidden_TD", "w_in_SWD", "w_out_SDF"):
         setattr(case, name, getattr(case, name).bfloat16())
     out_TD = case.run(backend)
     assert out_TD.dtype == torch.bfloat16
@@ -131,14 +144,16 @@ def test_bf16_stays_bf16(backend: Backend) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @each_backend
+@each_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_agrees_with_the_loop(backend: Backend, dtype: torch.dtype) -> None:
+def test_a_gpu_agrees_with_the_loop(backend: Backend, activation: Activation, dtype: torch.dtype) -> None:
     for num_tokens in (0, 1, 50):
-        case = Case.random(num_tokens, top_k=2, num_slots=5)
+        case = Case.random(num_tokens, top_k=2, num_slots=5, activation=activation)
         exact_TD = case.naive()
-        for name, value in vars(case).items():
-            at_home = value if name in ("slots_TK", "weights_TK") else value.to(dtype)
-            setattr(case, name, at_home.cuda())
+        for name in ("slots_TK", "weights_TK"):
+            setattr(case, name, getattr(case, name).cuda())
+        for name in ("hidden_TD", "w_in_SWD", "w_out_SDF"):
+            setattr(case, name, getattr(case, name).to("cuda", dtype))
         out_TD = case.run(backend)
         assert out_TD.dtype == dtype
         close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
@@ -157,13 +172,21 @@ def test_shapes_that_do_not_fit_are_named(backend: Backend) -> None:
         case.run(backend)
     case = Case.random(num_tokens=4, top_k=2, num_slots=3)
     case.w_out_SDF = case.w_out_SDF[:2]
-    with pytest.raises(ValueError, match=r"w_in \(3, 16, 8\) and w_out \(2, 8, 16\) must be \[S, F, D\]"):
+    with pytest.raises(ValueError, match=r"w_in \(3, 16, 8\) must be \[S, W, D\] = \(2, 16, 8\), as w_out"):
+        case.run(backend)
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.activation = swiglu
+    with pytest.raises(ValueError, match=r"w_in \(3, 16, 8\) must be \[S, W, D\] = \(3, 32, 8\), as w_out"):
+        case.run(backend)
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3)
+    case.hidden_TD = case.hidden_TD[:, :6]
+    with pytest.raises(ValueError, match=r"with the D of hidden \(4, 6\)"):
         case.run(backend)
 
 
 def test_grouped_mm_names_a_width_it_cannot_take() -> None:
     case = Case.random(num_tokens=4, top_k=2, num_slots=3)
-    case.w_in_SFD, case.w_out_SDF = case.w_in_SFD[:, :6], case.w_out_SDF[:, :, :6]
+    case.w_in_SWD, case.w_out_SDF = case.w_in_SWD[:, :6], case.w_out_SDF[:, :, :6]
     with pytest.raises(ValueError, match=r"a width of 6 is not a multiple of 16 bytes in torch.float32"):
         case.run("grouped_mm")
     torch.testing.assert_close(case.run("reference"), case.naive(), rtol=1e-4, atol=1e-4)

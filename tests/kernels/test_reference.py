@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exflow.kernels.reference import SlotRows, combine, dispatch, experts
+from exflow.kernels.reference import SlotRows, combine, dispatch, experts, swiglu
 
 
 @st.composite
@@ -54,6 +54,12 @@ def test_experts_take_consecutive_rows_and_may_have_none() -> None:
 def test_experts_without_a_row_give_no_row() -> None:
     out_RD = experts(torch.empty(0, 2), torch.tensor([0, 0]), torch.ones(2, 3, 2), torch.ones(2, 2, 3), abs)
     assert out_RD.shape == (0, 2)
+
+
+def test_swiglu_gates_the_second_half_by_the_first() -> None:
+    silu_of_1 = 0.7310585786
+    out_RF = swiglu(torch.tensor([[1.0, 0.0, -1.0, 10.0, 20.0, 30.0], [50.0, -50.0, 0.0, 1.0, 1.0, 1.0]]))
+    torch.testing.assert_close(out_RF, torch.tensor([[10 * silu_of_1, 0, 30 * (silu_of_1 - 1)], [50, 0, 0]]))
 
 
 def test_combine_weighs_and_adds_and_leaves_zeros() -> None:
