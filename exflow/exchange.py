@@ -1,8 +1,10 @@
 """The collectives of a decode step behind one face, over gloo and NCCL alike, each of them counted.
 
-Transport 0 of the design: equal splits of a capacity that every rank knows beforehand, so no counts are
-exchanged first. A row is a run of bytes; a chunk from one rank to another is a header of int32 (the number of
-rows, then the sender's note) followed by `capacity` rows, of which the first so many are filled.
+The bytes on the wire follow the rows that move, and no counts are exchanged first. Where both ends of a pair
+know how many rows will come, in a return and in a gather, just those are sent. In a dispatch a chunk has room
+for as many as both ends expect (expectation.py); a pair that has more sends the rest point to point. A row is
+a run of bytes; a dispatch's chunk is a header of int32 (the number of rows, then the sender's note), the
+rows, and what is left of the room.
 
 Shapes: N rows to send, M rows received, B bytes a row, G ranks.
 """
@@ -15,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exflow.distributed import Cluster, CoherenceGroup
+from exflow.expectation import Room
 
 Purpose = Literal["dispatch", "return"]
-
-# torch 2.13 renamed it, and warns at every call of the older name
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Counters:
 
     Messages and K/V copies are rows that left for another rank of the same node (intra) or of another one
     (inter), as placement.traffic predicts them. hidden_bytes and kv_bytes are their size; wire_bytes is what
-    the collectives carried off the rank, padding and headers included.
+    the collectives carried off the rank, padding and headers included. `late` counts the chunks that had no
+    room for all their rows.
     """
 
     all_to_alls: int = 0
@@ -43,6 +44,7 @@ class Counters:
     hidden_bytes: int = 0
     kv_bytes: int = 0
     wire_bytes: int = 0
+    late: int = 0
 
     @property
     def messages(self) -> int:
@@ -57,24 +59,28 @@ def total(counters: list[Counters]) -> Counters:
 
 
 @dataclass(frozen=True)
-class Received:
-    """Rows [M, B] uint8 from other ranks, ordered by sender, and every rank's note [G, notes] int64."""
+class Dispatched:
+    """What a dispatch brought: rows [M, B] uint8 of other ranks, ordered by sender, and every rank's note.
+
+    sent, came: how many rows went to each rank, and came from each.
+    """
 
     rows_MB: Tensor
-    notes: Tensor
+    notes: list[list[int]]
+    sent: list[int]
+    came: list[int]
 
 
 @dataclass
 class PendingGather:
-    """A gather under way; `wait` returns the rows of all members, this rank's own included, [M, B] uint8."""
+    """A gather under way; `wait` returns the rows of all other members, [M, B] uint8, ordered by member."""
 
     work: dist.Work
-    chunks: Tensor
-    row_bytes: int
+    rows_MB: Tensor
 
     def wait(self) -> Tensor:
         self.work.wait()  # on GPUs the stream waits, not the host
-        return _filled_rows(self.chunks, 1, self.row_bytes)
+        return self.rows_MB
 
 
 @dataclass
@@ -84,63 +90,112 @@ class Exchange:
     cluster: Cluster
     counters: Counters = field(default_factory=Counters)
 
-    def all_to_all(
-        self,
-        rows_NB: Tensor,
-        dest_N: Tensor,
-        note: Tensor,
-        capacity: int,
-        purpose: Purpose,
-        hidden_bytes: int,
-    ) -> Received:
+    def dispatch(
+        self, rows_NB: Tensor, dest_N: Tensor, note: list[int], room: Room, hidden_bytes: int
+    ) -> Dispatched:
         """Send each row to its rank (never this one); hear every other rank's rows and note.
 
-        capacity: an upper bound, equal on all ranks, of the rows any rank sends to any other.
+        room: what one rank has for another must be what the other has from it.
         hidden_bytes: the part of a row that is hidden state, for the count.
         """
-        ranks = self.cluster.num_ranks
-        header = torch.cat([torch.bincount(dest_N, minlength=ranks)[:, None], note.expand(ranks, -1)], dim=1)
-        send = _chunks(rows_NB, dest_N, header, capacity)
-        received = torch.empty_like(send)
-        dist.all_to_all_single(received, send)
-        self._count(dest_N, purpose, hidden_bytes, (ranks - 1) * send[0].numel())
-        return Received(
-            _filled_rows(received, header.shape[1], rows_NB.shape[1]),
-            _headers(received, header.shape[1])[:, 1:].long(),
+        rank, row_bytes = self.cluster.rank, rows_NB.shape[1]
+        rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
+        sent = [len(rows) for rows in rows_to]
+        header_GH = _as_headers([[count, *note] for count in sent], rows_NB.device)
+        pieces = [_pieces(*each) for each in zip(header_GH, rows_to, room.to, strict=True)]
+        sizes_to, sizes_from = (
+            [0 if other == rank else len(header_GH[0]) + rows * row_bytes for other, rows in enumerate(rooms)]
+            for rooms in (room.to, room.come)
         )
+        flat = [piece for to, chunk in enumerate(pieces) if to != rank for piece in chunk]
+        chunks = list(self._swap(_joined(flat, rows_NB), sizes_to, sizes_from).split(sizes_from))
+        chunks[rank] = header_GH[rank]
+        came, notes = _read_headers(chunks, 1 + len(note))
+        bodies = [chunk[len(header_GH[0]) :].view(-1, row_bytes) for chunk in chunks]
+        late = self._swap_late(rows_to, room, came)
+        rows_of = [
+            torch.cat([body[:count], rest]) for body, count, rest in zip(bodies, came, late, strict=True)
+        ]
+        self._count(sent, "dispatch", hidden_bytes)
+        return Dispatched(torch.cat(rows_of), notes, sent, came)
 
-    def _count(self, dest_N: Tensor, purpose: Purpose, hidden_bytes: int, wire_bytes: int) -> None:
-        intra = int((dest_N // self.cluster.ranks_per_node == self.cluster.node).sum())
-        inter = len(dest_N) - intra
+    def give_back(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
+        """Send each row to its rank (never this one); the rows of others [M, B], ordered by sender.
+
+        come: how many rows each rank has for this one, which it must know.
+        hidden_bytes: as for `dispatch`.
+        """
+        row_bytes = rows_NB.shape[1]
+        rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
+        sent = [len(rows) for rows in rows_to]
+        sizes_to, sizes_from = ([rows * row_bytes for rows in counts] for counts in (sent, come))
+        arrived = self._swap(torch.cat(rows_to).flatten(), sizes_to, sizes_from)
+        self._count(sent, "return", hidden_bytes)
+        return arrived.view(-1, row_bytes)
+
+    def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
+        """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
+        arrived = chunks.new_empty(sum(sizes_from))
+        dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to)
+        self.counters.all_to_alls += 1
+        self.counters.wire_bytes += len(chunks)
+        return arrived
+
+    def _swap_late(self, rows_to: list[Tensor], room: Room, came: list[int]) -> list[Tensor]:
+        """The rows from each rank that its chunk had no room for; mine are sent to the others meanwhile."""
+        late_to = [rows[most:] for rows, most in zip(rows_to, room.to, strict=True)]
+        late_from = [
+            rows_to[0].new_empty(max(0, count - most), rows_to[0].shape[1])
+            for count, most in zip(came, room.come, strict=True)
+        ]
+        operations = [
+            dist.P2POp(send_or_receive, rows, other)
+            for send_or_receive, late in ((dist.isend, late_to), (dist.irecv, late_from))
+            for other, rows in enumerate(late)
+            if len(rows)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        self.counters.late += sum(len(rows) > 0 for rows in late_to)
+        self.counters.wire_bytes += sum(rows.nbytes for rows in late_to)
+        return late_from
+
+    def _count(self, sent: list[int], purpose: Purpose, hidden_bytes: int) -> None:
+        first = self.cluster.node * self.cluster.ranks_per_node
+        intra = sum(sent[first : first + self.cluster.ranks_per_node])
+        inter = sum(sent) - intra
         if purpose == "dispatch":
             self.counters.dispatch_intra += intra
             self.counters.dispatch_inter += inter
         else:
             self.counters.return_intra += intra
             self.counters.return_inter += inter
-        self.counters.all_to_alls += 1
-        self.counters.hidden_bytes += len(dest_N) * hidden_bytes
-        self.counters.wire_bytes += wire_bytes
+        self.counters.hidden_bytes += sum(sent) * hidden_bytes
 
     def start_gather(
-        self, rows_NB: Tensor, capacity: int, group: CoherenceGroup, kv_bytes: int
+        self, rows_NB: Tensor, counts: list[int], group: CoherenceGroup, kv_bytes: int
     ) -> PendingGather:
-        """Begin to give all members of `group` each other's rows; at most `capacity` a member.
+        """Begin to give all members of `group` each other's rows, of which member i has counts[i].
 
         kv_bytes: the part of a row that is keys and values, for the count.
         """
-        to_first_N = torch.zeros(len(rows_NB), dtype=torch.int64, device=rows_NB.device)
-        header = torch.full((1, 1), len(rows_NB), device=rows_NB.device)
-        chunk = _chunks(rows_NB, to_first_N, header, capacity)
-        chunks = chunk.new_empty(group.size, chunk.shape[1])
-        work = _all_gather(chunks, chunk, group=group.processes, async_op=True)
+        me, row_bytes = group.ranks.index(self.cluster.rank), rows_NB.shape[1]
+        assert len(rows_NB) == counts[me]
+        sizes_to = [0 if member == me else rows_NB.nbytes for member in range(group.size)]
+        sizes_from = [0 if member == me else rows * row_bytes for member, rows in enumerate(counts)]
+        arrived = rows_NB.new_empty(sum(sizes_from))
+        copies = rows_NB.flatten().repeat(group.size - 1)
+        # an all-gather wants equal parts, on gloo
+        work = dist.all_to_all_single(
+            arrived, copies, sizes_from, sizes_to, group=group.processes, async_op=True
+        )
         others_in_node = sum(self.cluster.node_of(rank) == self.cluster.node for rank in group.ranks) - 1
         self.counters.gathers += 1
         self.counters.kv_intra += len(rows_NB) * others_in_node
         self.counters.kv_inter += len(rows_NB) * (group.size - 1 - others_in_node)
         self.counters.kv_bytes += len(rows_NB) * (group.size - 1) * kv_bytes
-        self.counters.wire_bytes += (group.size - 1) * chunk.numel()
-        return PendingGather(work, chunks, rows_NB.shape[1])
+        self.counters.wire_bytes += len(copies)
+        return PendingGather(work, arrived.view(-1, row_bytes))
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -161,36 +216,37 @@ def unpack(rows_NB: Tensor, *like: tuple[torch.dtype, int]) -> list[Tensor]:
     columns, start = [], 0
     for dtype, width in like:
         size = dtype.itemsize * width
-        columns.append(_copied(rows_NB[:, start : start + size]).view(dtype))
+        # `contiguous` would leave a single row where it lies, perhaps unaligned for a wider type
+        column = rows_NB[:, start : start + size].clone(memory_format=torch.contiguous_format)
+        columns.append(column.view(dtype))
         start += size
     return columns
 
 
-def _chunks(rows_NB: Tensor, dest_N: Tensor, header: Tensor, capacity: int) -> Tensor:
-    """One chunk for each line of `header` [G, fields], as bytes [G, header + capacity * B]."""
-    row_bytes, head_bytes = rows_NB.shape[1], 4 * header.shape[1]
-    chunks = rows_NB.new_zeros(len(header), head_bytes + capacity * row_bytes)
-    chunks[:, :head_bytes] = header.to(torch.int32).view(torch.uint8)
-    order = torch.argsort(dest_N, stable=True)
-    counts = torch.bincount(dest_N, minlength=len(header))
-    place_N = torch.arange(len(dest_N), device=dest_N.device) - (counts.cumsum(0) - counts)[dest_N[order]]
-    body = chunks[:, head_bytes:].view(len(header), capacity, row_bytes)
-    body[dest_N[order], place_N] = rows_NB[order]
-    return chunks
+def _by_rank(rows_NB: Tensor, dest_N: Tensor, ranks: int) -> list[Tensor]:
+    """The rows for each rank, in the order given."""
+    counts = torch.bincount(dest_N, minlength=ranks).tolist()
+    return list(rows_NB[torch.argsort(dest_N, stable=True)].split(counts))
 
 
-def _headers(chunks: Tensor, fields: int) -> Tensor:
-    return _copied(chunks[:, : 4 * fields]).view(torch.int32)
+def _as_headers(values: list[list[int]], device: torch.device) -> Tensor:
+    """Lines of numbers as bytes [lines, 4 * numbers]."""
+    return torch.tensor(values, dtype=torch.int32).view(torch.uint8).to(device)
 
 
-def _copied(part: Tensor) -> Tensor:
-    """A dense copy; `contiguous` leaves a single row where it lies, perhaps unaligned for a wider type."""
-    return part.clone(memory_format=torch.contiguous_format)
+def _read_headers(chunks: list[Tensor], fields: int) -> tuple[list[int], list[list[int]]]:
+    """How many rows each chunk was to have, and the note in it."""
+    headers: list[list[int]] = (
+        torch.stack([chunk[: 4 * fields] for chunk in chunks]).view(torch.int32).tolist()
+    )
+    return [header[0] for header in headers], [header[1:] for header in headers]
 
 
-def _filled_rows(chunks: Tensor, fields: int, row_bytes: int) -> Tensor:
-    """The rows that are filled, chunk after chunk, [M, B]."""
-    capacity = (chunks.shape[1] - 4 * fields) // row_bytes
-    body = chunks[:, 4 * fields :].view(len(chunks), capacity, row_bytes)
-    filled = torch.arange(capacity, device=chunks.device) < _headers(chunks, fields)[:, :1]
-    return body[filled]
+def _pieces(header_H: Tensor, rows_NB: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chunk consists of: header, rows, and zeros where there are fewer than it has room for."""
+    spare = max(0, room - len(rows_NB)) * rows_NB.shape[1]
+    return header_H, rows_NB[:room].flatten(), rows_NB.new_zeros(spare)
+
+
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like.new_empty(0), *pieces])

@@ -3,7 +3,9 @@
 Shapes: T tokens, H query heads, J key/value heads, C head width, P positions, N sequences held, W = 2 J C.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,21 +28,28 @@ class NewKV:
 
 
 class KVCache:
-    """`values[layer, side, n, p]` is key (side 0) or value (1) of position p of the n-th sequence held."""
+    """`values[layer, side, n, :, p]` are keys (side 0) or values (1) of position p of the n-th sequence held.
 
-    def __init__(
-        self, config: ModelConfig, held: Tensor, num_positions: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    [layers, 2, N, J, P, C]: what a head reads lies in one piece.
+    """
+
+    def __init__(self, values: Tensor, held: Tensor) -> None:
         """held: ascending ids of the sequences to hold."""
-        shape = (config.num_hidden_layers, 2, len(held), num_positions, config.num_kv_heads, config.head_dim)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.held = held.to(device)
+        self.values = values
+        self.held = held.to(values.device)
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, held: Tensor, num_positions: int, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        shape = cache_shape(config, len(held), num_positions)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), held)
 
     def write(self, new: "NewKV") -> None:
         place_T = torch.searchsorted(self.held, new.sequence_T)
-        kv_T2JC = new.kv_TW.view(-1, 2, *self.values.shape[-2:])
+        kv_T2JC = new.kv_TW.view(-1, 2, self.values.shape[3], self.values.shape[5])
         for side in (0, 1):
-            self.values[new.layer_T, side, place_T, new.position_T] = kv_T2JC[:, side]
+            self.values[new.layer_T, side, place_T, :, new.position_T] = kv_T2JC[:, side]
 
     def append(self, layer: int, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> "NewKV":
         """Write one layer's new keys and values; returned in the form in which they are shared."""
@@ -52,8 +61,12 @@ class KVCache:
     def read(self, layer: int, sequence_T: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of each token's sequence, [T, J, length, C]."""
         place_T = torch.searchsorted(self.held, sequence_T)
-        keys, values = self.values[layer, :, place_T, :length].transpose(2, 3)
+        keys, values = self.values[layer, :, place_T, :, :length]
         return keys, values
+
+
+def cache_shape(config: ModelConfig, sequences: int, positions: int) -> tuple[int, ...]:
+    return (config.num_hidden_layers, 2, sequences, config.num_kv_heads, positions, config.head_dim)
 
 
 @dataclass
@@ -65,19 +78,19 @@ class KVSharing:
     group: CoherenceGroup
     pending: PendingGather | None = None
 
-    def start(self, born: list[NewKV], capacity: int) -> None:
-        """Begin to share what was born; at most `capacity` rows a member, a number all members agree on."""
+    def start(self, born: list[NewKV], counts: list[int]) -> None:
+        """Begin to share what was born here; member i of the group has counts[i] rows."""
         self.finish()
         kv_TW = torch.cat([new.kv_TW for new in born])
         places = [torch.stack([new.layer_T, new.sequence_T, new.position_T], dim=1) for new in born]
         packed = pack(kv_TW, torch.cat(places).to(torch.int32))
-        self.pending = self.exchange.start_gather(packed, capacity, self.group, kv_TW[:1].nbytes)
+        self.pending = self.exchange.start_gather(packed, counts, self.group, kv_TW[:1].nbytes)
 
     def finish(self) -> None:
         """Wait for what is under way and write it to the cache."""
         if self.pending is None:
             return
-        width = 2 * self.cache.values.shape[-2] * self.cache.values.shape[-1]
+        width = 2 * self.cache.values.shape[3] * self.cache.values.shape[5]
         kv_TW, whole = unpack(self.pending.wait(), (self.cache.values.dtype, width), (torch.int32, 3))
         layer_T, sequence_T, position_T = whole.long().T.contiguous()
         self.cache.write(NewKV(layer_T, sequence_T, position_T, kv_TW))
@@ -89,13 +102,13 @@ class PrefillAttention:
     """AttentionContext of whole prompts: rows are sequences one after the other, `lengths` tokens each.
 
     With a `sharing`, the group's members get each layer's keys and values as soon as it is done;
-    `group_tokens` is the largest number of prompt tokens a member has.
+    `group_tokens` are the prompt tokens of each member.
     """
 
     cache: KVCache
     lengths: list[int]
     sharing: KVSharing | None = None
-    group_tokens: int = 0
+    group_tokens: list[int] = field(default_factory=list)
 
     def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
         new = self.cache.append(layer, k_TJC, v_TJC, rows)
@@ -113,14 +126,16 @@ class DecodeAttention:
     """AttentionContext of one decode step: each row is the newest token of its sequence.
 
     length: positions to look at, an upper bound over all sequences. `born` collects the step's new keys and
-    values, to be shared when it is over.
+    values, to be shared with the group; `before` is called with the number of each layer to come.
     """
 
     cache: KVCache
     length: int
+    before: Callable[[int], None] = field(default=lambda layer: None)
     born: list[NewKV] = field(default_factory=list)
 
     def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
+        self.before(layer)
         self.born.append(self.cache.append(layer, k_TJC, v_TJC, rows))
         keys, values = self.cache.read(layer, rows.sequence_T, self.length)
         seen_T1P = torch.arange(self.length, device=keys.device) <= rows.position_T[:, None, None]

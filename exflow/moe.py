@@ -14,6 +14,7 @@ from torch import Tensor
 
 from exflow.decoder import MoE, Routing, Rows
 from exflow.exchange import Exchange, pack, unpack
+from exflow.expectation import ROUND_BYTES, Expectation
 from exflow.placement.plan import Plan
 
 ELSEWHERE = -1
@@ -60,6 +61,11 @@ class PlanTables:
     def hosts(self, slot_TK: Tensor) -> Tensor:
         """The ranks that have these physical slots."""
         return slot_TK // self.slots_per_rank
+
+    def hosting(self, slot_TK: Tensor, num_ranks: int) -> Tensor:
+        """Whether each rank has one of a token's physical slots [T, G] bool."""
+        hosts_TG = torch.zeros(len(slot_TK), num_ranks, dtype=torch.bool, device=slot_TK.device)
+        return hosts_TG.scatter_(1, self.hosts(slot_TK), True)
 
     def local(self, slot_TK: Tensor, rank: int) -> Tensor:
         """Of these physical slots those of `rank`, counted from its first; ELSEWHERE for the others."""
@@ -134,8 +140,9 @@ class ExpertParallel:
 
     `group_size` ranks share the context of their sequences (a coherence group), so a token may be owned by
     any of them: 1 is dispatch-combine, all ranks is the coherent strategy of ExFlow, the ranks of a node lie
-    between. Every rank knows how many tokens each rank owns (`owned`, an upper bound), since it travels with
-    every dispatch: the capacity of the next exchange follows from it, and counts are never exchanged alone.
+    between. Counts are never exchanged alone: with every dispatch travels how many tokens the sender owns and
+    how many of them each rank will, so every rank knows how many each rank owns, from which the room in the
+    next dispatch follows; and whoever owns a token next knows, from its slots, which ranks return it.
     """
 
     def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
@@ -144,7 +151,12 @@ class ExpertParallel:
         self.group_size = group_size
         self.rank = exchange.cluster.rank
         self.num_ranks = exchange.cluster.num_ranks
+        self.begin_request()
         self.history: list[list[int]] = []
+
+    def begin_request(self) -> None:
+        round_bytes = ROUND_BYTES[self.exchange.cluster.device.type]
+        self.expected = Expectation(self.rank, self.num_ranks, round_bytes)
 
     def begin(self, owned: list[int]) -> None:
         """Start a forward pass in which rank r owns at most owned[r] tokens."""
@@ -152,16 +164,16 @@ class ExpertParallel:
 
     @property
     def owned(self) -> list[int]:
+        """How many tokens each rank owns now; an upper bound until the first dispatch of the pass."""
         return self.history[-1]
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         routing = layer.route(layer.norm(hidden_TD), rows)
         slot_TK = self.tables.serving_slot[self.rank, layer.index][routing.expert_TK]
-        hosts_TG = torch.zeros(len(slot_TK), self.num_ranks, dtype=torch.bool, device=slot_TK.device)
-        hosts_TG.scatter_(1, self.tables.hosts(slot_TK), True)
+        hosts_TG = self.tables.hosting(slot_TK, self.num_ranks)
         owner_T = self.choose_owners(layer.index, routing.expert_TK, hosts_TG, rows.sequence_T)
         mine = Tokens(hidden_TD, routing.weight_TK, slot_TK, rows.sequence_T, rows.position_T, owner_T)
-        here = self.dispatch(mine, hosts_TG)
+        here = self.dispatch(layer.index, mine, hosts_TG)
         local_TK = self.tables.local(here.slot_TK, self.rank)
         partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
         return self.settle(here, partial_TD, local_TK, rows.phase)
@@ -180,17 +192,22 @@ class ExpertParallel:
         best_T = score_TG.masked_fill(~candidates_TG, torch.iinfo(torch.int64).min).argmax(dim=1)
         return best_T.where(candidates_TG.any(dim=1), self.rank)
 
-    def dispatch(self, mine: Tokens, hosts_TG: Tensor) -> Tokens:
+    def dispatch(self, layer: int, mine: Tokens, hosts_TG: Tensor) -> Tokens:
         """Send each of my tokens to every other rank that serves it; mine, then my guests."""
         away_TG = hosts_TG.clone()
         away_TG[:, self.rank] = False
         token_N, dest_N = away_TG.nonzero(as_tuple=True)
-        owners_G = torch.bincount(mine.owner_T, minlength=self.num_ranks)
-        received = self.exchange.all_to_all(
-            mine.pack(token_N), dest_N, owners_G, max(self.owned), "dispatch", mine.hidden_TD[:1].nbytes
+        owners = torch.bincount(mine.owner_T, minlength=self.num_ranks).tolist()
+        packed = mine.pack(token_N)
+        room = self.expected.room(layer, self.owned, packed.shape[1])
+        arrived = self.exchange.dispatch(
+            packed, dest_N, [len(mine.owner_T), *owners], room, mine.hidden_TD[:1].nbytes
         )
-        self.history.append(received.notes.sum(dim=0).tolist())
-        return mine.and_received(received.rows_MB)
+        owned, *next_owned = zip(*arrived.notes, strict=True)
+        self.history[-1] = list(owned)  # of the ranks whose sequences have ended it was too large
+        self.history.append([sum(of_senders) for of_senders in next_owned])
+        self.expected.observe(layer, owned, arrived.sent, arrived.came)
+        return mine.and_received(arrived.rows_MB)
 
     def settle(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
         """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
@@ -201,16 +218,16 @@ class ExpertParallel:
         kept_T = key_T[keep_T][order_T]
         if self.has_return(local_TK.shape[1]):
             send_N = (~keep_T & (local_TK >= 0).any(dim=1)).nonzero()[:, 0]
-            received = self.exchange.all_to_all(
+            come = self.tables.hosting(here.slot_TK[keep_T], self.num_ranks).sum(dim=0).tolist()
+            come[self.rank] = 0
+            returned_MB = self.exchange.give_back(
                 pack(partial_TD[send_N], key_T[send_N, None]),
                 here.owner_T[send_N],
-                key_T.new_empty(0),
-                max(self.owned),
-                "return",
+                come,
                 partial_TD[:1].nbytes,
             )
             partial_MD, key_M1 = unpack(
-                received.rows_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1)
+                returned_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1)
             )
             hidden_TD = hidden_TD.index_add(0, torch.searchsorted(kept_T, key_M1[:, 0]), partial_MD)
         return hidden_TD, Rows(kept_T >> 32, kept_T & 0xFFFFFFFF, phase)

@@ -17,39 +17,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-
 
 @dataclass
 class Spy:
-    """Stands in for torch's collectives. `log` has a list for each pass: prefill, then every step."""
+    """Stands in for torch's collectives; those within a group of ranks are the gathers.
+
+    `log` has a list for each pass: prefill, then every step; `bytes_sent` a number.
+    """
 
     log: list[list[str]] = field(default_factory=list)
-    rows_sent: list[list[int]] = field(default_factory=list)  # of each all-to-all: rows to each rank
+    bytes_sent: list[int] = field(default_factory=list)
+    chunks: list[dict[str, list[int]]] = field(default_factory=list)  # of each all-to-all, by receiver
 
-    def watch(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **options: Any) -> Any:
+    def begin_pass(self) -> None:
+        self.log.append([])
+        self.bytes_sent.append(0)
+
+    def all_to_all(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(arrived: Tensor, sent: Tensor, sizes_from: Any, sizes_to: Any, **options: Any) -> Any:
             if self.log:
-                self.log[-1].append(name)
-                if name == "all_to_all":
-                    self.rows_sent.append(first_numbers(args[1]))
-            return collective(*args, **options)
+                self.log[-1].append("gather" if "group" in options else "all_to_all")
+                self.bytes_sent[-1] += sent.nbytes
+                if "group" not in options:
+                    numbers = [first_number(chunk) for chunk in sent.split(sizes_to)]
+                    late = [0] * len(sizes_to)
+                    self.chunks.append({"bytes": list(sizes_to), "numbers": numbers, "late_bytes": late})
+            return collective(arrived, sent, sizes_from, sizes_to, **options)
+
+        return watched
+
+    def all_reduce(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(values: Tensor) -> Any:
+            if self.log:
+                self.log[-1].append("all_reduce")
+            return collective(values)
+
+        return watched
+
+    def point_to_point(self, together: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(operations: list[dist.P2POp]) -> Any:
+            for each in operations:
+                if self.log and each.op is dist.isend:
+                    self.bytes_sent[-1] += each.tensor.nbytes
+                    self.chunks[-1]["late_bytes"][each.peer] += each.tensor.nbytes
+            return together(operations)
 
         return watched
 
 
-def first_numbers(chunks: Tensor) -> list[int]:
-    """The int32 that each chunk to another rank begins with: how many rows follow."""
-    numbers: list[int] = chunks[:, :4].contiguous().view(torch.int32)[:, 0].tolist()
-    return numbers
+def first_number(chunk: Tensor) -> int:
+    """The int32 that a dispatch's chunk begins with: how many rows it is about; 0 where there is no chunk."""
+    return int(chunk[:4].clone().view(torch.int32)[0]) if len(chunk) else 0
 
 
 spy = Spy()
-dist.all_to_all_single = spy.watch("all_to_all", dist.all_to_all_single)
-dist.all_reduce = spy.watch("all_reduce", dist.all_reduce)
-setattr(dist, GATHER, spy.watch("gather", getattr(dist, GATHER)))
+dist.all_to_all_single = spy.all_to_all(dist.all_to_all_single)
+dist.all_reduce = spy.all_reduce(dist.all_reduce)
+dist.batch_isend_irecv = spy.point_to_point(dist.batch_isend_irecv)
 
-# only now, since the gather is looked up when the module is loaded
 from exflow.decoder import MoE, Rows  # noqa: E402
 from exflow.deploy import Deployment, deploy  # noqa: E402
 from exflow.distributed import Cluster, join_cluster  # noqa: E402
@@ -57,6 +82,8 @@ from exflow.engine import Engine, Request  # noqa: E402
 from exflow.errors import InputError  # noqa: E402
 from exflow.job_trace import JobRecorder  # noqa: E402
 from exflow.placement.plan import Plan  # noqa: E402
+from exflow.profiling.trace import RoutingTrace  # noqa: E402
+from exflow.replay import ReplayedRouting  # noqa: E402
 from exflow.sampling import Sampling  # noqa: E402
 
 
@@ -70,16 +97,20 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
         )
     except InputError as error:
         return {"fault": str(error)}, None
+    if case["replay"] is not None:
+        trace = RoutingTrace.load(case["replay"])
+        engine.decoder.replay = ReplayedRouting.of(trace, engine.decoder.config, cluster.device)
     for request in case["requests"][:-1]:
         engine.generate(request_of(request))
     recorder, computed = JobRecorder(engine), computed_choices(engine)
     places, logits = [], []
-    spy.log, spy.rows_sent = [[]], []
+    spy.log, spy.bytes_sent, spy.chunks = [], [], []
+    spy.begin_pass()
 
     def observe(rows: Rows, logits_TV: Tensor) -> None:
         places.append(torch.stack([rows.sequence_T, rows.position_T], dim=1))
         logits.append(logits_TV)
-        spy.log.append([])
+        spy.begin_pass()
 
     generation = engine.generate(request_of(case["requests"][-1]), observe)
     log, spy.log = spy.log, []
@@ -89,7 +120,8 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
     seen = {
         "generation": asdict(generation),
         "collectives": log,
-        "rows_sent": spy.rows_sent,
+        "bytes_sent": spy.bytes_sent,
+        "chunks": spy.chunks,
         "experts_held": experts_held(engine),
         "computed": computed,
     }

@@ -36,16 +36,19 @@ from exflow.placement.topology import Topology
 from exflow.placement.traffic import count_traffic, rank_load
 from exflow.profile import profile
 from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
+from exflow.random_weights import RandomWeights
+from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling
 from exflow.strategies import Name
 
 pytestmark = pytest.mark.distributed
 
-MODELS: dict[str, dict[str, int]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "top1": {},
     "top2": {"top_k": 2},
     "top1-dense": {"moe_every": 2, "num_hidden_layers": 5},  # the last layer is dense
     "top2-dense": {"top_k": 2, "moe_every": 2},
+    "top2-swiglu": {"top_k": 2, "head_dim": 24, "activation": "swiglu"},
 }
 PROMPTS = [[65, 66, 67], [72, 69, 76, 76, 79, 32, 87, 79, 82, 76, 68], [42], [1, 2, 3, 4, 5, 6], [200] * 7]
 NEW = 8
@@ -91,6 +94,8 @@ def cases() -> list[Case]:
         *product([2], ["top1", "top2-dense"], two, ["replicas"], ["mixed"]),
         *product([4], ["top1", "top2"], four, ["replicas"], ["mixed"]),
         *product([4], ["top2"], ["coherent", "node-coherent"], ["replicas"], ["some-end"]),
+        *product([4], ["top2-swiglu"], ["dispatch-combine", "coherent"], ["random"], ["mixed"]),
+        *product([4], ["top1", "top2"], four, ["random"], ["replayed"]),
     ]
     return [Case(*values) for values in each]
 
@@ -150,7 +155,7 @@ class Bench:
     def requests(self, model: str, name: str) -> list[Request]:
         """The last one is looked at; those before it have run on the same engine."""
         match name:
-            case "mixed":
+            case "mixed" | "replayed":
                 return [MIXED]
             case "sampled":
                 return [SAMPLED]
@@ -166,15 +171,33 @@ class Bench:
                 return [replace(LONE, end_token=self.run(model, [LONE]).generation.tokens[0][0])]
         raise AssertionError(name)
 
+    def replay(self, case: Case) -> Path | None:
+        """The trace that dictates the case's routing, if one does."""
+        path = self.folder / "replayed.trace"
+        self.once(path, lambda: trace_to_replay().save(path))
+        return path if case.request == "replayed" else None
+
     def reference(self, case: Case) -> Reference:
-        return self.run(case.model, self.requests(case.model, case.request))
+        return self.run(case.model, self.requests(case.model, case.request), self.replay(case))
 
-    def run(self, model: str, requests: list[Request]) -> Reference:
-        return self.once((model, str(requests)), lambda: run_alone(self.model(model), requests))
+    def run(self, model: str, requests: list[Request], replay: Path | None = None) -> Reference:
+        key = (model, str(requests), replay)
+        return self.once(key, lambda: run_alone(self.model(model), requests, replay))
 
 
-def run_alone(model: Path, requests: list[Request]) -> Reference:
+def trace_to_replay() -> RoutingTrace:
+    """Three sequences, two of them shorter than what is generated, with one more choice than is needed."""
+    rng = np.random.default_rng(4)
+    sequence = np.repeat([3, 1, 8], [5, 30, 9])
+    experts = rng.permuted(np.tile(np.arange(8), (len(sequence), 4, 1)), axis=2)[:, :, :3]
+    return RoutingTrace.from_arrays(experts, num_experts=8, sequence=sequence)
+
+
+def run_alone(model: Path, requests: list[Request], replay: Path | None) -> Reference:
     engine = load_model(model)
+    if replay is not None:
+        trace = RoutingTrace.load(replay)
+        engine.decoder.replay = ReplayedRouting.of(trace, engine.decoder.config, torch.device("cpu"))
     for request in requests[:-1]:
         engine.generate(request)
     recorder = JobRecorder(engine)
@@ -251,6 +274,7 @@ def stored(case: Case, bench: Bench) -> dict[str, Any]:
         "strategy": case.strategy,
         "ranks_per_node": 2,
         "requests": [asdict(each) for each in bench.requests(case.model, case.request)],
+        "replay": None if (replay := bench.replay(case)) is None else str(replay),
     }
 
 
@@ -342,19 +366,38 @@ def test_the_merged_trace_is_that_of_one_process(case: Case, bench: Bench, job: 
     assert job.trace(case).digest() == bench.reference(case).trace.digest()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.request == "replayed"], ids=lambda c: c.name)
+def test_a_replayed_trace_dictates_the_routing(case: Case, job: Job) -> None:
+    dictated, recorded = trace_to_replay(), job.trace(case)
+    rows_of = [np.flatnonzero(dictated.sequence == sequence) for sequence in (1, 3, 8)]
+    rows = [
+        rows_of[sequence % 3][position % len(rows_of[sequence % 3])]
+        for sequence, position in zip(recorded.sequence, recorded.position, strict=True)
+    ]
+    assert np.array_equal(recorded.experts, dictated.experts[rows, :, : recorded.top_k])
+    assert recorded.num_tokens == sum(len(prompt) + NEW - 1 for prompt in PROMPTS)
+
+
 @every_case
 def test_the_collectives_of_a_step(case: Case, bench: Bench, job: Job) -> None:
-    """As torch saw them: a coherent top-1 step is one all-to-all a MoE layer and one gather."""
+    """As torch saw them: a coherent top-1 step is one all-to-all a MoE layer and a gather in either half."""
     config = bench.config(**MODELS[case.model])
     layers = len(config.moe_layer_ids)
     exchanges = exchanges_per_step(layers, config.top_k, case.group_size, case.ranks)
     step = ["all_reduce"] * layers if case.strategy == "replicated" else ["all_to_all"] * exchanges
-    gather = ["gather"] if case.group_size > 1 else []
     at_home = step if case.strategy == "replicated" else ["all_to_all"] * 2 * layers
+    gathers = []
+    if case.group_size > 1:
+        middle = next(
+            layer for layer in range(config.num_hidden_layers // 2, 9) if config.moe_layer_ids[0] < layer
+        )
+        before = sum(layer < middle for layer in config.moe_layer_ids)
+        step.insert(before * exchanges // layers, "gather")
+        gathers = ["gather"]
     for seen in job.of(case):
         prefill, *steps, rest = seen["collectives"]
-        assert sorted(prefill) == sorted(at_home + gather * config.num_hidden_layers)
-        assert steps == [step + gather] * seen["generation"]["steps"]
+        assert sorted(prefill) == sorted(at_home + gathers * config.num_hidden_layers)
+        assert steps == [step + gathers] * seen["generation"]["steps"]
         assert rest == (step if case.request in ("all-end", "end-at-once") else [])
         for phase, collectives in (("prefill", prefill), ("decode", [*chain(*steps), *rest])):
             counted = seen["generation"][phase]
@@ -408,22 +451,47 @@ def test_each_choice_is_computed_once_and_where_the_plan_says(case: Case, bench:
 
 
 @every_case
-def test_the_rows_in_the_buffers_are_the_messages(case: Case, job: Job) -> None:
+def test_the_rows_in_the_buffers_are_the_messages(case: Case, bench: Bench, job: Job) -> None:
     """Nothing but messages is sent, nothing to oneself, and a second exchange carries only the returns."""
-    seen = job.of(case)
-    sent = np.array([each["rows_sent"] for each in seen], np.int64).reshape(case.ranks, -1, case.ranks)
+    seen, config = job.of(case), bench.config(**MODELS[case.model])
+    sent, late, size = (
+        np.array([[chunk[what] for chunk in each["chunks"]] for each in seen], np.int64).reshape(
+            case.ranks, -1, case.ranks
+        )
+        for what in ("numbers", "late_bytes", "bytes")
+    )
     in_prefill = seen[0]["generation"]["prefill"]["all_to_alls"]
     same_node = np.arange(case.ranks)[:, None] // 2 == np.arange(case.ranks) // 2
-    assert not sent[np.arange(case.ranks), :, np.arange(case.ranks)].any()
-    for phase, rows in (("prefill", sent[:, :in_prefill]), ("decode", sent[:, in_prefill:])):
+    diagonal = np.arange(case.ranks)
+    assert not size[diagonal, :, diagonal].any()
+    for phase, part in (("prefill", slice(in_prefill)), ("decode", slice(in_prefill, None))):
         counters = seen[0]["generation"][phase]
         has_return = phase == "prefill" or not (case.model.startswith("top1") and case.strategy == "coherent")
-        dispatched = rows[:, ::2] if has_return else rows
-        returned = rows[:, 1::2] if has_return else rows[:, :0]
-        for purpose, part in (("dispatch", dispatched), ("return", returned)):
-            between = part.sum(axis=1)
+        every = 2 if has_return else 1
+        dispatched = sent[:, part][:, ::every]
+        room = size[:, part][:, ::every] - 4 * (1 + 1 + case.ranks)  # after count, own tokens, next owners
+        room[diagonal, :, diagonal] = 0
+        row = 4 * config.hidden_size + 4 * config.top_k + 4 * (config.top_k + 3)
+        assert not (room % row).any()
+        assert (late[:, part][:, ::every] == row * np.maximum(dispatched - room // row, 0)).all()
+        assert counters["late"] == (late[:, part] > 0).sum()
+        returned = size[:, part][:, 1::2] // (4 * config.hidden_size + 8) if has_return else dispatched[:, :0]
+        for purpose, rows in (("dispatch", dispatched), ("return", returned)):
+            between = rows.sum(axis=1)
             assert counters[f"{purpose}_intra"] == between[same_node].sum(), (phase, purpose)
             assert counters[f"{purpose}_inter"] == between[~same_node].sum(), (phase, purpose)
+
+
+@every_case
+def test_the_bytes_on_the_wire_are_those_torch_was_given(case: Case, job: Job) -> None:
+    seen = job.of(case)
+    if case.strategy == "replicated":
+        assert not any(sum(each["bytes_sent"]) for each in seen)
+        return
+    of_pass = np.array([each["bytes_sent"] for each in seen]).sum(axis=0)
+    generation = seen[0]["generation"]
+    assert generation["prefill"]["wire_bytes"] == of_pass[0]
+    assert generation["decode"]["wire_bytes"] == of_pass[1:].sum()
 
 
 @pytest.mark.parametrize(("case", "held"), [(PLAIN, 2), (REPLICAS, 3)])
@@ -457,6 +525,14 @@ def test_a_job_of_one_rank(bench: Bench, lone_rank: None, model: str, strategy: 
         generation = deploy(Deployment(bench.model(model), strategy, plan), cluster).generate(MIXED)
     assert generation.tokens == bench.run(model, [MIXED]).generation.tokens
     assert generation.decode.messages == generation.decode.kv_bytes == generation.decode.wire_bytes == 0
+
+
+def test_a_shape_alone_is_deployed(bench: Bench, lone_rank: None) -> None:
+    weights = RandomWeights(bench.config(top_k=2, head_dim=24, activation="swiglu"), seed=1)
+    plan = random_plan(profiled(bench.decoder(weights.config)), Topology(gpus_per_node=1), 12)
+    with join_cluster("cpu") as cluster:
+        generation = deploy(Deployment(weights, "coherent", plan), cluster).generate(MIXED)
+    assert generation.tokens == load_model(weights).generate(MIXED).tokens
 
 
 def test_a_lost_rank_is_told_from_other_errors(lone_rank: None) -> None:
