@@ -10,14 +10,15 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from exflow.decoder import AttentionContext, MoELayout, Rows
-from exflow.distributed import coherence_group
+from exflow.distributed import Cluster, coherence_group
 from exflow.errors import InputError
 from exflow.exchange import Exchange
 from exflow.kv_cache import DecodeAttention, KVCache, KVSharing, PrefillAttention
 from exflow.moe import AllExpertsHere, ExpertParallel, PlanTables, Replicated
 
-Name = Literal["dispatch-combine", "coherent", "node-coherent", "replicated"]
-NAMES: tuple[Name, ...] = ("dispatch-combine", "coherent", "node-coherent", "replicated")
+# `auto` stands for one of the others, which auto.py chooses once the ranks have met
+Name = Literal["dispatch-combine", "coherent", "node-coherent", "replicated", "auto"]
+NAMES: tuple[Name, ...] = ("dispatch-combine", "coherent", "node-coherent", "replicated", "auto")
 
 
 class Strategy(Protocol):
@@ -43,6 +44,9 @@ class Strategy(Protocol):
 
     def share(self, attention: DecodeAttention) -> None:
         """After a step: begin to give other ranks the context they must hold."""
+
+    def finish_sharing(self) -> None:
+        """Wait for what other ranks gave, if a step that is not run by `step` is to see it."""
 
     def idle(self, rows: Rows) -> bool:
         """After a pass: whether no rank had a token in it. All ranks answer alike."""
@@ -72,12 +76,19 @@ class AllTokens:
     def share(self, attention: DecodeAttention) -> None:
         """Every rank has computed all of it."""
 
+    def finish_sharing(self) -> None:
+        """Nothing was given."""
+
     def idle(self, rows: Rows) -> bool:
         return len(rows.sequence_T) == 0
 
 
 class OwnedTokens:
-    """Each token is run by its owner. A sequence's home is its id modulo the ranks; prompts run at home."""
+    """Each token is run by its owner. A sequence's home is its id modulo the ranks; prompts run at home.
+
+    New keys and values of a layer are needed by the group a whole step later. Those of the first half of the
+    layers are shared while the second half runs, the others while the next step's first half does.
+    """
 
     def __init__(
         self,
@@ -93,9 +104,14 @@ class OwnedTokens:
         self.at_home = ExpertParallel(exchange, tables, group_size=1)
         self.in_group = ExpertParallel(exchange, tables, group_size)
         self.group = coherence_group(exchange.cluster, group_size) if group_size > 1 else None
-        self.sharing: KVSharing | None = None
-        # how many exchanges a step has made before each hidden layer's attention
-        self.exchanges_before = [bisect_left(moe_layer_ids, layer) for layer in range(layers)]
+        self.early: KVSharing | None = None
+        self.late: KVSharing | None = None
+        # how many dispatches a step has made before each hidden layer's attention
+        self.dispatches_before = [bisect_left(moe_layer_ids, layer) for layer in range(layers)]
+        # where the second half begins: after a dispatch, since before it nobody knows which sequences ended;
+        # at 0 it is all of them
+        halves = (layer for layer in range(layers // 2, layers) if self.dispatches_before[layer])
+        self.middle = next(halves, 0)
 
     def admits(self, sequence_N: Tensor) -> Tensor:
         return sequence_N % self.num_ranks == self.rank
@@ -112,34 +128,53 @@ class OwnedTokens:
             for rank in range(self.num_ranks)
         ]
         tokens_at = [sum(each) for each in lengths_at]
+        for experts in (self.at_home, self.in_group):
+            experts.begin_request()
         self.at_home.begin(tokens_at)
         self.in_group.begin([len(each) for each in lengths_at])
         if self.group is not None:
-            self.sharing = KVSharing(cache, self.exchange, self.group)
-        attention = PrefillAttention(
-            cache, lengths_at[self.rank], self.sharing, self._largest_in_group(tokens_at)
-        )
+            self.early, self.late = (KVSharing(cache, self.exchange, self.group) for _ in range(2))
+        attention = PrefillAttention(cache, lengths_at[self.rank], self.early, self._in_group(tokens_at))
         return attention, self.at_home
 
     def step(self, cache: KVCache, length: int) -> tuple[DecodeAttention, MoELayout]:
-        if self.sharing is not None:
-            self.sharing.finish()
         self.in_group.begin(self.in_group.owned)  # sequences that ended since make it an upper bound
-        return DecodeAttention(cache, length), self.in_group
+        if self.early is None or self.late is None:
+            return DecodeAttention(cache, length), self.in_group
+        early, late = self.early, self.late
+
+        def before(layer: int) -> None:
+            if layer == 0:
+                early.finish()
+            if layer == self.middle:
+                late.finish()
+                if layer:
+                    early.start(attention.born, self._born_in(range(layer)))
+
+        attention = DecodeAttention(cache, length, before)
+        return attention, self.in_group
 
     def share(self, attention: DecodeAttention) -> None:
-        if self.sharing is None:
-            return
-        owned_in_layer = [self.in_group.history[count] for count in self.exchanges_before]
-        born_at = [sum(owned[rank] for owned in owned_in_layer) for rank in range(self.num_ranks)]
-        self.sharing.start(attention.born, self._largest_in_group(born_at))
+        if self.late is not None:
+            second_half = range(self.middle, len(self.dispatches_before))
+            self.late.start(attention.born[self.middle :], self._born_in(second_half))
+
+    def finish_sharing(self) -> None:
+        for sharing in (self.early, self.late):
+            if sharing is not None:
+                sharing.finish()
 
     def idle(self, rows: Rows) -> bool:
         return sum(self.in_group.owned) == 0
 
-    def _largest_in_group(self, per_rank: list[int]) -> int:
+    def _born_in(self, layers: range) -> list[int]:
+        """How many keys and values were born in these layers of the step on each member of the group."""
+        owned = [self.in_group.history[self.dispatches_before[layer]] for layer in layers]
+        return self._in_group([sum(of_layer[rank] for of_layer in owned) for rank in range(self.num_ranks)])
+
+    def _in_group(self, per_rank: list[int]) -> list[int]:
         first = self.rank - self.rank % self.group_size
-        return max(per_rank[first : first + self.group_size])
+        return per_rank[first : first + self.group_size]
 
 
 def single_process() -> AllTokens:
@@ -160,8 +195,14 @@ def make_strategy(
     name: Name, exchange: Exchange, tables: PlanTables, moe_layer_ids: tuple[int, ...], layers: int
 ) -> Strategy:
     """The strategy called `name` for this rank of the job; every rank of it must call this."""
+    assert name != "auto", "to be resolved by auto.choose_strategy"
     cluster = exchange.cluster
     if name == "replicated":
         return AllTokens(Replicated(exchange, tables), exchange)
-    sizes = {"dispatch-combine": 1, "coherent": cluster.num_ranks, "node-coherent": cluster.ranks_per_node}
-    return OwnedTokens(exchange, tables, sizes[name], moe_layer_ids, layers)
+    return OwnedTokens(exchange, tables, group_size(name, cluster), moe_layer_ids, layers)
+
+
+def group_size(name: Name, cluster: Cluster) -> int:
+    """Ranks of a coherence group: those that may own a token."""
+    sizes = {"dispatch-combine": 1, "node-coherent": cluster.ranks_per_node}
+    return sizes.get(name, cluster.num_ranks)

@@ -1,0 +1,73 @@
+"""Hosts on one machine: namespaces joined by rate-limited cables to a switch. Needs root, and Linux."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+CABLE = "cable"  # what every host calls its end
+BURST = "64kb"
+QUEUE = "10ms"  # of packets that wait for their turn; what exceeds it is dropped
+
+
+class NoNetwork(RuntimeError):
+    """This machine does not let us make hosts; says why."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace and its address on the switch."""
+
+    name: str
+    address: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs `arguments` on this host."""
+        return ["ip", "netns", "exec", self.name, *arguments]
+
+
+@contextmanager
+def hosts(count: int, rate: str, delay: str | None = None) -> Iterator[list[Host]]:
+    """`count` hosts, each on a cable of `rate` (as tc spells it) either way, and one-way `delay`.
+
+    They are gone afterwards, however it ends. Raises NoNetwork where namespaces, links or their limits are
+    not to be had (a delay needs the kernel's netem).
+    """
+    if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
+        raise NoNetwork("hosts on one machine need root and the commands ip and tc")
+    stem = f"exflow-{os.getpid()}"
+    made = [Host(f"{stem}-{number}", f"10.78.0.{number + 1}") for number in range(count)]
+    names = [f"{stem}-switch", *(host.name for host in made)]
+    try:
+        for name in names:
+            _run("ip", "netns", "add", name)
+        _run("ip", "-n", names[0], "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", names[0], "link", "set", "bridge", "up")
+        for number, host in enumerate(made):
+            _connect(names[0], f"port{number}", host, rate, delay)
+        yield made
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def _connect(switch: str, port: str, host: Host, rate: str, delay: str | None) -> None:
+    """Lay a cable between a port of the switch and the host, limited at both ends: one for each direction."""
+    _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", CABLE, "netns", host.name)
+    _run("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", CABLE)
+    _run("ip", "-n", switch, "link", "set", port, "master", "bridge")
+    for name, end in ((switch, port), (host.name, CABLE)):
+        limit = ["rate", rate, "burst", BURST, "latency", QUEUE]
+        _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "handle", "1:", "tbf", *limit)
+        if delay is not None and end == CABLE:
+            _run("tc", "-n", name, "qdisc", "add", "dev", end, "parent", "1:1", "netem", "delay", delay)
+        _run("ip", "-n", name, "link", "set", end, "up")
+    _run("ip", "-n", host.name, "link", "set", "lo", "up")
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NoNetwork(f"{' '.join(command)}: {done.stderr.strip()}")

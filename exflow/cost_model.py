@@ -1,0 +1,243 @@
+"""What a decode step takes under each strategy, from what it moves and touches; a model, nothing is run here.
+
+A step is its synchronous exchanges (latency, and the bytes of the busiest rank), what it computes (the bytes
+that the busiest rank reads from memory, and launches), and of the keys and values shared in the background
+what computing does not hide. What moves is placement's own count, as means per token and layer.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from exflow.config import ModelConfig
+from exflow.errors import InputError
+from exflow.expectation import ROUND_BYTES, deviations
+from exflow.placement.plan import Plan
+from exflow.strategies import Name
+
+
+@dataclass(frozen=True)
+class Link:
+    """An all-to-all of next to nothing takes latency_s; a rank sends bytes_per_s, and receives as many."""
+
+    latency_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on: measured once, or given.
+
+    inside, between  links of the ranks of a node, and of nodes: what each rank has of them when all send
+    read_bytes_per_s from a rank's memory
+    memory_bytes     that a rank has for weights, keys and values
+    layer_s, token_s what each layer takes beyond that, and each token in it: launches, arithmetic
+    round_bytes      by which an exchange leaves room (see Expectation)
+    hides            the share of computing that hides what is sent in the background: none where one and
+                     the same processor does both
+    """
+
+    inside: Link
+    between: Link
+    read_bytes_per_s: float
+    memory_bytes: float
+    layer_s: float = 0.0
+    token_s: float = 0.0
+    round_bytes: int = ROUND_BYTES["cpu"]
+    hides: float = 1.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """A decode step of the whole job: `batch` sequences that look at `context` positions.
+
+    hidden_bytes    a hidden state; kv_bytes a token's keys and values in one layer
+    expert_bytes    one expert's weights; dense_bytes all weights that are no expert's
+    """
+
+    batch: int
+    context: int
+    ranks: int
+    ranks_per_node: int
+    layers: int
+    moe_layers: int
+    experts: int
+    slots_per_rank: int
+    top_k: int
+    hidden_bytes: int
+    kv_bytes: int
+    expert_bytes: int
+    dense_bytes: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
+        """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
+        gated = 3 if config.activation == "swiglu" else 2
+        hidden, inner, moe_layers = config.hidden_size, config.intermediate_size, len(config.moe_layer_ids)
+        expert = gated * hidden * inner
+        attention = hidden * (2 * config.attention_width + config.kv_width)
+        dense_mlps = (config.num_hidden_layers - moe_layers) * expert
+        dense = config.num_hidden_layers * attention + dense_mlps + moe_layers * hidden * config.num_experts
+        return cls(
+            batch=batch,
+            context=context,
+            ranks=plan.num_ranks,
+            ranks_per_node=plan.topology.gpus_per_node,
+            layers=config.num_hidden_layers,
+            moe_layers=moe_layers,
+            experts=config.num_experts,
+            slots_per_rank=plan.slots_per_rank,
+            top_k=config.top_k,
+            hidden_bytes=hidden * itemsize,
+            kv_bytes=config.kv_width * itemsize,
+            expert_bytes=expert * itemsize,
+            dense_bytes=(dense + config.vocab_size * hidden) * itemsize,
+        )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Of the rank that admitted most."""
+        return math.ceil(self.batch / self.ranks)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a strategy moves, as placement counts it: messages per token and MoE layer, inside a node and
+    between nodes; copies of keys and values per token and layer; synchronous collectives a step.
+
+    busiest: load of the busiest rank over the mean; attending: the same of the attention.
+    """
+
+    group_size: int
+    exchanges: int
+    dispatch: tuple[float, float]
+    give_back: tuple[float, float]
+    kv: tuple[float, float]
+    busiest: float
+    attending: float
+    all_reduces: int = 0
+
+    @classmethod
+    def of(cls, figures: dict[str, Any], group_size: int, attending: float = 1.0) -> Self:
+        """From one strategy's entry of placement.evaluate."""
+        totals, messages = figures["totals"], figures["messages_per_token_layer"]
+        # the means know no split by both purpose and link, the totals do
+        scale = messages / totals["messages"] if totals["messages"] else 0.0
+        return cls(
+            group_size=group_size,
+            exchanges=figures["exchanges_per_step"] if "all_reduces_per_step" not in figures else 0,
+            dispatch=(totals["dispatch_intra"] * scale, totals["dispatch_inter"] * scale),
+            give_back=(totals["return_intra"] * scale, totals["return_inter"] * scale),
+            kv=(figures["kv_intra_node"], figures["kv_inter_node"]),
+            busiest=figures["imbalance"]["mean"],
+            attending=attending,
+            all_reduces=figures.get("all_reduces_per_step", 0),
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a decode step, and the bytes of memory that the fullest rank needs."""
+
+    strategy: Name
+    exchange_s: float
+    compute_s: float
+    background_s: float  # as much of it as computing does not hide
+    memory_bytes: float
+
+    @property
+    def step_s(self) -> float:
+        return self.exchange_s + self.compute_s + self.background_s
+
+
+def predict(strategy: Name, load: Load, moved: Moved, machine: Machine) -> Prediction:
+    """What a step takes under the strategy of which `moved` speaks."""
+    compute_s = _compute_s(load, moved, machine)
+    tokens = load.tokens_per_rank * moved.attending * load.layers
+    background_s = _slower([tokens * copies * load.kv_bytes for copies in moved.kv], machine)
+    held = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
+    kv_held = held * load.context * load.layers * load.kv_bytes
+    weights = load.dense_bytes + load.moe_layers * load.slots_per_rank * load.expert_bytes
+    exchange_s = _all_reduces_s(load, moved, machine) + _exchanges_s(load, moved, machine)
+    return Prediction(
+        strategy, exchange_s, compute_s, max(0.0, background_s - machine.hides * compute_s), weights + kv_held
+    )
+
+
+def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, str]:
+    """The name of the fastest of those that fit into memory, the first of equals, and why.
+
+    Raises InputError, with the numbers, if none fits.
+    """
+    too_large = [each for each in predictions if each.memory_bytes > memory_bytes]
+    fit = sorted((each for each in predictions if each not in too_large), key=lambda each: each.step_s)
+    refused = "".join(
+        f"; {each.strategy} does not fit: {_gigabytes(each.memory_bytes)} of weights and keys and values, "
+        f"{_gigabytes(memory_bytes)} of memory"
+        for each in too_large
+    )
+    if not fit:
+        raise InputError(
+            f"--strategy auto: none fits{refused}; use more ranks, fewer prompts or shorter ones"
+        )
+    best, *others = fit
+    against = ", ".join(f"{_milliseconds(each.step_s)} for {each.strategy}" for each in others)
+    return best.strategy, f"auto: {best.strategy}, {_milliseconds(best.step_s)} predicted" + (
+        f" against {against}{refused}" if others else refused
+    )
+
+
+def _exchanges_s(load: Load, moved: Moved, machine: Machine) -> float:
+    """All dispatches and returns of a step; each waits for the busiest rank."""
+    if not moved.exchanges:
+        return 0.0
+    latency = (machine.inside if load.ranks == load.ranks_per_node else machine.between).latency_s
+    others = (load.ranks_per_node - 1, load.ranks - load.ranks_per_node)
+    tokens = load.tokens_per_rank
+    row_bytes = load.hidden_bytes + 4 * (2 * load.top_k + 3)  # with slots, weights and where it belongs
+    sent = [
+        pairs * row_bytes * _room(tokens, rows / max(pairs, 1), deviations(row_bytes, machine.round_bytes))
+        for rows, pairs in zip(moved.dispatch, others, strict=True)
+    ]
+    returned = [tokens * rows * (load.hidden_bytes + 8) for rows in moved.give_back]
+    moving = sum(_slower([each * moved.busiest for each in part], machine) for part in (sent, returned))
+    return moved.exchanges * latency + load.moe_layers * moving
+
+
+def _room(tokens: float, share: float, spare: float) -> float:
+    """Rows that a chunk has room for, on average (see Expectation), where a token goes there by `share`."""
+    share = min(share, 1.0)
+    return min(tokens, tokens * share + spare * math.sqrt(tokens * share * (1 - share)))
+
+
+def _all_reduces_s(load: Load, moved: Moved, machine: Machine) -> float:
+    """A ring: every rank sends each part of the rows on, once to be summed and once to be known."""
+    if not moved.all_reduces:
+        return 0.0
+    link = machine.inside if load.ranks == load.ranks_per_node else machine.between
+    bytes_sent = 2 * (load.ranks - 1) / load.ranks * load.batch * load.hidden_bytes
+    return moved.all_reduces * (2 * link.latency_s + bytes_sent / link.bytes_per_s)
+
+
+def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
+    """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to."""
+    chosen = 1 - (1 - 1 / load.experts) ** (load.batch * load.top_k)
+    weights = load.moe_layers * load.slots_per_rank * chosen * load.expert_bytes + load.dense_bytes
+    tokens = load.batch if moved.all_reduces else load.tokens_per_rank * moved.attending
+    contexts = tokens * load.layers * load.context * load.kv_bytes
+    launched = load.layers * (machine.layer_s + tokens * machine.token_s)
+    return launched + (weights + contexts) / machine.read_bytes_per_s
+
+
+def _slower(sent: list[float], machine: Machine) -> float:
+    """Seconds that bytes inside the node and bytes between nodes take, which move at the same time."""
+    inside, between = sent
+    return max(inside / machine.inside.bytes_per_s, between / machine.between.bytes_per_s)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
