@@ -266,7 +266,18 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
     ignore_end: Annotated[bool, typer.Option(help="Do not stop at the end-of-text token.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Record the run's routing to this folder.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a routing trace that dictates the experts, whatever the gates say."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    transport: Annotated[
+        str,
+        typer.Option(
+            help="How decode steps run: one-sided or collective (captured, on GPUs), eager; "
+            "auto takes the first that works."
+        ),
+    ] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -277,7 +288,18 @@ def generate(
     prompts = read_prompts(prompt or [], prompt_file)
     sampling = Sampling(temperature, top_p, seed)
     job = GenerateJob(
-        model, prompts, max_new_tokens, sampling, plan, strategy, device, dtype, trace, ignore_end
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        plan,
+        strategy,
+        device,
+        dtype,
+        trace,
+        ignore_end,
+        replay,
+        transport,
     )
     place = torchrun_place()
     if place is None:

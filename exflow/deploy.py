@@ -1,12 +1,17 @@
-"""From files to a running engine: a checkpoint, and for a job of several ranks a plan and a strategy."""
+"""From weights to a running engine; a job of several ranks has a plan and a strategy too.
+
+Weights are a checkpoint's folder, or RandomWeights of a shape alone.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from exflow.checkpoint import load_decoder
 from exflow.config import ModelConfig, load_model_config
+from exflow.decoder import Decoder
 from exflow.distributed import Cluster, alike_on_all_ranks
 from exflow.engine import Engine
 from exflow.errors import InputError
@@ -15,24 +20,52 @@ from exflow.moe import PlanTables
 from exflow.placement.baselines import contiguous
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
-from exflow.strategies import Name, make_strategy, single_process
+from exflow.random_weights import RandomWeights, random_decoder
+from exflow.strategies import Name, group_size, make_strategy, single_process
+from exflow.transport import alone, choose_transport
+
+if TYPE_CHECKING:
+    from exflow.captured import Capture
 
 
 @dataclass(frozen=True)
 class Deployment:
     """What every rank of a job must agree on."""
 
-    model: Path
+    weights: Path | RandomWeights
     strategy: Name
     plan: Plan
     dtype: torch.dtype = torch.float32
+    transport: str = "auto"
 
 
 def load_model(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    weights: str | Path | RandomWeights,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    transport: str = "auto",
 ) -> Engine:
-    """The model in checkpoint folder `folder`, whole, in this process. Raises InputError for bad files."""
-    return Engine(load_decoder(Path(folder), torch.device(device), dtype), single_process())
+    """The model in a checkpoint folder (or a random one), whole, in this process.
+
+    Raises InputError for bad files.
+    """
+    source = weights if isinstance(weights, RandomWeights) else Path(weights)
+    decoder = _decoder(source, torch.device(device), dtype)
+    cluster = alone(decoder.embedding.weight.device)
+    plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
+    tables = PlanTables.of(plan, cluster.device)
+    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", transport))
+
+
+def _decoder(
+    weights: Path | RandomWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_here: list[list[int]] | None = None,
+) -> Decoder:
+    if isinstance(weights, RandomWeights):
+        return random_decoder(weights, device, dtype, experts_here)
+    return load_decoder(weights, device, dtype, experts_here)
 
 
 def contiguous_plan(config: ModelConfig, topology: Topology) -> Plan:
@@ -64,7 +97,7 @@ def plan_for(model: Path, plan: Path | None, topology: Topology) -> Plan:
 
 
 def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
-    """This rank's engine: it reads and holds the experts of its own slots alone. Collective.
+    """This rank's engine: it reads (or draws) and holds the experts of its own slots alone. Collective.
 
     Raises InputError on every rank alike if any rank finds a file at fault.
     """
@@ -72,11 +105,26 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     first = cluster.rank * plan.slots_per_rank
     experts_here = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
     decoder = alike_on_all_ranks(
-        cluster, lambda: load_decoder(deployment.model, cluster.device, deployment.dtype, experts_here)
+        cluster, lambda: _decoder(deployment.weights, cluster.device, deployment.dtype, experts_here)
     )
     tables = PlanTables.of(plan, cluster.device)
     config = decoder.config
     strategy = make_strategy(
         deployment.strategy, Exchange(cluster), tables, config.moe_layer_ids, config.num_hidden_layers
     )
-    return Engine(decoder, strategy)
+    return Engine(
+        decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, deployment.transport)
+    )
+
+
+def _capture(
+    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: str
+) -> "Capture | None":
+    """How to make this rank's captured steps; None where they are run eagerly. Collective."""
+    chosen = choose_transport(transport, cluster)
+    if chosen == "eager":
+        return None
+    from exflow.captured import Capture
+
+    group = group_size(strategy, cluster)
+    return Capture(decoder, tables, cluster, group, strategy == "replicated", chosen)

@@ -7,7 +7,7 @@ Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,11 @@ from exflow.profiling.record import RoutingListener
 from exflow.profiling.trace import DECODE, PREFILL
 from exflow.sampling import GREEDY, Sampling, choose_tokens
 from exflow.strategies import Strategy
+
+if TYPE_CHECKING:
+    from exflow.captured import Capture, CapturedDecode
+
+LOOK_EVERY = 16  # captured steps between two looks at whether all sequences have ended
 
 Item = TypeVar("Item")
 Observer = Callable[[Rows, Tensor], None]
@@ -64,11 +69,16 @@ class Generation:
 
 
 class Engine:
-    """A decoder and a strategy. `generate` is collective: every rank of the job calls it alike."""
+    """A decoder and a strategy. `generate` is collective: every rank of the job calls it alike.
 
-    def __init__(self, decoder: Decoder, strategy: Strategy) -> None:
+    capture: how to make decode steps of static shape; without it every step is run eagerly.
+    """
+
+    def __init__(self, decoder: Decoder, strategy: Strategy, capture: "Capture | None" = None) -> None:
         self.decoder = decoder
         self.strategy = strategy
+        self.capture = capture
+        self.captured: CapturedDecode | None = None
         self.device = decoder.embedding.weight.device
         self.first_sequence = 0  # sequence ids go on from request to request
 
@@ -80,18 +90,18 @@ class Engine:
         Raises InputError for prompts that are empty or do not fit the model.
         """
         check_request(request, self.decoder.config)
-        run = _Run(self, request, observe)
+        run = _Run(self, request, observe) if self.capture is None else _CapturedRun(self, request, observe)
         self.first_sequence += len(request.prompts)
         prefill, prefill_s = self._counted(run.prefill)
         decode, decode_s = self._counted(run.decode)
-        results = self.of_all_ranks((run.chosen, prefill, decode))
+        results = self.of_all_ranks((run.chosen, prefill, decode, run.steps))
         return Generation(
-            run.collect([chosen for chosen, _, _ in results]),
+            run.collect([chosen for chosen, *_ in results]),
             prefill_s,
             decode_s,
-            run.steps,
-            total([counters for _, counters, _ in results]),
-            total([counters for _, _, counters in results]),
+            max(steps for *_, steps in results),
+            total([counters for _, counters, _, _ in results]),
+            total([counters for _, _, counters, _ in results]),
         )
 
     def _counted(self, phase: Callable[[], None]) -> tuple[Counters, float]:
@@ -107,6 +117,21 @@ class Engine:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def capture_for(self, request: Request) -> "CapturedDecode":
+        """The captured step that serves `request`: the one at hand, or a new one in its place. Collective."""
+        assert self.capture is not None
+        positions = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
+        sequences = self.first_sequence % self.capture.cluster.num_ranks + len(request.prompts)
+        wanted = (sequences, positions, request.sampling, request.end_token)
+        if self.captured is None or not self.captured.serves(*wanted):
+            self.captured = None  # its memory first
+            self.captured = self.capture.make(*wanted)
+        return self.captured
+
+    def close(self) -> None:
+        """Free the captured step: NCCL does not let a group go while a graph holds its collectives."""
+        self.captured = None
 
     def of_all_ranks(self, mine: Item) -> list[Item]:
         """Every rank's `mine`, by rank; collective, and not counted."""
@@ -133,15 +158,18 @@ class _Run:
         self.sequence_N = torch.arange(self.first, self.first + len(request.prompts), device=self.device)
         self.lengths = [len(prompt) for prompt in request.prompts]
         self.longest = max(self.lengths)
-        self.cache = KVCache(
+        self.cache = self._cache(engine)
+        self.chosen: dict[tuple[int, int], int] = {}
+        self.steps = 0
+
+    def _cache(self, engine: Engine) -> KVCache:
+        return KVCache.empty(
             self.decoder.config,
             held=self.sequence_N[self.strategy.holds(self.sequence_N)],
-            num_positions=self.longest + request.max_new_tokens,
+            num_positions=self.longest + self.request.max_new_tokens,
             device=self.device,
             dtype=self.decoder.embedding.weight.dtype,
         )
-        self.chosen: dict[tuple[int, int], int] = {}
-        self.steps = 0
 
     def prefill(self) -> None:
         """Run the prompts admitted here; leave the first new token of each to decode."""
@@ -190,6 +218,36 @@ class _Run:
         for (sequence, _), token in sorted(chosen.items()):
             tokens[sequence].append(token)
         return tokens
+
+
+class _CapturedRun(_Run):
+    """The same request with prompts run eagerly and every decode step a replay."""
+
+    def _cache(self, engine: Engine) -> KVCache:
+        self.captured = engine.capture_for(self.request)
+        return self.captured.kv_cache(self.first)
+
+    def prefill(self) -> None:
+        super().prefill()
+        self.strategy.finish_sharing()
+        self.captured.begin(self.first, self.lengths, self.token_T, self.rows)
+
+    def decode(self) -> None:
+        captured, taken = self.captured, 0
+        for taken in range(1, self.request.max_new_tokens):
+            captured.advance()
+            if self.observe is not None or self.decoder.listeners:
+                captured.report(self.observe, self.decoder.listeners)
+            if taken % LOOK_EVERY == 0:
+                captured.check()
+                if self.request.end_token is not None and captured.all_ended():
+                    break
+        captured.check()
+        chosen = captured.chosen(taken)
+        self.chosen.update({(number, position): token for number, position, token in chosen})
+        if self.strategy.exchange is not None:
+            vars(self.strategy.exchange.counters).update(vars(captured.counters(taken)))
+        self.steps = max((position - self.lengths[number] for number, position, _ in chosen), default=0)
 
 
 def check_request(request: Request, config: ModelConfig) -> None:

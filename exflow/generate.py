@@ -1,6 +1,7 @@
 """The `exflow generate` command: text in, text out, in this process or as one rank of a job."""
 
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from exflow.checkpoint import load_tokenizer
 from exflow.config import load_model_config
 from exflow.console import say
 from exflow.corpus import END_OF_TEXT, read_text
+from exflow.cost_model import Load
 from exflow.deploy import Deployment, deploy, load_model, plan_for
 from exflow.device import choose_device
 from exflow.distributed import Cluster, alike_on_all_ranks, join_cluster
@@ -19,8 +21,11 @@ from exflow.files import check_writable
 from exflow.job_trace import JobRecorder
 from exflow.launch import torchrun_place
 from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling
 from exflow.strategies import strategy_named
+from exflow.transport import transport_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,6 +44,8 @@ class GenerateJob:
     dtype: str
     trace: Path | None
     ignore_end: bool
+    replay: Path | None
+    transport: str = "auto"
 
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
@@ -53,13 +60,28 @@ class GenerateJob:
         """What the ranks of `topology` are to run. Raises InputError if they cannot."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
         return Deployment(
-            self.model, strategy, plan_for(self.model, self.plan, topology), dtype_named(self.dtype)
+            self.model,
+            strategy,
+            plan_for(self.model, self.plan, topology),
+            dtype_named(self.dtype),
+            transport_named(self.transport, choose_device(self.device).type),
         )
+
+    def replayed(self, device: torch.device) -> ReplayedRouting | None:
+        """The routing that --replay dictates, None without it. Raises InputError if it does not fit."""
+        if self.replay is None:
+            return None
+        trace, config = RoutingTrace.load(self.replay), load_model_config(self.model)
+        try:
+            return ReplayedRouting.of(trace, config, device)
+        except InputError as error:
+            raise InputError(f"{self.replay}: {error}") from error
 
     def check(self, num_ranks: int) -> None:
         """Find what is at fault without starting the ranks, of one node. Raises InputError."""
         self.deployment(Topology(gpus_per_node=num_ranks))
         self.request()
+        self.replayed(torch.device("cpu"))
         choose_device(self.device)
         if self.trace is not None:
             check_writable(self.trace)
@@ -84,13 +106,42 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
     """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
     device = choose_device(job.device)
     if torchrun_place() is None:
-        return run(job, load_model(job.model, device, dtype_named(job.dtype)), job.request())
+        transport = transport_named(job.transport, device.type)
+        engine = load_model(job.model, device, dtype_named(job.dtype), transport)
+        engine.decoder.replay = job.replayed(device)
+        return run(job, engine, job.request())
     with join_cluster(device.type) as cluster:
         topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
-        deployment, request = alike_on_all_ranks(cluster, lambda: (job.deployment(topology), job.request()))
+        deployment, request, replay = alike_on_all_ranks(
+            cluster, lambda: (job.deployment(topology), job.request(), job.replayed(cluster.device))
+        )
         if cluster.rank == 0 and deployment.plan.topology != topology:
             say(f"{job.plan}: the plan is for {deployment.plan.topology}, these are {topology}")
-        return run(job, deploy(deployment, cluster), request, cluster)
+        if deployment.strategy == "auto":
+            deployment = resolved(deployment, request, cluster)
+            job = replace(job, strategy=deployment.strategy)
+        with closing(deploy(deployment, cluster)) as engine:
+            engine.decoder.replay = replay
+            return run(job, engine, request, cluster)
+
+
+def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Deployment:
+    """The deployment with the strategy that `auto` stands for. Collective; raises InputError if none fits."""
+    from exflow.auto import choose_strategy
+
+    assert isinstance(deployment.weights, Path)
+    positions = max(map(len, request.prompts)) + request.max_new_tokens
+    load = Load.of(
+        load_model_config(deployment.weights),
+        deployment.plan,
+        len(request.prompts),
+        positions,
+        deployment.dtype.itemsize,
+    )
+    strategy, why = choose_strategy(load, deployment.plan, cluster)
+    if cluster.rank == 0:
+        say(why)
+    return replace(deployment, strategy=strategy)
 
 
 def run(

@@ -43,7 +43,7 @@ def choose_tokens(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, pos
     scores_TV = keep_top_p(below_best_TV / sampling.temperature, sampling.top_p)
     entry_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
     place_TV = (sequence_T[:, None] << 40) + (position_T[:, None] << 20) + entry_V  # vocabularies < 2**20
-    seed = torch.tensor(sampling.seed, device=logits_TV.device)
+    seed = torch.full((), sampling.seed, device=logits_TV.device)  # no copy from the host: it may be captured
     uniform_TV = uniform(mix(place_TV ^ mix(seed)))
     return (scores_TV - torch.log(-torch.log(uniform_TV))).argmax(dim=-1)  # the Gumbel-max trick
 

@@ -152,6 +152,12 @@ CASES: dict[str, tuple[Edit, str, list[str]]] = {
         ["prompt 0", "positions"],
     ),
     "trace to a bad place": (nothing, GENERATE + " --trace file/t", ["file/t", "cannot be written"]),
+    "no trace to replay": (nothing, GENERATE + " --replay absent", ["absent", "no such trace"]),
+    "replay of another model": (
+        write_other_trace,
+        GENERATE + " --nproc 2 --replay other",
+        ["other: ", "4 experts a layer", "the model 'tiny' 8", "replay a trace of a model"],
+    ),
     "gpus over nodes": (nothing, "place trace --gpus 4 --nodes 3 -o p.json", ["--gpus 4", "3 nodes"]),
     "method": (nothing, "place trace --gpus 2 --method magic -o p.json", ["magic", "contiguous", "auto"]),
     "no GPUs": (nothing, PLACE, ["--gpus", "--nodes", "--topology"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from exflow import cli
+from exflow.profiling.trace import RoutingTrace
 
 STRATEGY_KEYS = {
     "messages_per_token_layer",
@@ -92,6 +93,15 @@ def test_profile_then_generate(run: Run, tmp_path: Path, tiny_checkpoint: Callab
     assert json.loads(run(f"generate {model} --prompt Rain --max-new-tokens 5 --ignore-end --json"))[
         "tokens"
     ] == [result["tokens"][0]]
+
+
+def test_a_run_replays_a_trace(run: Run, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    experts = np.random.default_rng(0).permuted(np.tile(np.arange(8), (20, 4, 1)), axis=2)[:, :, :2]
+    RoutingTrace.from_arrays(experts, num_experts=8).save(tmp_path / "dictated")
+    generate = f"generate {tiny_checkpoint()} --prompt Rain --max-new-tokens 5 --ignore-end --json"
+    run(f"{generate} --replay dictated --trace own")
+    own = RoutingTrace.load(tmp_path / "own")
+    assert np.array_equal(own.experts, experts[: len("Rain") + 4, :, :1])
 
 
 def test_tables_for_people(run: Run, tmp_path: Path) -> None:

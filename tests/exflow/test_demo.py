@@ -57,7 +57,7 @@ def test_affinity_and_coherence_move_less(variants: dict[tuple[str, str], dict[s
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("strategy", "collectives"),
-    [("dispatch-combine", (24, 0, 0)), ("coherent", (12, 1, 0)), ("replicated", (0, 0, 12))],
+    [("dispatch-combine", (24, 0, 0)), ("coherent", (12, 2, 0)), ("replicated", (0, 0, 12))],
 )
 def test_collectives_of_a_decode_step(
     variants: dict[tuple[str, str], dict[str, Any]], strategy: str, collectives: tuple[int, int, int]

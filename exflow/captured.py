@@ -1,0 +1,305 @@
+"""The decode loop of one rank over a step of static shape: captured as one CUDA graph, replayed for every
+token.
+
+On a CPU the same step runs without a graph, in Triton's interpreter: slow, for tests alone.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.config import ModelConfig
+from exflow.decode_step import DecodeStep
+from exflow.decoder import Decoder, Rows
+from exflow.distributed import Cluster, CoherenceGroup, coherence_group
+from exflow.exchange import Counters
+from exflow.kv_cache import KVCache, cache_shape
+from exflow.launch import LostContact
+from exflow.mail import (
+    Allocate,
+    Mail,
+    StepShape,
+    collective_mail,
+    local_memory,
+    one_sided_mail,
+    symmetric_memory,
+    words_of,
+)
+from exflow.moe import PlanTables
+from exflow.profiling.record import RoutingListener
+from exflow.profiling.trace import DECODE
+from exflow.sampling import Sampling
+from exflow.transport import Transport
+
+Observer = Callable[[Rows, Tensor], None]
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+POSITIONS = 256  # the room for positions is a multiple of it
+
+# torch 2.13 renamed it, and warns at every call of the older name
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def bucket(sequences: int, ranks: int) -> int:
+    """The batch that a request of so many sequences runs in, a multiple of the ranks."""
+    enough = next((size for size in BUCKETS if size >= sequences), -(-sequences // 512) * 512)
+    return -(-enough // ranks) * ranks
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How the ranks of a job make their steps; every field but the decoder is the same on all of them."""
+
+    decoder: Decoder
+    tables: PlanTables
+    cluster: Cluster
+    group_size: int
+    replicated: bool
+    transport: Transport
+
+    @property
+    def returns(self) -> bool:
+        """Whether partial sums ever travel."""
+        alone = self.group_size == self.cluster.num_ranks and self.decoder.config.top_k == 1
+        return self.cluster.num_ranks > 1 and (self.replicated or not alone)
+
+    def make(
+        self,
+        sequences: int,
+        positions: int,
+        sampling: Sampling,
+        end_token: int | None,
+        kind: type[DecodeStep] = DecodeStep,
+    ) -> "CapturedDecode":
+        """Allocate, compile and capture for requests of at most so many sequences and positions. Collective.
+        Allocate, compile and capture for requests of at most so many sequences and positions. Collective."""
+        cluster = self.cluster
+        shape = StepShape(
+            cluster.rank,
+            cluster.num_ranks,
+            cluster.ranks_per_node,
+            cluster.num_ranks if self.replicated else self.group_size,
+            bucket(sequences, cluster.num_ranks),
+            -(-positions // POSITIONS) * POSITIONS,
+            self.replicated,
+        )
+        return CapturedDecode(self, shape, sampling, end_token, kind)
+
+
+class CapturedDecode:
+    """One bucket's step and the K/V cache it reads: `begin` a request, `advance` step by step, read the
+    results."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        shape: StepShape,
+        sampling: Sampling,
+        end_token: int | None,
+        kind: type[DecodeStep],
+    ) -> None:
+        self.capture, self.shape = capture, shape
+        start, decoder, cluster = time.perf_counter(), capture.decoder, capture.cluster
+        config, weight = decoder.config, decoder.embedding.weight
+        one_sided = capture.transport == "one-sided"
+        shares = not shape.replicated and shape.group_size > 1
+        alone = local_memory(weight.device)
+        peers = symmetric_memory(cluster) if one_sided and shape.num_ranks > 1 else alone
+        size = torch.Size(cache_shape(config, shape.rows, shape.positions))
+        memory = (peers if one_sided and shares else alone)(size.numel() * weight.dtype.itemsize)
+        self.cache = memory.own.view(weight.dtype).view(size)
+        share = None
+        if (
+            shares and not one_sided
+        ):  # no method of this object: a cycle would keep the graph from being freed
+            share = partial(_gather_born, coherence_group(cluster, shape.group_size), self.cache)
+        self.step = kind(
+            decoder,
+            shape,
+            capture.tables,
+            self._mail(config, one_sided, peers),
+            self._caches(memory.bases, one_sided and shares),
+            sampling,
+            end_token,
+            decoder.replay,
+            one_sided,
+            share,
+        )
+        self.graph = self._captured() if weight.device.type == "cuda" else None
+        self.capture_s = time.perf_counter() - start
+
+    def _mail(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> Mail:
+        row = config.hidden_size * self.cache.dtype.itemsize
+        if one_sided:
+            return one_sided_mail(self.shape, config.top_k, row, self.capture.returns, peers)
+        return collective_mail(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
+
+    def _caches(self, bases: list[int], shared: bool) -> list[int]:
+        """Addresses of the caches that new keys and values go to: the group's, or this rank's alone."""
+        first = self.shape.rank // self.shape.group_size * self.shape.group_size
+        return bases[first : first + self.shape.group_size] if shared else [self.cache.data_ptr()]
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. The steps before it, in which no token is owned, compile the kernels."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step.owned.zero_()
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    def run(self) -> None:
+        """The step without the graph."""
+        for _ in self.step.run():
+            pass  # other ranks are waited for by the kernels, or by the collective
+
+    def kv_cache(self, first_sequence: int) -> KVCache:
+        """The cache for a request whose first sequence has this id; padding has ids too, of no sequence."""
+        return KVCache(self.cache, self._ids(first_sequence))
+
+    def _ids(self, first_sequence: int) -> Tensor:
+        return self.shape.sequence_of_rows() + first_sequence - first_sequence % self.shape.num_ranks
+
+    def begin(self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows) -> None:
+        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest tokens here.
+        Take over a request after its prompts, `lengths` tokens each: token_T are the newest tokens here."""
+        id_M = self._ids(first_sequence)
+        length_M = torch.tensor([*lengths, 0])[(id_M - first_sequence).clamp(-1, len(lengths))]
+        place_T = torch.searchsorted(id_M, rows.sequence_T.cpu())
+        token_M, owned_M = torch.zeros_like(id_M), torch.zeros_like(id_M)
+        token_M[place_T], owned_M[place_T] = token_T.cpu(), 1
+        self.step.start(first_sequence, token_M, length_M, owned_M)
+        self._meet()
+
+    def _meet(self) -> None:
+        """No rank begins before all are ready: a step writes into the others' memory."""
+        if self.shape.num_ranks > 1:
+            if self.cache.device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+
+    def advance(self) -> None:
+        """One step."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.run()
+
+    def serves(self, sequences: int, positions: int, sampling: Sampling, end_token: int | None) -> bool:
+        """Whether this is the step that `Capture.make` would make, or one with more room for positions."""
+        same = (
+            self.shape.sequences == bucket(sequences, self.shape.num_ranks)
+            and positions <= self.shape.positions
+        )
+        return same and (self.step.sampling, self.step.end_token) == (sampling, end_token)
+
+    def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
+        """Tell what the latest step did: the routing of each layer, the logits of each choice."""
+        step = self.step
+        position_M = step.position - 1
+        for layer, (expert_MK, weight_MK) in enumerate(zip(step.routing, step.routing_weight, strict=True)):
+            here = expert_MK[:, 0] >= 0
+            for listener in listeners:
+                listener(
+                    layer,
+                    expert_MK[here].long(),
+                    weight_MK[here],
+                    step.sequence[here],
+                    position_M[here],
+                    DECODE,
+                )
+        if observe is not None:
+            here = step.chosen[int(step.done) - 1] >= 0
+            observe(Rows(step.sequence[here], position_M[here], DECODE), step.logits[here])
+
+    def check(self) -> None:
+        """Raise LostContact if this rank waited for another one in vain."""
+        if number := int(self.step.failed):
+            raise LostContact(f"no word from another rank in exchange {number} of the decode steps")
+
+    def all_ended(self) -> bool:
+        """Whether no rank owns a token any more; collective."""
+        left = self.step.owned.sum()
+        if self.shape.num_ranks > 1:
+            dist.all_reduce(left)
+        return not left.item()
+
+    def chosen(self, steps: int) -> list[tuple[int, int, int]]:
+        """(row of the request, position, token) of every choice made here in the first `steps` steps."""
+        token = self.step.chosen[:steps].cpu()
+        step, row = (token >= 0).nonzero(as_tuple=True)
+        number, start = self.step.number.cpu(), self.step.position.cpu() - steps
+        places = zip(
+            number[row].tolist(), (start[row] + step + 1).tolist(), token[step, row].tolist(), strict=True
+        )
+        return list(places)
+
+    def counters(self, steps: int) -> Counters:
+        """What this rank sent since `begin`."""
+        shape, config, step = self.shape, self.capture.decoder.config, self.step
+        layers = len(config.moe_layer_ids)
+        if shape.num_ranks == 1:
+            return Counters()
+        if shape.replicated:
+            sums = int(step.returned.sum())
+            row = config.hidden_size * self.cache.dtype.itemsize + 4
+            return Counters(all_reduces=steps * layers, wire_bytes=self._wire(steps, sums * row))
+        dispatch, returned = step.dispatched.sum(0).tolist(), step.returned.sum(0).tolist()
+        near = min(shape.group_size, shape.ranks_per_node) - 1
+        born = int(step.attended.sum())
+        kv = born * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
+        hidden = config.hidden_size * self.cache.dtype.itemsize
+        moved = sum(dispatch) * (hidden + 4 * words_of(config.top_k)) + sum(returned) * (hidden + 4) + kv
+        return Counters(
+            all_to_alls=steps * layers * (2 if self.capture.returns else 1),
+            gathers=steps if step.share is not None else 0,
+            dispatch_intra=dispatch[0],
+            dispatch_inter=dispatch[1],
+            return_intra=returned[0],
+            return_inter=returned[1],
+            kv_intra=born * near,
+            kv_inter=born * (shape.group_size - 1 - near),
+            hidden_bytes=(sum(dispatch) + sum(returned)) * hidden,
+            kv_bytes=kv,
+            wire_bytes=self._wire(steps, moved),
+        )
+
+    def _wire(self, steps: int, moved: int) -> int:
+        """Bytes that left this rank: what moved, or what a collective carries whether it is filled or not."""
+        if self.capture.transport == "one-sided":
+            return moved
+        boxes = [box for box in (self.step.mail.dispatch, self.step.mail.returns) if box is not None]
+        if self.shape.replicated:
+            boxes = boxes[1:]  # every rank gates every token
+        a_layer = sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
+        born = self.step.born.nbytes * (self.shape.group_size - 1)
+        return steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
+
+
+def _gather_born(group: CoherenceGroup, cache: Tensor, step: DecodeStep) -> None:
+    """Give the group's members the step's new keys and values by one all-gather, where memory is not shared.
+    Give the group's members the step's new keys and values by one all-gather, where memory is not shared."""
+    members = len(group.ranks)
+    everyone = step.born.new_empty(members, *step.born.shape)
+    owners = step.born_owned.new_empty(members, *step.born_owned.shape)
+    _all_gather(everyone, step.born, group=group.processes)
+    _all_gather(owners, step.born_owned, group=group.processes)
+    layers, _, rows, heads, _, width = cache.shape
+    # one member owned a row in a layer, or none did: the sum is that member's, bit for bit
+    kv = (everyone * owners[..., None]).sum(0).view(layers, rows, 2, heads, width)
+    anyone = owners.any(0).T[:, :, None, None]
+    row = torch.arange(rows, device=kv.device)
+    for side in (0, 1):
+        old = cache[:, side, row, :, step.position]  # [rows, layers, heads, width]
+        cache[:, side, row, :, step.position] = torch.where(anyone, kv[:, :, side].transpose(0, 1), old)

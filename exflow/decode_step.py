@@ -1,0 +1,413 @@
+"""A decode step of static shape: no size depends on what tokens do, so that a GPU can replay it as one graph.
+
+Every rank has a row for each sequence that it may own, and a mask of those it owns now. Tokens move by being
+written into their row on another rank (mail.py); kernels skip rows that are not owned. It computes what the
+eager step computes (moe.py, kv_cache.py), which stays the way to debug it and its oracle.
+
+Shapes: B sequences of the batch, M rows of this rank, D hidden, K choices, S slots of this rank.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from exflow.config import ModelConfig
+from exflow.decoder import Block, Decoder, MoE
+from exflow.kernels.decode_attention import decode_attention, merge_splits
+from exflow.kernels.gate import gate_and_put
+from exflow.kernels.grouped_mlp import expert_down, expert_up
+from exflow.kernels.receive import receive
+from exflow.kernels.settle import put_partials, settle
+from exflow.mail import Mail, StepShape, words_of
+from exflow.moe import PlanTables
+from exflow.replay import ReplayedRouting
+from exflow.sampling import Sampling, choose_tokens
+
+PATIENCE = 20_000_000  # looks at another rank's flag before it is given up: 10 s and more
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the expert products are cut: `rows` of a slot at once, `wide` outputs, `deep` along the sum,
+    `splits` of it."""
+
+    rows: int
+    wide: int
+    deep: int
+    splits: int
+    stages: int
+    warps: int = 4
+
+
+def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize: int, gated: bool) -> Tiles:
+    """Tiles for a product of [rows, depth] with [width, depth] weights in each of `slots` slots."""
+    rows = min(64, max(16, triton.next_power_of_2(int(rows_per_slot * 1.5) or 1)))
+    wide = min(64, triton.next_power_of_2(width))
+    deep = min(256 // itemsize, triton.next_power_of_2(depth))
+    programs = slots * triton.cdiv(width, wide)
+    splits = 1
+    while programs * splits < 128 and splits < 8 and depth // (splits * 2) >= 4 * deep:
+        splits *= 2
+    return Tiles(rows, wide, max(16, deep), splits, stages=3 if gated else 4)
+
+
+class DecodeStep:
+    """The buffers of one rank's step, and the step: `start` a request, then `run` for each of its tokens.
+
+    caches: addresses of the K/V caches [layers, 2, M, kv heads, positions, width] that new keys and values go
+    to;
+    one_sided: the mail arrives by itself, and is waited for; share: gives the step's new keys and values to
+    ranks
+    whose caches cannot be written to.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        shape: StepShape,
+        tables: PlanTables,
+        mail: Mail,
+        caches: list[int],
+        sampling: Sampling,
+        end_token: int | None,
+        replay: ReplayedRouting | None = None,
+        one_sided: bool = True,
+        share: "Callable[[DecodeStep], None] | None" = None,
+    ) -> None:
+        config = decoder.config
+        self.decoder, self.shape, self.mail, self.share = decoder, shape, mail, share
+        self.patience = PATIENCE
+        self.sampling, self.end_token, self.replay, self.one_sided = sampling, end_token, replay, one_sided
+        weight = decoder.embedding.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.layers = len(config.moe_layer_ids)
+        self.top_k = config.top_k
+        self.slots = tables.slots_per_rank
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
+
+        rows, sequences, hidden = shape.rows, shape.sequences, config.hidden_size
+        pairs = sequences * self.top_k
+        self.serving = tables.serving_slot.transpose(0, 1).contiguous().to(torch.int32)  # [L, G, E]
+        self.next_owner = tables.next_owner.to(torch.int32).contiguous()  # [L, E, G]
+        self.caches = torch.tensor(caches, device=self.device)
+        self.shapes: dict[str, Any] = {
+            "D": hidden,
+            "TOP_K": self.top_k,
+            "RANK": shape.rank,
+            "RANKS": shape.num_ranks,
+            "GROUP": shape.group_size,
+            "BLOCK_D": triton.next_power_of_2(hidden),
+            "BLOCK_G": triton.next_power_of_2(shape.num_ranks),
+        }
+        # the state that a step takes over from the one before
+        self.step = zeros(1, dtype=torch.int64)
+        self.sequence, self.number = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        self.token, self.position = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        self.owned = zeros(rows)
+        self.failed = zeros(1)
+        # what a layer works in
+        self.hidden, self.normed = zeros(2, rows, hidden, dtype=self.dtype)
+        self.received = zeros(sequences, hidden, dtype=self.dtype)
+        self.residual_at, self.owner_of = zeros(sequences, dtype=torch.int64), zeros(sequences)
+        self.weights = zeros(sequences, self.top_k, dtype=torch.float32)
+        self.pairs, self.counts = zeros(self.slots, pairs), zeros(self.slots)
+        self.gated = gated = config.activation == "swiglu"
+        inner = config.intermediate_size
+        per_slot = pairs / config.num_experts
+        itemsize = self.dtype.itemsize
+        self.up = tiles_for(per_slot, self.slots, inner, hidden, itemsize, gated)
+        self.down = tiles_for(per_slot, self.slots, hidden, inner, itemsize, False)
+        self.inner = zeros(pairs, inner, dtype=self.dtype)
+        self.partials = zeros(self.down.splits, pairs, hidden, dtype=torch.float32)
+        heads, width = config.num_attention_heads, config.head_dim
+        self.attention_splits = self._attention_splits(config)
+        self.attended_out = zeros(rows, heads, width, dtype=self.dtype)
+        parts = (rows, heads, self.attention_splits)
+        self.sums = zeros(*parts, width, dtype=torch.float32)
+        self.peaks = zeros(*parts, 2, dtype=torch.float32)
+        of_layers = config.num_hidden_layers if share else 0
+        self.born = zeros(of_layers, rows, config.kv_width, dtype=self.dtype)
+        self.born_owned = zeros(of_layers, rows)
+        # what is told about a step: the routing, the copies that left, the tokens chosen
+        self.routing = zeros(self.layers, rows, self.top_k)
+        self.routing_weight = zeros(self.layers, rows, self.top_k, dtype=torch.float32)
+        self.dispatched, self.returned, self.attended = zeros(rows, 2), zeros(sequences, 2), zeros(rows)
+        self.done = zeros(1, dtype=torch.int64)
+        self.chosen = zeros(shape.positions, rows, dtype=torch.int64)
+        self.dictated_row = zeros(rows, dtype=torch.int64)
+
+    def _attention_splits(self, config: ModelConfig) -> int:
+        """In how many parts to read the past, so that few sequences with a long one fill the GPU."""
+        shape = self.shape
+        owned = shape.rows if shape.replicated else triton.cdiv(shape.sequences, shape.num_ranks)
+        wanted = triton.cdiv(264, owned * config.num_kv_heads)
+        sensible = triton.cdiv(shape.positions, 128)
+        return min(16, int(triton.next_power_of_2(wanted)), int(triton.next_power_of_2(sensible)))
+
+    def start(self, first_sequence: int, token_M: Tensor, position_M: Tensor, owned_M: Tensor) -> None:
+        """Begin a request: its first sequence's id, and each row's newest token, position, and whether it is
+        owned here.
+
+        Prompt n of the request is sequence first_sequence + n, and as a row of the batch the one whose home
+        is that
+        sequence's: first_sequence % num_ranks + n.
+        """
+        self.sequence.copy_(
+            self.shape.sequence_of_rows() + first_sequence - first_sequence % self.shape.num_ranks
+        )
+        self.number.copy_(self.sequence - first_sequence)
+        self.token.copy_(token_M)
+        self.position.copy_(position_M)
+        self.owned.copy_(owned_M)
+        self.done.zero_()
+        self.chosen.fill_(-1)
+        for counter in (self.dispatched, self.returned, self.attended):
+            counter.zero_()
+
+    def run(self) -> Iterator[None]:
+        """One step; control is given up where other ranks must catch up (on a GPU, whose kernels wait, nobody
+        must)."""
+        decoder = self.decoder
+        if self.replay is not None:
+            self.dictated_row.copy_(self.replay.row_of(self.sequence, self.position))
+        self.hidden.copy_(decoder.embedding(self.token) + decoder.positions(self.position))
+        blocks = cast(list[Block], list(decoder.blocks))
+        norms = [*(block.attention.norm for block in blocks), decoder.norm]
+        self.normed.copy_(norms[0](self.hidden))
+        for layer, block in enumerate(blocks):
+            self._attend(layer, block)
+            if isinstance(block.mlp, MoE):
+                yield from self._moe(block.mlp, norms[layer + 1])
+            else:
+                self.hidden.copy_(block.mlp(self.hidden))
+                self.normed.copy_(norms[layer + 1](self.hidden))
+        if self.share is not None:
+            self.share(self)
+        self.logits = decoder.logits(self.normed)
+        self._advance(choose_tokens(self.logits, self.sampling, self.number, self.position + 1))
+
+    def _attend(self, layer: int, block: Block) -> None:
+        """Attention of the owned rows, added to the residual stream."""
+        shape, config = self.shape, self.decoder.config
+        qkv = block.attention.qkv(self.normed)
+        if self.share is not None:
+            self.born[layer] = qkv[:, -config.kv_width :]
+            self.born_owned[layer] = self.owned
+        heads, width, splits = config.num_attention_heads, config.head_dim, self.attention_splits
+        block_c = max(16, triton.next_power_of_2(width))
+        decode_attention[(shape.rows, config.num_kv_heads, splits)](
+            qkv,
+            self.owned,
+            self.position,
+            self.caches,
+            self.attended_out,
+            self.sums,
+            self.peaks,
+            self.attended,
+            layer,
+            shape.rows,
+            shape.positions,
+            width**-0.5,
+            HEADS=heads,
+            KV_HEADS=config.num_kv_heads,
+            WIDTH=width,
+            MEMBER=shape.rank % shape.group_size if len(self.caches) > 1 else 0,
+            MEMBERS=len(self.caches),
+            SPLITS=splits,
+            BLOCK_P=max(16, 8192 // block_c),
+            BLOCK_Q=max(16, triton.next_power_of_2(heads // config.num_kv_heads)),
+            BLOCK_C=block_c,
+            num_warps=2,
+        )
+        if splits > 1:
+            merge_splits[(shape.rows, heads)](
+                self.owned,
+                self.sums,
+                self.peaks,
+                self.attended_out,
+                HEADS=heads,
+                WIDTH=width,
+                SPLITS=splits,
+                BLOCK_C=block_c,
+            )
+        torch.addmm(self.hidden, self.attended_out.flatten(1), block.attention.out.weight.T, out=self.hidden)
+
+    def _moe(self, layer: MoE, following: nn.LayerNorm) -> Iterator[None]:
+        """One MoE layer; `following` norms its result for what comes next."""
+        yield from self._dispatch(layer)
+        self._experts(layer)
+        yield from self._combine(layer.index, following)
+
+    def _dispatch(self, layer: MoE) -> Iterator[None]:
+        """Gate the owned rows, put each where it is served, and take in what came here."""
+        shape, mail, replay = self.shape, self.mail.dispatch, self.replay
+        index, wide = layer.index, self.shapes["BLOCK_D"]
+        block_e = triton.next_power_of_2(self.decoder.config.num_experts)
+        words = {"WORDS": words_of(self.top_k), "HIDDEN_AT": mail.payload_at, "BY_SEQUENCE": mail.shared}
+        gate_and_put[(shape.rows,)](
+            self.hidden,
+            self.owned,
+            layer.norm.weight,
+            layer.norm.bias,
+            layer.router.gate.weight,
+            self.serving[index],
+            self.next_owner[index],
+            self.pairs if replay is None else replay.expert,
+            self.dictated_row,
+            self.routing[index],
+            self.routing_weight[index],
+            mail.to,
+            self.step,
+            self.dispatched,
+            index,
+            self.layers,
+            EXPERTS=self.decoder.config.num_experts,
+            RANKS_PER_NODE=shape.ranks_per_node,
+            SLOTS_PER_RANK=self.slots,
+            REPLICATED=shape.replicated,
+            REPLAY=replay is not None,
+            EPS=layer.norm.eps,
+            BLOCK_E=block_e,
+            STRIP=min(wide, max(16, 65536 // block_e)),
+            num_warps=min(16, max(4, wide * block_e // 4096)),
+            **self.shapes,
+            **words,
+        )
+        if not shape.replicated:
+            yield
+            mail.move()
+        receive[(shape.sequences + self.slots,)](
+            mail.at,
+            mail.flags,
+            mail.flag_addresses,
+            self.failed,
+            self.patience,
+            self.step,
+            layer.norm.weight,
+            layer.norm.bias,
+            self.received,
+            self.residual_at,
+            self.owner_of,
+            self.weights,
+            self.pairs,
+            self.counts,
+            index,
+            self.layers,
+            shape.sequences,
+            SLOTS_PER_RANK=self.slots,
+            CHUNK=mail.chunk,
+            WAIT=self.one_sided and not shape.replicated,
+            EPS=layer.norm.eps,
+            BLOCK_B=triton.next_power_of_2(shape.sequences),
+            **self.shapes,
+            **words,
+        )
+
+    def _combine(self, index: int, following: nn.LayerNorm) -> Iterator[None]:
+        """Bring the experts' sums to the tokens' next owners, who add them to the residual stream."""
+        shape, returns = self.shape, self.mail.returns
+        if returns is not None:
+            put_partials[(shape.sequences,)](
+                self.partials,
+                self.weights,
+                self.owner_of,
+                self.hidden,
+                returns.to,
+                self.step,
+                self.returned,
+                index,
+                self.layers,
+                shape.sequences,
+                RANKS_PER_NODE=shape.ranks_per_node,
+                SUMS_AT=returns.payload_at,
+                REPLICATED=shape.replicated,
+                SPLITS=self.down.splits,
+                **self.shapes,
+            )
+            yield
+            returns.move()
+        mail = returns or self.mail.dispatch
+        settle[(shape.rows,)](
+            self.partials,
+            self.weights,
+            self.residual_at,
+            self.owner_of,
+            mail.at,
+            mail.flags,
+            mail.flag_addresses,
+            self.failed,
+            self.patience,
+            self.step,
+            following.weight,
+            following.bias,
+            self.hidden,
+            self.normed,
+            self.owned,
+            index,
+            self.layers,
+            shape.sequences,
+            CHUNK=mail.chunk,
+            SUMS_AT=mail.payload_at,
+            RETURNS=returns is not None,
+            WAIT=self.one_sided,
+            EPS=following.eps,
+            SPLITS=self.down.splits,
+            **self.shapes,
+        )
+
+    def _experts(self, layer: MoE) -> None:
+        """The slots' rows through their experts, weighted, into `partials`."""
+        inner, hidden = self.inner.shape[1], self.hidden.shape[1]
+        pairs = len(self.inner)
+        up, down = self.up, self.down
+        expert_up[(triton.cdiv(inner, up.wide), self.slots)](
+            self.received,
+            self.pairs,
+            self.counts,
+            layer.experts.w_in,
+            self.inner,
+            pairs,
+            D=hidden,
+            F=inner,
+            TOP_K=self.top_k,
+            GATED=self.gated,
+            BLOCK_F=up.wide,
+            BLOCK_K=up.deep,
+            BLOCK_R=up.rows,
+            num_warps=up.warps,
+            num_stages=up.stages,
+        )
+        expert_down[(triton.cdiv(hidden, down.wide), self.slots, down.splits)](
+            self.inner,
+            self.pairs,
+            self.counts,
+            self.weights,
+            layer.experts.w_out,
+            self.partials,
+            pairs,
+            D=hidden,
+            F=inner,
+            SPLITS=down.splits,
+            BLOCK_D=down.wide,
+            BLOCK_K=down.deep,
+            BLOCK_R=down.rows,
+            num_warps=down.warps,
+            num_stages=down.stages,
+        )
+
+    def _advance(self, token_M: Tensor) -> None:
+        """Note the tokens chosen for the owned rows; what has ended is owned by nobody from now on."""
+        owned = self.owned != 0
+        self.chosen.index_copy_(0, self.done, token_M.where(owned, -1)[None])
+        if self.end_token is not None:
+            self.owned.mul_(token_M != self.end_token)
+        self.token.copy_(token_M)
+        self.position += 1
+        self.done += 1
+        self.step += 1

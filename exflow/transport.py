@@ -1,0 +1,76 @@
+"""How a job's decode steps run: captured over one-sided writes, captured over collectives, or eagerly."""
+
+import os
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from exflow.console import say
+from exflow.distributed import Cluster
+from exflow.errors import InputError
+
+Transport = Literal["one-sided", "collective", "eager"]
+NAMES: tuple[Transport, ...] = ("one-sided", "collective", "eager")
+
+
+def transport_named(name: str, device_type: str) -> str:
+    """`name` if it can be used on such devices, `auto` included. Raises InputError otherwise."""
+    if name not in ("auto", *NAMES):
+        raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
+    interpreted = name == "collective" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and name not in ("auto", "eager") and not interpreted:
+        raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
+    return name
+
+
+def choose_transport(name: str, cluster: Cluster) -> Transport:
+    """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
+
+    Collective. Raises InputError where what was asked for by name does not work.
+    """
+    if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
+        return "eager"
+    wanted: tuple[Transport, ...] = ("one-sided", "collective") if name == "auto" else (name,)  # type: ignore[assignment]
+    for transport in wanted:
+        fault = _fault(transport, cluster)
+        if not fault:
+            return transport
+        if name != "auto":
+            raise InputError(f"--transport {transport}: {fault}")
+        if cluster.rank == 0:
+            say(f"decode steps are not {transport}: {fault}")
+    return "eager"
+
+
+def _fault(transport: str, cluster: Cluster) -> str:
+    """Why a transport does not work here, the same on all ranks; empty if it does."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if cluster.device.type != "cuda":
+        return "" if interpreted and transport == "collective" else "there are no GPUs"
+    if transport == "collective" or cluster.num_ranks == 1:
+        return ""
+    if cluster.num_nodes > 1:
+        return f"the ranks are on {cluster.num_nodes} nodes"
+    return _fault_of_symmetric_memory(cluster)
+
+
+def _fault_of_symmetric_memory(cluster: Cluster) -> str:
+    from exflow.mail import symmetric_memory
+
+    mine = ""
+    try:
+        symmetric_memory(cluster)(4096)
+    except (RuntimeError, ImportError) as error:
+        mine = str(error).splitlines()[0]
+    faults: list[str] = [""] * cluster.num_ranks
+    dist.all_gather_object(faults, mine)
+    return next((fault for fault in faults if fault), "")
+
+
+def alone(device: torch.device) -> Cluster:
+    """The cluster of a single process."""
+    return Cluster(0, 1, 1, device)

@@ -1,0 +1,169 @@
+"""Norm, gate, choice of experts and next owner, and the put of each token's row to the ranks that serve it.
+
+One program a row the rank may own. A row on the wire has two parts, in two regions of the receiver's buffer:
+WORDS int32 (the exchange's number, the next owner, the physical slots, the bits of the gate weights) and the
+hidden state before the layer. The receiver repeats the norm, so that the residual stream travels, once.
+"""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.wire import pointer_at, sequence_of
+
+# words of a row; the gate weights follow the slots
+STAMP: tl.constexpr = tl.constexpr(0)
+OWNER: tl.constexpr = tl.constexpr(1)
+SLOTS: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def gate_and_put(
+    hidden,
+    owned,
+    norm_weight,
+    norm_bias,
+    gate,
+    serving,
+    next_owner,
+    dictated,
+    dictated_row,
+    routing,
+    routing_weight,
+    buffers,
+    step,
+    sent,
+    layer,
+    layers,
+    D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
+    SLOTS_PER_RANK: tl.constexpr,
+    WORDS: tl.constexpr,
+    HIDDEN_AT: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
+    REPLICATED: tl.constexpr,
+    REPLAY: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """Grid (rows,). Writes one row to every rank that serves the token, and to itself if it keeps it.
+
+    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; serving [RANKS, EXPERTS] int32, by the rank that
+    asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens, layers, TOP_K] int32 with dictated_row [rows]
+    where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are
+    written, -1 for rows not owned; buffers [2, RANKS] int64, where
+    to write for each rank, by the layer's parity; step [1] int64; sent [rows, 2] int32, copies to other ranks
+    of
+    this node and of others, added to. BY_SEQUENCE: rows in the buffers are numbered by sequence, else by row.
+    """
+    row = tl.program_id(0)
+    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    if tl.load(owned + row) != 0:
+        # everything whose address is known is read before anything is computed: latencies add up otherwise
+        sequence = sequence_of(row, RANK, RANKS, GROUP)
+        home = sequence % RANKS
+        asks = home if REPLICATED else RANK
+        ranks = tl.arange(0, BLOCK_G)
+        e = tl.arange(0, BLOCK_E)
+        d = tl.arange(0, BLOCK_D)
+        in_row = d < D
+        x = tl.load(hidden + row * D + d, mask=in_row, other=0.0)
+        c = tl.arange(0, STRIP)
+        first = (e[:, None] < EXPERTS) & (c < D)[None, :]
+        strip = tl.load(gate + e[:, None] * D + c[None, :], mask=first, other=0.0)
+        addresses = tl.load(buffers + number % 2 * RANKS + ranks, mask=ranks < RANKS, other=0)
+        slots = tl.load(serving + asks * EXPERTS + e, mask=e < EXPERTS, other=0)
+        both = (e[:, None] < EXPERTS) & (ranks < RANKS)[None, :]
+        likely_next = tl.load(next_owner + e[:, None] * RANKS + ranks[None, :], mask=both, other=0)
+
+        wide = x.to(tl.float32)
+        mean = tl.sum(wide, 0) / D
+        centred = tl.where(in_row, wide - mean, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+        logits = tl.zeros([BLOCK_E], tl.float32)
+        for start in tl.static_range(0, D, STRIP):
+            if start > 0:
+                c = start + tl.arange(0, STRIP)
+                rest = (e[:, None] < EXPERTS) & (c < D)[None, :]
+                strip = tl.load(gate + e[:, None] * D + c[None, :], mask=rest, other=0.0)
+            part = tl.load(hidden + row * D + c, mask=c < D, other=0.0).to(tl.float32)
+            w = tl.load(norm_weight + c, mask=c < D, other=0.0).to(tl.float32)
+            b = tl.load(norm_bias + c, mask=c < D, other=0.0).to(tl.float32)
+            normed = ((part - mean) * scale * w + b).to(x.dtype).to(tl.float32)
+            logits += tl.sum(strip.to(tl.float32) * normed[None, :], 1)
+        logits = tl.where(e < EXPERTS, logits, float("-inf"))
+        odds = tl.exp(logits - tl.max(logits, 0))
+        probability = odds / tl.sum(odds, 0)
+
+        # choices, the words of the row, who serves them, and who may own the token next
+        word = tl.arange(0, WORDS)
+        words = tl.zeros([WORDS], tl.int32)
+        scores = tl.zeros([WORDS], tl.float32)
+        hosts = tl.zeros([BLOCK_G], tl.int32)
+        likely = tl.zeros([BLOCK_G], tl.int32)
+        left = logits
+        for k in tl.static_range(TOP_K):
+            if REPLAY:
+                at = (tl.load(dictated_row + row).to(tl.int64) * layers + layer) * TOP_K + k
+                expert = tl.load(dictated + at).to(tl.int32)
+            else:
+                expert = tl.argmax(left, 0)
+            # one choice keeps its probability as weight, several share one among them
+            score = tl.sum(tl.where(e == expert, probability if TOP_K == 1 else logits, 0.0), 0)
+            left = tl.where(e == expert, float("-inf"), left)
+            slot = tl.sum(tl.where(e == expert, slots, 0), 0)
+            tl.store(routing + row * TOP_K + k, expert)
+            hosts = tl.where(ranks == slot // SLOTS_PER_RANK, 1, hosts)
+            likely += tl.sum(tl.where((e == expert)[:, None], likely_next, 0), 0)
+            words = tl.where(word == SLOTS + k, slot, words)
+            scores = tl.where(word == SLOTS + TOP_K + k, score, scores)
+        is_weight = (word >= SLOTS + TOP_K) & (word < SLOTS + 2 * TOP_K)
+        if TOP_K > 1:
+            odds = tl.where(
+                is_weight, tl.exp(scores - tl.max(tl.where(is_weight, scores, float("-inf")), 0)), 0.0
+            )
+            scores = odds / tl.sum(odds, 0)
+        words = tl.where(is_weight, scores.to(tl.int32, bitcast=True), words)
+        tl.store(routing_weight + row * TOP_K + word - SLOTS - TOP_K, scores, mask=is_weight)
+
+        owner = RANK
+        if not REPLICATED:
+            candidates = (hosts != 0) & (ranks // GROUP == home // GROUP)
+            score = tl.where(candidates, likely * RANKS - ranks, -2147483648)
+            if tl.max(score, 0) > -2147483648:
+                owner = tl.argmax(score, 0)
+        words = tl.where(word == STAMP, number, words)
+        words = tl.where(word == OWNER, owner, words)
+
+        within = 0
+        beyond = 0
+        place = sequence if BY_SEQUENCE else row
+        for rank in tl.static_range(RANKS):
+            serves = tl.sum(tl.where(ranks == rank, hosts, 0), 0) != 0
+            if rank == RANK:
+                wanted = serves | (owner == RANK)
+            else:
+                wanted = serves and not REPLICATED
+                if wanted:
+                    if rank // RANKS_PER_NODE == RANK // RANKS_PER_NODE:
+                        within += 1
+                    else:
+                        beyond += 1
+            if wanted:
+                base = tl.sum(tl.where(ranks == rank, addresses, 0), 0)
+                tl.store(pointer_at(base, tl.pointer_type(tl.int32)) + place * WORDS + word, words)
+                rows_at = pointer_at(base + HIDDEN_AT, hidden.dtype)
+                tl.store(rows_at + place * D + d, x, mask=in_row)
+        if not REPLICATED:
+            tl.store(sent + row * 2, tl.load(sent + row * 2) + within)
+            tl.store(sent + row * 2 + 1, tl.load(sent + row * 2 + 1) + beyond)
+    else:
+        for k in tl.static_range(TOP_K):
+            tl.store(routing + row * TOP_K + k, -1)

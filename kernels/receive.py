@@ -1,0 +1,138 @@
+"""What came in: wait for every rank's rows, repeat the norm, and list each slot's rows for the experts.
+
+The first programs take one sequence each, the rest one slot each. Both read the same words, so that neither
+waits for the other.
+"""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.gate import OWNER, SLOTS, STAMP
+from exflow.kernels.wire import normalise, pointer_at, row_of, signal, wait_for_all
+
+
+@triton.jit
+def chunk_of(base, sequence, source: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr,
+             GROUP: tl.constexpr, BY_SEQUENCE: tl.constexpr):  # fmt: skip
+    """Where the `source`-th rank that may have sent this sequence put it: the chunk's address."""
+    return base if BY_SEQUENCE else base + (sequence % RANKS // GROUP * GROUP + source) * CHUNK
+
+
+@triton.jit
+def _take_row(base, sequence, number, norm_weight, norm_bias, normed, residual_at, owner_of, weights,
+              D: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+              GROUP: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, WORDS: tl.constexpr,
+              HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr, EPS: tl.constexpr,
+              BLOCK_D: tl.constexpr):  # fmt: skip
+    """One sequence's row, if one came: its norm, and what the kernels to come must know of it."""
+    SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
+    place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
+    address = base * 0
+    for source in tl.static_range(SOURCES):
+        chunk = chunk_of(base, sequence, source, CHUNK, RANKS, GROUP, BY_SEQUENCE)
+        stamp = tl.load(chunk.to(tl.pointer_type(tl.int32)) + place * WORDS + STAMP)
+        address = tl.where(stamp == number, chunk, address)
+    if address == 0:
+        tl.store(residual_at + sequence, address)
+        tl.store(owner_of + sequence, -1)
+        for k in tl.static_range(TOP_K):
+            tl.store(weights + sequence * TOP_K + k, -1.0)
+    else:
+        row_bytes: tl.constexpr = D * (normed.dtype.element_ty.primitive_bitwidth // 8)
+        row_at = address + HIDDEN_AT + place * row_bytes
+        d = tl.arange(0, BLOCK_D)
+        in_row = d < D
+        x = tl.load(pointer_at(row_at, normed.dtype) + d, mask=in_row, other=0.0).to(tl.float32)
+        out = normalise(x, d, in_row, norm_weight, norm_bias, D, EPS)
+        tl.store(normed + sequence * D + d, out.to(normed.dtype.element_ty), mask=in_row)
+        words = address.to(tl.pointer_type(tl.int32)) + place * WORDS
+        tl.store(residual_at + sequence, row_at)
+        tl.store(owner_of + sequence, tl.load(words + OWNER))
+        for k in tl.static_range(TOP_K):
+            host = tl.load(words + SLOTS + k) // SLOTS_PER_RANK
+            weight = tl.load(words + SLOTS + TOP_K + k).to(tl.float32, bitcast=True)
+            tl.store(weights + sequence * TOP_K + k, tl.where(host == RANK, weight, -1.0))
+
+
+@triton.jit
+def _list_slot(base, slot, number, pairs, counts, sequences, TOP_K: tl.constexpr, RANK: tl.constexpr,
+               RANKS: tl.constexpr, GROUP: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, WORDS: tl.constexpr,
+               CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """The (sequence, choice) pairs that came for one of this rank's slots, in ascending order of source and
+    choice."""
+    SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
+    sequence = tl.arange(0, BLOCK_B)
+    exists = sequence < sequences
+    place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
+    found = 0
+    for source in tl.static_range(SOURCES):
+        chunk = chunk_of(base, sequence, source, CHUNK, RANKS, GROUP, BY_SEQUENCE)
+        words = chunk.to(tl.pointer_type(tl.int32)) + place * WORDS
+        came = tl.load(words + STAMP, mask=exists, other=-1) == number
+        for k in tl.static_range(TOP_K):
+            wanted = tl.load(words + SLOTS + k, mask=exists, other=-1)
+            match = (came & (wanted == RANK * SLOTS_PER_RANK + slot)).to(tl.int32)
+            at = pairs + slot * sequences * TOP_K + found + tl.cumsum(match, 0) - 1
+            tl.store(at, sequence * TOP_K + k, mask=match != 0)
+            found += tl.sum(match, 0)
+    tl.store(counts + slot, found)
+
+
+@triton.jit
+def receive(
+    buffers,
+    flags,
+    flag_addresses,
+    failed,
+    patience,
+    step,
+    norm_weight,
+    norm_bias,
+    normed,
+    residual_at,
+    owner_of,
+    weights,
+    pairs,
+    counts,
+    layer,
+    layers,
+    sequences,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS_PER_RANK: tl.constexpr,
+    WORDS: tl.constexpr,
+    HIDDEN_AT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
+    WAIT: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Grid (sequences + SLOTS_PER_RANK,).
+
+    buffers [2] int64: where rows arrive, by the layer's parity. Written: normed [sequences, D]; residual_at
+    [sequences] int64, the address of the hidden state that came, 0 if none did; owner_of [sequences] int32,
+    -1 if
+    none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
+    TOP_K]
+    int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
+    """
+    program = tl.program_id(0)
+    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    base = tl.load(buffers + number % 2)
+    if WAIT:
+        if program == 0:
+            signal(flag_addresses, number, RANKS, BLOCK_G)
+        wait_for_all(flags, number, failed, patience, RANKS)
+    if program < sequences:
+        _take_row(base, program, number, norm_weight, norm_bias, normed, residual_at, owner_of, weights, D,
+                  TOP_K, RANK, RANKS, GROUP, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE, EPS,
+                  BLOCK_D)  # fmt: skip
+    else:
+        _list_slot(base, program - sequences, number, pairs, counts, sequences, TOP_K, RANK, RANKS,
+                   GROUP, SLOTS_PER_RANK, WORDS, CHUNK, BY_SEQUENCE, BLOCK_B)  # fmt: skip

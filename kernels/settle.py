@@ -1,0 +1,148 @@
+"""After the experts: partial sums go to the tokens' next owners, and the residual stream moves on.
+
+A row on the way back has its exchange's number in one region of the receiver's buffer and the partial sum in
+another. Every sender has a chunk of its own there, so sums are made in order and no two writers meet.
+"""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.wire import normalise, pointer_at, row_of, sequence_of, signal, wait_for_all
+
+
+@triton.jit
+def sum_here(partials, weights, sequence, d, in_row, pairs, D: tl.constexpr, TOP_K: tl.constexpr,
+             SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """The weighted outputs of a token's experts on this rank, summed over choices and splits, float32."""
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = sequence * TOP_K + k
+        here = (tl.load(weights + pair) >= 0).to(tl.int32) != 0
+        for split in tl.static_range(SPLITS):
+            part = partials + (split * pairs + pair) * D + d
+            total += tl.load(part, mask=in_row & here, other=0.0)
+    return total
+
+
+@triton.jit
+def put_partials(
+    partials,
+    weights,
+    owner_of,
+    like,
+    buffers,
+    step,
+    sent,
+    layer,
+    layers,
+    sequences,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    REPLICATED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all (REPLICATED).
+
+    buffers [2, RANKS] int64: my chunk at each rank, by the layer's parity; like: any tensor of the type that
+    travels;
+    sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
+    """
+    sequence = tl.program_id(0)
+    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    owner = tl.load(owner_of + sequence)
+    here = 0
+    for k in tl.static_range(TOP_K):
+        here += (tl.load(weights + sequence * TOP_K + k) >= 0).to(tl.int32)
+    if (here > 0) & (REPLICATED or owner != RANK):
+        d = tl.arange(0, BLOCK_D)
+        in_row = d < D
+        pairs = sequences * TOP_K
+        total = sum_here(partials, weights, sequence, d, in_row, pairs, D, TOP_K, SPLITS, BLOCK_D)
+        value = total.to(like.dtype.element_ty)
+        row = row_of(sequence, RANKS, GROUP)
+        for rank in tl.static_range(RANKS):
+            if rank != RANK and (REPLICATED or owner == rank):
+                base = tl.load(buffers + number % 2 * RANKS + rank)
+                tl.store(base.to(tl.pointer_type(tl.int32)) + row, number)
+                tl.store(pointer_at(base + SUMS_AT, like.dtype) + row * D + d, value, mask=in_row)
+                near = 0 if rank // RANKS_PER_NODE == RANK // RANKS_PER_NODE else 1
+                count = sent + sequence * 2 + near
+                tl.store(count, tl.load(count) + 1)
+
+
+@triton.jit
+def settle(
+    partials,
+    weights,
+    residual_at,
+    owner_of,
+    buffers,
+    flags,
+    flag_addresses,
+    failed,
+    patience,
+    step,
+    norm_weight,
+    norm_bias,
+    hidden,
+    normed,
+    owned,
+    layer,
+    layers,
+    sequences,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    RETURNS: tl.constexpr,
+    WAIT: tl.constexpr,
+    EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
+
+    normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
+    int64:
+    where partial sums arrive, by the layer's parity.
+    """
+    row = tl.program_id(0)
+    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    if RETURNS and WAIT:
+        if row == 0:
+            signal(flag_addresses, number, RANKS, BLOCK_G)
+        wait_for_all(flags, number, failed, patience, RANKS)
+    sequence = sequence_of(row, RANK, RANKS, GROUP)
+    mine = tl.load(owner_of + sequence) == RANK
+    tl.store(owned + row, mine.to(tl.int32))
+    if mine:
+        d = tl.arange(0, BLOCK_D)
+        in_row = d < D
+        address = tl.load(residual_at + sequence)
+        x = tl.load(pointer_at(address, hidden.dtype) + d, mask=in_row, other=0.0).to(tl.float32)
+        pairs = sequences * TOP_K
+        x += sum_here(partials, weights, sequence, d, in_row, pairs, D, TOP_K, SPLITS, BLOCK_D)
+        if RETURNS:
+            base = tl.load(buffers + number % 2)
+            for rank in tl.static_range(RANKS):
+                if rank != RANK:
+                    chunk = base + rank * CHUNK
+                    came = tl.load(chunk.to(tl.pointer_type(tl.int32)) + row) == number
+                    sums = pointer_at(chunk + SUMS_AT, hidden.dtype) + row * D + d
+                    x += tl.load(sums, mask=in_row & came, other=0.0).to(tl.float32)
+        rounded = x.to(hidden.dtype.element_ty)
+        tl.store(hidden + row * D + d, rounded, mask=in_row)
+        wide = tl.where(in_row, rounded.to(tl.float32), 0.0)
+        out = normalise(wide, d, in_row, norm_weight, norm_bias, D, EPS)
+        tl.store(normed + row * D + d, out.to(normed.dtype.element_ty), mask=in_row)

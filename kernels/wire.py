@@ -1,0 +1,76 @@
+"""What the kernels of a decode step share: which sequence a row is, and how ranks tell each other they are
+done.
+
+A rank may own the sequences of its coherence group: row i of its hidden states is sequence `sequence_of(i)`
+of the batch. Ranks write into each other's memory and then raise a flag: one int32 for each sender, which
+holds the number of the sender's latest exchange. Numbers only grow, so nothing is ever cleared.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence_of(row, RANK: tl.constexpr, RANKS: tl.constexpr, GROUP: tl.constexpr):
+    """The sequence of the batch that a row stands for; sequence b has its home on rank b % RANKS."""
+    return row // GROUP * RANKS + RANK // GROUP * GROUP + row % GROUP
+
+
+@triton.jit
+def row_of(sequence, RANKS: tl.constexpr, GROUP: tl.constexpr):
+    """The inverse, on any rank of the sequence's coherence group."""
+    return sequence // RANKS * GROUP + sequence % RANKS % GROUP
+
+
+@triton.jit
+def pointer_at(address, kind: tl.constexpr):
+    """An address as a pointer. That it is a multiple of 16 bytes is forgotten unless said of the pointer
+    itself,
+    and loads then take one element at a time."""
+    return tl.multiple_of(address.to(kind), 16)
+
+
+@triton.jit
+def signal(flag_addresses, number, RANKS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Raise this rank's flag on every rank: what earlier kernels of this rank wrote is there.
+
+    flag_addresses [RANKS] int64: my flag in each rank's memory. Called by one program of the kernel that
+    follows
+    those that wrote, whose end has completed their stores; a fence in every program that writes would cost
+    more.
+    """
+    rank = tl.arange(0, BLOCK_G)
+    exists = rank < RANKS
+    flags = tl.load(flag_addresses + rank, mask=exists, other=0).to(tl.pointer_type(tl.int32))
+    tl.atomic_xchg(flags, number + rank * 0, mask=exists, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_for_all(flags, number, failed, patience, RANKS: tl.constexpr):
+    """Return when every rank has raised its flag to `number`, or with failed[0] = number when patience ends.
+
+    patience: looks at a flag, each about a microsecond; a rank that died must not leave this one spinning.
+    After a failure nothing waits any more: the host finds the number in `failed` and ends the job.
+    """
+    looks = tl.where(tl.load(failed, volatile=True) == 0, patience, 0)
+    for rank in tl.static_range(RANKS):
+        seen = tl.load(flags + rank, volatile=True)
+        spins = looks * 0
+        while (seen < number) & (spins < looks):
+            seen = tl.load(flags + rank, volatile=True)
+            spins += 1
+        if seen < number:
+            tl.atomic_max(failed, number)
+        tl.atomic_add(flags + rank, 0, sem="acquire", scope="sys")
+    tl.debug_barrier()
+
+
+@triton.jit
+def normalise(x, d, mask, weight, bias, D: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of one row in float32 [BLOCK]; x is zero where masked."""
+    mean = tl.sum(x, 0) / D
+    centred = tl.where(mask, x - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+    return centred * scale * w + b

@@ -1,0 +1,189 @@
+"""The decode step of static shape against the eager one: ranks are simulated in one process, in step.
+
+On a GPU the same tests run the compiled kernels. Ranks share a device, so an exchange's puts all come before
+its waits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from exflow.config import ModelConfig
+from exflow.decode_step import DecodeStep
+from exflow.decoder import Decoder, MoE
+from exflow.deploy import contiguous_plan
+from exflow.engine import Engine, Request, _Run
+from exflow.kv_cache import cache_shape
+from exflow.mail import Allocate, PeerMemory, StepShape, one_sided_mail
+from exflow.moe import PlanTables
+from exflow.placement.plan import Plan
+from exflow.placement.topology import Topology
+from exflow.strategies import single_process
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def of_rank(decoder: Decoder, plan: Plan, rank: int) -> Decoder:
+    """The decoder with the experts of one rank's slots alone."""
+    part = Decoder(decoder.config, plan.slots_per_rank)
+    state = dict(decoder.state_dict())
+    first = rank * plan.slots_per_rank
+    for name, module in decoder.named_modules():
+        if isinstance(module, MoE):
+            held = plan.physical_to_logical_map[module.index, first : first + plan.slots_per_rank]
+            for weights in ("w_in", "w_out"):
+                state[f"{name}.experts.{weights}"] = state[f"{name}.experts.{weights}"][held.tolist()]
+    part.load_state_dict(state)
+    return part.to(DEVICE).eval().requires_grad_(False)
+
+
+class SimulatedMemory:
+    """Symmetric memory of ranks in one process: the n-th allocation of every rank is one set."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.sets: list[list[Tensor]] = []
+
+    def of(self, rank: int) -> Allocate:
+        calls = iter(range(1000))
+
+        def allocate(size: int) -> PeerMemory:
+            number = next(calls)
+            if number == len(self.sets):
+                zeros = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(self.num_ranks)]
+                self.sets.append(zeros)
+            members = self.sets[number]
+            return PeerMemory(members[rank], [each.data_ptr() for each in members])
+
+        return allocate
+
+
+@dataclass
+class Job:
+    """Simulated ranks that have run the prompts of a request and stand before its first decode step."""
+
+    steps: list[DecodeStep]
+    keep: list[Tensor]
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            walks = [step.run() for step in self.steps]
+            while [next(walk, "over") for walk in walks] != ["over"] * len(walks):
+                self.raise_flags()
+
+    def raise_flags(self) -> None:
+        """Ranks that run one after the other cannot wait for each other: all are done with their puts here.
+        Ranks that run one after the other cannot wait for each other: all are done with their puts here."""
+        for step in self.steps:
+            for box in (step.mail.dispatch, step.mail.returns):
+                if box is not None:
+                    box.flags.fill_(1 << 30)
+
+    def chosen(self, count: int) -> Tensor:
+        """Tokens [sequences, count] of the batch, whoever chose them; -1 where nobody did."""
+        tokens = torch.full((self.steps[0].shape.sequences, count), -1)
+        for step in self.steps:
+            mine = step.chosen[:count].T.cpu()
+            sequence = step.shape.sequence_of_rows()
+            both = (mine >= 0) & (tokens[sequence] >= 0)
+            assert (mine[both] == tokens[sequence][both]).all(), "two ranks chose differently"
+            assert step.shape.replicated or not both.any(), "two ranks chose for one sequence"
+            tokens[sequence] = torch.where(mine >= 0, mine, tokens[sequence])
+        return tokens
+
+
+def job(
+    decoder: Decoder, request: Request, plan: Plan, group_size: int, replicated: bool = False, first: int = 0
+) -> Job:
+    """Run the prompts in one process, and hand every rank what it would hold."""
+    ranks = plan.num_ranks
+    engine = Engine(decoder, single_process())
+    engine.first_sequence = first
+    run = _Run(engine, request, None)
+    run.prefill()
+    offset = first % ranks
+    sequences = -(-(offset + len(request.prompts)) // ranks) * ranks
+    memory = SimulatedMemory(ranks)
+    positions = run.cache.values.shape[4]
+    steps = []
+    tables = PlanTables.of(plan, DEVICE)
+    shapes = [
+        StepShape(rank, ranks, ranks, group_size, sequences, positions, replicated) for rank in range(ranks)
+    ]
+    caches = []
+    for shape in shapes:
+        cache = torch.zeros(cache_shape(decoder.config, shape.rows, positions), device=DEVICE)
+        row = shape.sequence_of_rows() - offset
+        real = (row >= 0) & (row < len(request.prompts))
+        cache[:, :, real] = run.cache.values[:, :, row[real]].to(DEVICE)
+        caches.append(cache)
+    for shape in shapes:
+        returns = replicated or decoder.config.top_k > 1 or group_size < ranks
+        mail = one_sided_mail(
+            shape, decoder.config.top_k, 4 * decoder.config.hidden_size, returns, memory.of(shape.rank)
+        )
+        group = range(shape.rank // group_size * group_size, (shape.rank // group_size + 1) * group_size)
+        members = [shape.rank] if replicated else list(group)
+        step = DecodeStep(
+            of_rank(decoder, plan, shape.rank),
+            shape,
+            tables,
+            mail,
+            [caches[member].data_ptr() for member in members],
+            request.sampling,
+            request.end_token,
+        )
+        number = shape.sequence_of_rows() - offset
+        real = (number >= 0) & (number < len(request.prompts))
+        token, position = torch.zeros(shape.rows).long(), torch.zeros(shape.rows).long()
+        token[real], position[real] = run.token_T[number[real]], run.rows.position_T[number[real]]
+        owned = real if replicated else real & (shape.sequence_of_rows() % ranks == shape.rank)
+        step.patience = 2
+        step.start(first, token, position, owned)
+        steps.append(step)
+    return Job(steps, [*caches, *(each for made in memory.sets for each in made)])
+
+
+def plan_of(config: ModelConfig, ranks: int, shuffled: bool) -> Plan:
+    plan = contiguous_plan(config, Topology(gpus_per_node=ranks))
+    if not shuffled:
+        return plan
+    generator = np.random.default_rng(0)
+    slots = np.stack([generator.permutation(line) for line in plan.physical_to_logical_map])
+    return replace(plan, physical_to_logical_map=slots)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "group_size", "top_k", "moe_every", "replicated"),
+    [
+        (1, 1, 1, 1, False),
+        (2, 2, 1, 1, False),
+        (2, 1, 1, 1, False),
+        (2, 2, 2, 1, False),
+        (4, 2, 2, 2, False),
+        (4, 4, 3, 1, False),
+        (4, 1, 2, 1, False),
+        (2, 2, 2, 1, True),
+    ],
+)
+@torch.inference_mode()
+def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    ranks: int,
+    group_size: int,
+    top_k: int,
+    moe_every: int,
+    replicated: bool,
+) -> None:
+    decoder = tiny_decoder(tiny_config(top_k, moe_every, num_hidden_layers=2))
+    request = Request([[3, 1, 4], [1, 5], [9, 2, 6, 5]], max_new_tokens=3)
+    expected = Engine(decoder, single_process()).generate(request).tokens
+    ours = job(decoder, request, plan_of(decoder.config, ranks, True), group_size, replicated)
+    ours.run(2)
+    assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
+    assert not any(step.failed.any() for step in ours.steps)
