@@ -1,0 +1,135 @@
+"""What benchmarks/decode.py runs: routing to replay and plans, made from recorded traces on any machine.
+
+    python benchmarks/decode_cases.py TRACES -o CASES [--ranks 2]
+
+TRACES is a folder of recorded routing (.npz: experts, seq, optionally group, num_experts). A trace is split
+by sequence: on three in four the affinity placement is made, the others are replayed. Each case is a folder
+with a model's config.json, the trace to replay, and plans contiguous.json and affinity.json. Of 16 experts no
+real routing is at hand: that case is generated.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from generated_routing import generate
+
+from exflow.config import ModelConfig, load_model_config
+from exflow.placement.objective import Objective
+from exflow.placement.place import Solving, place
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+LAYERS = 24
+BALANCED = Objective(
+    balance_price=2.5
+)  # between GPUs of a host a message costs less than waiting for the busiest
+SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose routing: files by pattern, None for generated; the first `choices` of each token."""
+
+    pattern: str | None
+    choices: int
+    shape: str | None = None  # of configs/shapes; None is the grid's own
+
+
+SOURCES = {
+    "top1-8": Source("mixtral8x7b_*.npz", 1),
+    "top1-16": Source(None, 1),
+    "top1-32": Source("gptoss20b_mmlu_validation.npz", 1),
+    "top1-64": Source("esft_dsv2lite_*.npz", 1),
+    "gpt-oss-20b": Source("gptoss20b_mmlu_validation.npz", 4, "gpt-oss-20b"),
+    "mixtral-8x7b": Source("mixtral8x7b_*.npz", 2, "mixtral-8x7b"),
+}
+
+
+def grid_config(name: str, experts: int) -> ModelConfig:
+    """The grid's model: 24 layers, 1024 wide, 4096 inside an expert, top-1."""
+    return ModelConfig(
+        name=name,
+        vocab_size=32000,
+        max_positions=2048,
+        num_hidden_layers=LAYERS,
+        hidden_size=1024,
+        num_attention_heads=16,
+        num_kv_heads=16,
+        intermediate_size=4096,
+        num_experts=experts,
+    )
+
+
+def recorded(pattern: str, folder: Path, layers: int, choices: int) -> tuple[RoutingTrace, RoutingTrace]:
+    """To place by, and to replay; groups of sequences that belong together stay together."""
+    experts, groups, found = [], [], 0
+    for file in sorted(folder.glob(pattern)):
+        archive = np.load(file, allow_pickle=False)
+        _, group = np.unique(archive["group" if "group" in archive else "seq"], return_inverse=True)
+        experts.append(archive["experts"][:, :layers, :choices])
+        groups.append(group + found)
+        found += group.max() + 1
+        number = int(archive["num_experts"])
+    if not experts:
+        raise SystemExit(f"{folder} has no {pattern}; give the folder of the traces")
+    of_group, every = np.concatenate(groups), np.concatenate(experts)
+    held_out = of_group % 4 == 3
+    # replayed in short sequences, so that a batch is of many places in the text
+    replayed = every[held_out]
+    return (
+        RoutingTrace.from_arrays(every[~held_out], num_experts=number, sequence=of_group[~held_out]),
+        RoutingTrace.from_arrays(replayed, num_experts=number, sequence=np.arange(len(replayed)) // 32),
+    )
+
+
+def generated(experts: int, choices: int) -> tuple[RoutingTrace, RoutingTrace]:
+    trace = generate(
+        tokens=40_000,
+        layers=LAYERS,
+        experts=experts,
+        top_k=choices,
+        skew=0.3,
+        affinity=0.7,
+        sequences=400,
+        seed=0,
+    )
+    held_out = trace.sequence % 4 == 3
+    return trace.select(~held_out), trace.select(held_out)
+
+
+def write_case(name: str, source: Source, traces: Path, folder: Path, ranks: int) -> None:
+    if source.shape:
+        config = load_model_config(SHAPES / source.shape)
+    else:
+        config = grid_config(name, int(name.rpartition("-")[2]))
+    if source.pattern:
+        train, test = recorded(source.pattern, traces, config.num_hidden_layers, source.choices)
+    else:
+        train, test = generated(config.num_experts, source.choices)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.model_dump_json())
+    test.save(folder / "trace")
+    for placement, method in (("contiguous", "contiguous"), ("affinity", "auto")):
+        plan = place(
+            train, Topology(gpus_per_node=ranks), objective=BALANCED, solving=Solving(method, time_limit=20)
+        )
+        plan.save(folder / f"{placement}.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("traces", type=Path, help="folder of recorded routing")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=2)
+    arguments = parser.parse_args()
+    for name, source in SOURCES.items():
+        write_case(name, source, arguments.traces, arguments.output / name, arguments.ranks)
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
