@@ -256,7 +256,7 @@ def generate(
         int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="dispatch-combine, coherent, node-coherent or replicated.")
+        str, typer.Option(help="dispatch-combine, coherent, node-coherent, replicated, or auto.")
     ] = "coherent",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

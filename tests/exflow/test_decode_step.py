@@ -187,3 +187,15 @@ def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
     ours.run(2)
     assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
     assert not any(step.failed.any() for step in ours.steps)
+
+
+@torch.inference_mode()
+def test_a_rank_that_says_nothing_is_given_up(
+    tiny_config: Callable[..., ModelConfig], tiny_decoder: Callable[..., Decoder]
+) -> None:
+    decoder = tiny_decoder(tiny_config(num_hidden_layers=2))
+    ours = job(decoder, Request([[3, 1, 4], [1, 5]], max_new_tokens=3), plan_of(decoder.config, 2, True), 2)
+    alone = ours.steps[0]
+    for _ in alone.run():
+        pass  # the other rank has died before its first exchange
+    assert int(alone.failed) > 0
