@@ -142,6 +142,12 @@ CASES: dict[str, tuple[Edit, str, list[str]]] = {
         GENERATE + " --nproc 2 --strategy node-coherent",
         ["node-coherent", "one node"],
     ),
+    "transport": (nothing, GENERATE + " --transport magic", ["--transport magic", "one-sided", "eager"]),
+    "transport without GPUs": (
+        nothing,
+        GENERATE + " --device cpu --transport one-sided",
+        ["--transport one-sided", "needs GPUs", "eager"],
+    ),
     "dtype": (nothing, GENERATE + " --dtype int4", ["--dtype int4", "float32"]),
     "device": (nothing, GENERATE + " --device tpu", ["--device tpu", "cpu"]),
     "temperature": (nothing, GENERATE + " --temperature -1", ["--temperature -1"]),

@@ -18,7 +18,7 @@ from exflow.decoder import Decoder, MoE
 from exflow.deploy import contiguous_plan
 from exflow.engine import Engine, Request, _Run
 from exflow.kv_cache import cache_shape
-from exflow.mail import Allocate, PeerMemory, StepShape, one_sided_mail
+from exflow.mail import Allocate, Mailbox, PeerMemory, StepShape, collective_mail, one_sided_mail
 from exflow.moe import PlanTables
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
@@ -96,8 +96,42 @@ class Job:
         return tokens
 
 
+class SimulatedAllToAll:
+    """Stands in for torch's: every rank's buffers are known from a first call, which moves nothing."""
+
+    def __init__(self) -> None:
+        self.known: dict[
+            int, tuple[list[tuple[Tensor, Tensor]], int]
+        ] = {}  # by the receiving buffer's address
+        self.meeting: list[tuple[Tensor, Tensor]] | None = None
+
+    def meet(self, boxes: list[Mailbox | None]) -> None:
+        """The mailboxes of all ranks for one exchange."""
+        self.meeting = []
+        for rank, box in enumerate(boxes):
+            if box is not None:
+                box.move()
+                if len(self.meeting) > rank:
+                    self.known[self.meeting[rank][0].data_ptr()] = (self.meeting, rank)
+        self.meeting = None
+
+    def __call__(self, incoming: Tensor, outgoing: Tensor) -> None:
+        if self.meeting is not None:
+            self.meeting.append((incoming, outgoing))
+            return
+        ranks, mine = self.known[incoming.data_ptr()]
+        for source, (_, theirs) in enumerate(ranks):
+            incoming.view(len(ranks), -1)[source] = theirs.view(len(ranks), -1)[mine]
+
+
 def job(
-    decoder: Decoder, request: Request, plan: Plan, group_size: int, replicated: bool = False, first: int = 0
+    decoder: Decoder,
+    request: Request,
+    plan: Plan,
+    group_size: int,
+    replicated: bool = False,
+    first: int = 0,
+    collective: SimulatedAllToAll | None = None,
 ) -> Job:
     """Run the prompts in one process, and hand every rank what it would hold."""
     ranks = plan.num_ranks
@@ -123,9 +157,11 @@ def job(
         caches.append(cache)
     for shape in shapes:
         returns = replicated or decoder.config.top_k > 1 or group_size < ranks
-        mail = one_sided_mail(
-            shape, decoder.config.top_k, 4 * decoder.config.hidden_size, returns, memory.of(shape.rank)
-        )
+        row_bytes = 4 * decoder.config.hidden_size
+        if collective is None:
+            mail = one_sided_mail(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
+        else:
+            mail = collective_mail(shape, decoder.config.top_k, row_bytes, returns, DEVICE)
         group = range(shape.rank // group_size * group_size, (shape.rank // group_size + 1) * group_size)
         members = [shape.rank] if replicated else list(group)
         step = DecodeStep(
@@ -136,6 +172,7 @@ def job(
             [caches[member].data_ptr() for member in members],
             request.sampling,
             request.end_token,
+            one_sided=collective is None,
         )
         number = shape.sequence_of_rows() - offset
         real = (number >= 0) & (number < len(request.prompts))
@@ -145,6 +182,9 @@ def job(
         step.patience = 2
         step.start(first, token, position, owned)
         steps.append(step)
+    if collective is not None:
+        collective.meet([step.mail.dispatch for step in steps])
+        collective.meet([step.mail.returns for step in steps])
     return Job(steps, [*caches, *(each for made in memory.sets for each in made)])
 
 
@@ -199,3 +239,28 @@ def test_a_rank_that_says_nothing_is_given_up(
     for _ in alone.run():
         pass  # the other rank has died before its first exchange
     assert int(alone.failed) > 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "group_size", "top_k", "replicated"),
+    [(2, 2, 1, False), (4, 2, 2, False), (2, 1, 2, False), (2, 2, 2, True)],
+)
+@torch.inference_mode()
+def test_mail_that_a_collective_moves_says_the_same(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    group_size: int,
+    top_k: int,
+    replicated: bool,
+) -> None:
+    exchange = SimulatedAllToAll()
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    decoder = tiny_decoder(tiny_config(top_k, num_hidden_layers=2))
+    request = Request([[3, 1, 4], [1, 5], [9, 2, 6, 5]], max_new_tokens=3)
+    expected = Engine(decoder, single_process()).generate(request).tokens
+    plan = plan_of(decoder.config, ranks, True)
+    ours = job(decoder, request, plan, group_size, replicated, collective=exchange)
+    ours.run(2)
+    assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
