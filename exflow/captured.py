@@ -5,7 +5,6 @@ On a CPU the same step runs without a graph, in Triton's interpreter: slow, for 
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +16,7 @@ from exflow.config import ModelConfig
 from exflow.decode_step import DecodeStep
 from exflow.decoder import Decoder, Rows
 from exflow.distributed import Cluster, CoherenceGroup, coherence_group
+from exflow.engine import Observer
 from exflow.exchange import Counters
 from exflow.kv_cache import KVCache, cache_shape
 from exflow.launch import LostContact
@@ -30,13 +30,11 @@ from exflow.mail import (
     symmetric_memory,
     words_of,
 )
-from exflow.moe import PlanTables
+from exflow.moe import PlanTables, has_return
 from exflow.profiling.record import RoutingListener
 from exflow.profiling.trace import DECODE
 from exflow.sampling import Sampling
 from exflow.transport import Transport
-
-Observer = Callable[[Rows, Tensor], None]
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 POSITIONS = 256  # the room for positions is a multiple of it
@@ -65,8 +63,8 @@ class Capture:
     @property
     def returns(self) -> bool:
         """Whether partial sums ever travel."""
-        alone = self.group_size == self.cluster.num_ranks and self.decoder.config.top_k == 1
-        return self.cluster.num_ranks > 1 and (self.replicated or not alone)
+        ranks, top_k = self.cluster.num_ranks, self.decoder.config.top_k
+        return ranks > 1 and (self.replicated or has_return(top_k, self.group_size, ranks))
 
     def make(
         self,
@@ -76,8 +74,7 @@ class Capture:
         end_token: int | None,
         kind: type[DecodeStep] = DecodeStep,
     ) -> "CapturedDecode":
-        """Allocate, compile and capture for requests of at most so many sequences and positions. Collective.
-        Allocate, compile and capture for requests of at most so many sequences and positions. Collective."""
+        """Allocate, compile and capture for at most so many sequences and positions. Collective."""
         cluster = self.cluster
         shape = StepShape(
             cluster.rank,
@@ -114,9 +111,8 @@ class CapturedDecode:
         memory = (peers if one_sided and shares else alone)(size.numel() * weight.dtype.itemsize)
         self.cache = memory.own.view(weight.dtype).view(size)
         share = None
-        if (
-            shares and not one_sided
-        ):  # no method of this object: a cycle would keep the graph from being freed
+        if shares and not one_sided:
+            # no method of this object: a cycle would keep the graph from being freed
             share = partial(_gather_born, coherence_group(cluster, shape.group_size), self.cache)
         self.step = kind(
             decoder,
@@ -166,15 +162,11 @@ class CapturedDecode:
 
     def kv_cache(self, first_sequence: int) -> KVCache:
         """The cache for a request whose first sequence has this id; padding has ids too, of no sequence."""
-        return KVCache(self.cache, self._ids(first_sequence))
-
-    def _ids(self, first_sequence: int) -> Tensor:
-        return self.shape.sequence_of_rows() + first_sequence - first_sequence % self.shape.num_ranks
+        return KVCache(self.cache, self.shape.sequence_ids(first_sequence))
 
     def begin(self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows) -> None:
-        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest tokens here.
-        Take over a request after its prompts, `lengths` tokens each: token_T are the newest tokens here."""
-        id_M = self._ids(first_sequence)
+        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest ones here."""
+        id_M = self.shape.sequence_ids(first_sequence)
         length_M = torch.tensor([*lengths, 0])[(id_M - first_sequence).clamp(-1, len(lengths))]
         place_T = torch.searchsorted(id_M, rows.sequence_T.cpu())
         token_M, owned_M = torch.zeros_like(id_M), torch.zeros_like(id_M)

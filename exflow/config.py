@@ -74,6 +74,12 @@ class ModelConfig(StrictModel):
         return self.num_attention_heads * self.head_dim
 
     @property
+    def expert_weights(self) -> int:
+        """Numbers in one expert, or in the MLP of a layer without experts."""
+        products = 3 if self.activation == "swiglu" else 2
+        return products * self.hidden_size * self.intermediate_size
+
+    @property
     def kv_width(self) -> int:
         """Numbers of keys and values a token adds in one layer (w in the traffic count)."""
         return 2 * self.num_kv_heads * self.head_dim

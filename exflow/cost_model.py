@@ -72,9 +72,7 @@ class Load:
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
         """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
-        gated = 3 if config.activation == "swiglu" else 2
-        hidden, inner, moe_layers = config.hidden_size, config.intermediate_size, len(config.moe_layer_ids)
-        expert = gated * hidden * inner
+        hidden, expert, moe_layers = config.hidden_size, config.expert_weights, len(config.moe_layer_ids)
         attention = hidden * (2 * config.attention_width + config.kv_width)
         dense_mlps = (config.num_hidden_layers - moe_layers) * expert
         dense = config.num_hidden_layers * attention + dense_mlps + moe_layers * hidden * config.num_experts

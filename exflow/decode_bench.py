@@ -9,10 +9,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from exflow.captured import Capture, CapturedDecode
-from exflow.config import ModelConfig
 from exflow.decode_step import DecodeStep
 from exflow.decoder import Decoder, Rows
 from exflow.profiling.trace import DECODE
@@ -81,8 +79,7 @@ class StepBytes:
     """What the latest step had to move, the mean over ranks: the byte floor is their times added.
 
     memory: weights of the experts touched, the dense weights, keys and values read. wire: hidden states that
-    left a
-    rank, on the critical path; background: new keys and values given to other ranks.
+    left a rank, on the critical path; background: new keys and values given to other ranks.
     """
 
     memory: float
@@ -98,17 +95,15 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
     config, shape = captured.capture.decoder.config, captured.shape
     routing, position = captured.step.routing, captured.step.position
     size = captured.cache.dtype.itemsize
-    owned_LM = routing[:, :, 0] >= 0
-    attended = _attended(owned_LM, config, captured)
+    # hidden layers without experts read the past of as many rows as those with
+    attended = float((routing[:, :, 0] >= 0).sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
     context = int(position.max())
     kv = attended * context * config.kv_width * size
     touched = _touched(captured)
-    gated = 3 if config.activation == "swiglu" else 2
-    expert_bytes = gated * config.hidden_size * config.intermediate_size * size
     counters = captured.counters(counted_steps)
     mine = torch.tensor(
         [
-            kv + touched * expert_bytes + dense_bytes(captured.capture.decoder),
+            kv + touched * config.expert_weights * size + dense_bytes(captured.capture.decoder),
             counters.hidden_bytes / counted_steps,
             counters.kv_bytes / counted_steps,
         ],
@@ -118,11 +113,6 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
     if shape.num_ranks > 1:
         dist.all_reduce(mine)
     return StepBytes(*(mine / shape.num_ranks).tolist())
-
-
-def _attended(owned_LM: Tensor, config: ModelConfig, captured: CapturedDecode) -> float:
-    """Rows whose past was read, over all hidden layers; layers without experts as those with."""
-    return float(owned_LM.sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
 
 
 def _touched(captured: CapturedDecode) -> int:

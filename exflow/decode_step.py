@@ -59,10 +59,8 @@ class DecodeStep:
     """The buffers of one rank's step, and the step: `start` a request, then `run` for each of its tokens.
 
     caches: addresses of the K/V caches [layers, 2, M, kv heads, positions, width] that new keys and values go
-    to;
-    one_sided: the mail arrives by itself, and is waited for; share: gives the step's new keys and values to
-    ranks
-    whose caches cannot be written to.
+    to; one_sided: the mail arrives by itself, and is waited for; share: gives the step's new keys and values
+    to ranks whose caches cannot be written to.
     """
 
     def __init__(
@@ -155,12 +153,9 @@ class DecodeStep:
         owned here.
 
         Prompt n of the request is sequence first_sequence + n, and as a row of the batch the one whose home
-        is that
-        sequence's: first_sequence % num_ranks + n.
+        is that sequence's: first_sequence % num_ranks + n.
         """
-        self.sequence.copy_(
-            self.shape.sequence_of_rows() + first_sequence - first_sequence % self.shape.num_ranks
-        )
+        self.sequence.copy_(self.shape.sequence_ids(first_sequence))
         self.number.copy_(self.sequence - first_sequence)
         self.token.copy_(token_M)
         self.position.copy_(position_M)

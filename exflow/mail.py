@@ -23,8 +23,8 @@ class StepShape:
     """The ranks, and the static shape of a decode step on one of them.
 
     sequences: of the whole batch, a multiple of num_ranks; sequence b has its home on rank b % num_ranks.
-    positions:
-    the most a sequence may have. group_size: ranks of a coherence group; all of them for `replicated`.
+    positions: the most a sequence may have. group_size: ranks of a coherence group; all of them for
+    `replicated`.
     """
 
     rank: int
@@ -46,19 +46,20 @@ class StepShape:
         first = self.rank // self.group_size * self.group_size
         return row // self.group_size * self.num_ranks + first + row % self.group_size
 
+    def sequence_ids(self, first_sequence: int) -> Tensor:
+        """The same as ids [rows] int64, for a request whose first sequence has this id."""
+        return self.sequence_of_rows() + first_sequence - first_sequence % self.num_ranks
+
 
 @dataclass(frozen=True)
 class Mailbox:
     """One exchange of an MoE layer as this rank sees it.
 
-    to [2, ranks] int64: where to write for each rank, by the layer's parity; at [2] int64: where rows arrive.
-    Each
-    sender has `chunk` bytes there, or all write into one (`shared`). flags [ranks] int32 are raised by the
-    others
-    and flag_addresses [ranks] int64 are mine in their memory.
-    `move` carries what was written, where it does not arrive by itself. `payload_at`: bytes from a chunk's
-    beginning,
-    where numbers are, to its hidden states.
+    to [2, ranks] int64: where to write for each rank, by its number's parity; at [2] int64: where rows
+    arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [ranks] int32 are
+    raised by the others and flag_addresses [ranks] int64 are mine in their memory. `move` carries what was
+    written, where it does not arrive by itself. `payload_at`: bytes from a chunk's beginning, where numbers
+    are, to its hidden states.
     """
 
     to: Tensor
@@ -108,12 +109,12 @@ def symmetric_memory(cluster: Cluster) -> Allocate:
     return allocate
 
 
-def local_memory(device: torch.device) -> Allocate:
-    """Memory of a job of one rank."""
+def local_memory(device: torch.device, num_ranks: int = 1) -> Allocate:
+    """Memory that this rank alone writes to: whatever rank is meant, it is its own."""
 
     def allocate(size: int) -> PeerMemory:
         own = torch.zeros(size, dtype=torch.uint8, device=device)
-        return PeerMemory(own, [own.data_ptr()])
+        return PeerMemory(own, [own.data_ptr()] * num_ranks)
 
     return allocate
 
@@ -196,18 +197,12 @@ def collective_mail(
     words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
     size = hidden_bytes * shape.rows
     if shape.replicated:  # every rank gates every token: what it finds goes to itself
-        gated = one_sided_mail(shape, top_k, hidden_bytes, False, _to_itself(shape, device)).dispatch
+        gated = one_sided_mail(
+            shape, top_k, hidden_bytes, False, local_memory(device, shape.num_ranks)
+        ).dispatch
     else:
         gated = mailbox(rounded(words_at + size), words_at)
     return Mail(
         gated,
         mailbox(rounded(numbers_at + size), numbers_at) if returns else None,
     )
-
-
-def _to_itself(shape: StepShape, device: torch.device) -> Allocate:
-    def allocate(size: int) -> PeerMemory:
-        own = torch.zeros(size, dtype=torch.uint8, device=device)
-        return PeerMemory(own, [own.data_ptr()] * shape.num_ranks)
-
-    return allocate

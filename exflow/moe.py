@@ -216,7 +216,7 @@ class ExpertParallel:
         order_T = torch.argsort(key_T[keep_T])
         hidden_TD = (here.hidden_TD + partial_TD)[keep_T][order_T]
         kept_T = key_T[keep_T][order_T]
-        if self.has_return(local_TK.shape[1]):
+        if has_return(local_TK.shape[1], self.group_size, self.num_ranks):
             send_N = (~keep_T & (local_TK >= 0).any(dim=1)).nonzero()[:, 0]
             come = self.tables.hosting(here.slot_TK[keep_T], self.num_ranks).sum(dim=0).tolist()
             come[self.rank] = 0
@@ -232,6 +232,7 @@ class ExpertParallel:
             hidden_TD = hidden_TD.index_add(0, torch.searchsorted(kept_T, key_M1[:, 0]), partial_MD)
         return hidden_TD, Rows(kept_T >> 32, kept_T & 0xFFFFFFFF, phase)
 
-    def has_return(self, top_k: int) -> bool:
-        """False where it is certain that a token's only expert lives with its next owner."""
-        return top_k > 1 or self.group_size < self.num_ranks
+
+def has_return(top_k: int, group_size: int, num_ranks: int) -> bool:
+    """False where it is certain that a token's only expert lives with its next owner."""
+    return top_k > 1 or group_size < num_ranks

@@ -19,8 +19,7 @@ def transport_named(name: str, device_type: str) -> str:
     """`name` if it can be used on such devices, `auto` included. Raises InputError otherwise."""
     if name not in ("auto", *NAMES):
         raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
-    interpreted = name == "collective" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and name not in ("auto", "eager") and not interpreted:
+    if name not in ("auto", "eager") and not _runs_on(device_type, name):
         raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
     return name
 
@@ -48,14 +47,19 @@ def _fault(transport: str, cluster: Cluster) -> str:
     """Why a transport does not work here, the same on all ranks; empty if it does."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if cluster.device.type != "cuda":
-        return "" if interpreted and transport == "collective" else "there are no GPUs"
+    if not _runs_on(cluster.device.type, transport):
+        return "there are no GPUs"
     if transport == "collective" or cluster.num_ranks == 1:
         return ""
     if cluster.num_nodes > 1:
         return f"the ranks are on {cluster.num_nodes} nodes"
     return _fault_of_symmetric_memory(cluster)
+
+
+def _runs_on(device_type: str, transport: str) -> bool:
+    """Whether there are kernels for such devices: on a CPU only interpreted ones, and collectives."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device_type == "cuda" or (transport == "collective" and interpreted)
 
 
 def _fault_of_symmetric_memory(cluster: Cluster) -> str:

@@ -67,14 +67,10 @@ def decode_attention(
     """Grid (rows, KV_HEADS, SPLITS).
 
     qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64 of the new token;
-    caches
-    [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH], MEMBER
-    this
-    rank's; out [rows, HEADS, WIDTH]. With SPLITS > 1 the past is cut into parts: sums [rows, HEADS, SPLITS,
-    WIDTH] and
-    peaks [rows, HEADS, SPLITS, 2] float32 are written instead, for `merge_splits`. attended [rows] int32
-    counts the
-    tokens run here.
+    caches [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH],
+    MEMBER this rank's; out [rows, HEADS, WIDTH]. With SPLITS > 1 the past is cut into parts: sums [rows,
+    HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written instead, for `merge_splits`.
+    attended [rows] int32 counts the tokens run here.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)

@@ -8,7 +8,7 @@ hidden state before the layer. The receiver repeats the norm, so that the residu
 import triton
 import triton.language as tl
 
-from exflow.kernels.wire import pointer_at, sequence_of
+from exflow.kernels.wire import moments, number_of, pointer_at, sequence_of
 
 # words of a row; the gate weights follow the slots
 STAMP: tl.constexpr = tl.constexpr(0)
@@ -57,14 +57,13 @@ def gate_and_put(
 
     hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; serving [RANKS, EXPERTS] int32, by the rank that
     asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens, layers, TOP_K] int32 with dictated_row [rows]
-    where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are
-    written, -1 for rows not owned; buffers [2, RANKS] int64, where
-    to write for each rank, by the layer's parity; step [1] int64; sent [rows, 2] int32, copies to other ranks
-    of
-    this node and of others, added to. BY_SEQUENCE: rows in the buffers are numbered by sequence, else by row.
+    where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are written, -1 for rows not owned;
+    buffers [2, RANKS] int64, where to write for each rank, by the number's parity; step [1] int64; sent
+    [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in the
+    buffers are numbered by sequence, else by row.
     """
     row = tl.program_id(0)
-    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    number = number_of(step, layer, layers)
     if tl.load(owned + row) != 0:
         # everything whose address is known is read before anything is computed: latencies add up otherwise
         sequence = sequence_of(row, RANK, RANKS, GROUP)
@@ -83,10 +82,7 @@ def gate_and_put(
         both = (e[:, None] < EXPERTS) & (ranks < RANKS)[None, :]
         likely_next = tl.load(next_owner + e[:, None] * RANKS + ranks[None, :], mask=both, other=0)
 
-        wide = x.to(tl.float32)
-        mean = tl.sum(wide, 0) / D
-        centred = tl.where(in_row, wide - mean, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+        mean, scale = moments(x.to(tl.float32), in_row, D, EPS)
         logits = tl.zeros([BLOCK_E], tl.float32)
         for start in tl.static_range(0, D, STRIP):
             if start > 0:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from exflow.kernels.gate import OWNER, SLOTS, STAMP
-from exflow.kernels.wire import normalise, pointer_at, row_of, signal, wait_for_all
+from exflow.kernels.wire import normalise, number_of, pointer_at, row_of, signal, wait_for_all
 
 
 @triton.jit
@@ -115,15 +115,13 @@ def receive(
 ):
     """Grid (sequences + SLOTS_PER_RANK,).
 
-    buffers [2] int64: where rows arrive, by the layer's parity. Written: normed [sequences, D]; residual_at
+    buffers [2] int64: where rows arrive, by the number's parity. Written: normed [sequences, D]; residual_at
     [sequences] int64, the address of the hidden state that came, 0 if none did; owner_of [sequences] int32,
-    -1 if
-    none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
-    TOP_K]
-    int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
+    -1 if none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
+    TOP_K] int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
     """
     program = tl.program_id(0)
-    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    number = number_of(step, layer, layers)
     base = tl.load(buffers + number % 2)
     if WAIT:
         if program == 0:

@@ -7,7 +7,7 @@ another. Every sender has a chunk of its own there, so sums are made in order an
 import triton
 import triton.language as tl
 
-from exflow.kernels.wire import normalise, pointer_at, row_of, sequence_of, signal, wait_for_all
+from exflow.kernels.wire import normalise, number_of, pointer_at, row_of, sequence_of, signal, wait_for_all
 
 
 @triton.jit
@@ -50,12 +50,11 @@ def put_partials(
 ):
     """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all (REPLICATED).
 
-    buffers [2, RANKS] int64: my chunk at each rank, by the layer's parity; like: any tensor of the type that
-    travels;
-    sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
+    buffers [2, RANKS] int64: my chunk at each rank, by the number's parity; like: any tensor of the type that
+    travels; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
     """
     sequence = tl.program_id(0)
-    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    number = number_of(step, layer, layers)
     owner = tl.load(owner_of + sequence)
     here = 0
     for k in tl.static_range(TOP_K):
@@ -114,11 +113,10 @@ def settle(
     """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
 
     normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
-    int64:
-    where partial sums arrive, by the layer's parity.
+    int64: where partial sums arrive, by the number's parity.
     """
     row = tl.program_id(0)
-    number = (tl.load(step) * layers + layer + 1).to(tl.int32)
+    number = number_of(step, layer, layers)
     if RETURNS and WAIT:
         if row == 0:
             signal(flag_addresses, number, RANKS, BLOCK_G)

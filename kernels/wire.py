@@ -66,11 +66,23 @@ def wait_for_all(flags, number, failed, patience, RANKS: tl.constexpr):
 
 
 @triton.jit
-def normalise(x, d, mask, weight, bias, D: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm of one row in float32 [BLOCK]; x is zero where masked."""
+def number_of(step, layer, layers):
+    """The number of this layer's exchange: of step [1] int64 and the layer, never 0."""
+    return (tl.load(step) * layers + layer + 1).to(tl.int32)
+
+
+@triton.jit
+def moments(x, mask, D: tl.constexpr, EPS: tl.constexpr):
+    """Mean and inverse deviation of a row, as LayerNorm has them; x [BLOCK] float32, zero where masked."""
     mean = tl.sum(x, 0) / D
     centred = tl.where(mask, x - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
+
+
+@triton.jit
+def normalise(x, d, mask, weight, bias, D: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of one row in float32 [BLOCK]; x is zero where masked."""
+    mean, scale = moments(x, mask, D, EPS)
     w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
-    return centred * scale * w + b
+    return (x - mean) * scale * w + b
