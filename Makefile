@@ -1,4 +1,4 @@
-# make demo   set up and run the whole pipeline on the shipped model (CPU alone, about a minute)
+# make demo   set up and run the whole pipeline on the shipped model (CPU alone, a minute or two)
 # make test   the test suite        make lint   ruff and mypy
 PYTHON ?= python3
 # The development set-up, pinned. To use the torch you have (a CUDA build, say): make demo CONSTRAINTS=
