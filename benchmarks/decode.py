@@ -3,12 +3,13 @@
     python benchmarks/decode_cases.py TRACES -o CASES
     torchrun --nproc-per-node 2 benchmarks/decode.py CASES [--only NAME]... [--batch N]... -o FILE.json
 
-host-synced is the baseline (host_synced.py): eager, two all-to-alls whose sizes the host reads. The others
-are captured: dispatch-combine, coherent and replicated, each over NCCL with fixed capacity and over one-sided
-writes. Sequences have --context tokens; their routing is replayed. The floor is what a step must move over
-what was measured here: bytes read (touched experts, dense weights, keys and values; the mean over ranks) at
-the bandwidth of a large copy, plus hidden states at the bandwidth of a large copy to the other GPU. Written
-as it goes.
+host-synced is the baseline (host_synced.py): eager, two all-to-alls whose sizes the host reads; with
+DeepSpeed installed, its own layer stands beside it (deepspeed_moe.py). The others are captured:
+dispatch-combine, coherent and replicated, each over NCCL with fixed capacity and over one-sided writes.
+Sequences have --context tokens; their routing is replayed. The floor is what a step must move over what was
+measured here: bytes read (touched experts, dense weights, keys and values; the mean over ranks) at the
+bandwidth of a large copy, plus hidden states at the bandwidth of a large copy to the other GPU. Written as it
+goes.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +179,16 @@ def kernel_times(captured: CapturedDecode) -> dict[str, float]:
     return dict(sorted(spent.items(), key=lambda item: -item[1])[:12])
 
 
-def baseline_row(case: Case, cluster: Cluster, placement: str, batch: int, context: int) -> dict[str, Any]:
-    decode = HostSyncedDecode(
+def baseline_row(
+    name: str,
+    kind: type[HostSyncedDecode],
+    case: Case,
+    cluster: Cluster,
+    placement: str,
+    batch: int,
+    context: int,
+) -> dict[str, Any]:
+    decode = kind(
         case.decoder, case.tables[placement], cluster.rank, cluster.num_ranks, batch, context, STEPS + WARM_UP
     )
     for _ in range(WARM_UP):
@@ -187,7 +197,7 @@ def baseline_row(case: Case, cluster: Cluster, placement: str, batch: int, conte
     dist.barrier()
     times = StepTimes.of([timed(decode.advance, 1) for _ in range(STEPS)], cluster.num_ranks)
     return {
-        "strategy": "host-synced",
+        "strategy": name,
         "transport": "eager",
         "placement": placement,
         **asdict(times),
@@ -219,7 +229,12 @@ def rows_of(
     case: Case, cluster: Cluster, batch: int, context: int, hardware: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
     for placement in PLACEMENTS:
-        yield baseline_row(case, cluster, placement, batch, context)
+        yield baseline_row("host-synced", HostSyncedDecode, case, cluster, placement, batch, context)
+    if find_spec("deepspeed") is not None:
+        from deepspeed_moe import DeepSpeedDecode
+
+        if DeepSpeedDecode.serves(case.decoder):
+            yield baseline_row("deepspeed.moe", DeepSpeedDecode, case, cluster, "contiguous", batch, context)
     for strategy in STRATEGIES:
         for transport in TRANSPORTS:
             torch.cuda.empty_cache()

@@ -280,8 +280,7 @@ class CapturedDecode:
 
 
 def _gather_born(group: CoherenceGroup, cache: Tensor, step: DecodeStep) -> None:
-    """Give the group's members the step's new keys and values by one all-gather, where memory is not shared.
-    Give the group's members the step's new keys and values by one all-gather, where memory is not shared."""
+    """Give the members the step's new keys and values by one all-gather, where memory is not shared."""
     members = len(group.ranks)
     everyone = step.born.new_empty(members, *step.born.shape)
     owners = step.born_owned.new_empty(members, *step.born_owned.shape)

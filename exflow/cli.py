@@ -246,6 +246,47 @@ def evaluate(
     print_evaluation(evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase)), as_json)
 
 
+@app.command(epilog="Example: exflow export plan.json --format sglang -o placement.json")
+def export(
+    plan: Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="sglang, trtllm, vllm-ascend, vllm, eplb, or exflow.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the engine.")],
+    as_json: Json = False,
+) -> None:
+    """Write a plan for another engine, and say how to use it."""
+    from exflow.export import print_export, run_export
+
+    print_export(run_export(plan, format, output), as_json)
+
+
+@app.command(
+    "import-plan", epilog="Example: exflow import-plan placement.json --trace trace/ --gpus 8 -o plan.json"
+)
+def import_plan(
+    file: Annotated[Path, typer.Argument(help="A placement in an engine's format.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")],
+    format: Annotated[
+        str | None, typer.Option(help="As of export; by default told from the content.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Folder of a trace of the model; by default FILE.meta.json tells.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs in all, where nothing tells.", min=1)] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
+    topology: Annotated[
+        Path | None, typer.Option(help="YAML file of GPUs and links, instead of --gpus.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a plan of another engine's placement, to evaluate it or to run it."""
+    from exflow.export import given_topology, run_import_plan
+
+    where = given_topology(gpus, nodes, topology)
+    print_figures(run_import_plan(file, format, trace, where, output), as_json)
+
+
 @app.command(epilog='Example: exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4')
 def generate(
     model: Model,
@@ -373,8 +414,10 @@ def main() -> None:
     except RankDied as error:
         say(str(error))
         sys.exit(1)
-    except LostContact:  # the process that started the ranks says which one died
-        sys.exit(LOST_CONTACT)
+    except LostContact as error:  # the process that started the ranks says which one died
+        say(str(error))
+        sys.stdout.flush()
+        os._exit(LOST_CONTACT)  # tidying up would wait for it
     except Stopped as stop:
         say(str(stop))
         sys.exit(128 + stop.signal)

@@ -55,6 +55,13 @@ def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize
     return Tiles(rows, wide, max(16, deep), splits, stages=3 if gated else 4)
 
 
+def _programmatic_launch(device: torch.device) -> dict[str, Any]:
+    """What a kernel is launched with, so that it is set up while the one before it still runs (wire.py)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 class DecodeStep:
     """The buffers of one rank's step, and the step: `start` a request, then `run` for each of its tokens.
 
@@ -94,7 +101,9 @@ class DecodeStep:
         self.serving = tables.serving_slot.transpose(0, 1).contiguous().to(torch.int32)  # [L, G, E]
         self.next_owner = tables.next_owner.to(torch.int32).contiguous()  # [L, E, G]
         self.caches = torch.tensor(caches, device=self.device)
+        self.overlap = _programmatic_launch(self.device)
         self.shapes: dict[str, Any] = {
+            **self.overlap,
             "D": hidden,
             "TOP_K": self.top_k,
             "RANK": shape.rank,
@@ -144,7 +153,7 @@ class DecodeStep:
         """In how many parts to read the past, so that few sequences with a long one fill the GPU."""
         shape = self.shape
         owned = shape.rows if shape.replicated else triton.cdiv(shape.sequences, shape.num_ranks)
-        wanted = triton.cdiv(264, owned * config.num_kv_heads)
+        wanted = triton.cdiv(132, owned * config.num_kv_heads)  # an H100 has 132 multiprocessors
         sensible = triton.cdiv(shape.positions, 128)
         return min(16, int(triton.next_power_of_2(wanted)), int(triton.next_power_of_2(sensible)))
 
@@ -215,10 +224,11 @@ class DecodeStep:
             MEMBER=shape.rank % shape.group_size if len(self.caches) > 1 else 0,
             MEMBERS=len(self.caches),
             SPLITS=splits,
-            BLOCK_P=max(16, 8192 // block_c),
+            BLOCK_P=min(64, 8192 // block_c),
             BLOCK_Q=max(16, triton.next_power_of_2(heads // config.num_kv_heads)),
             BLOCK_C=block_c,
             num_warps=2,
+            **self.overlap,
         )
         if splits > 1:
             merge_splits[(shape.rows, heads)](
@@ -230,6 +240,7 @@ class DecodeStep:
                 WIDTH=width,
                 SPLITS=splits,
                 BLOCK_C=block_c,
+                **self.overlap,
             )
         torch.addmm(self.hidden, self.attended_out.flatten(1), block.attention.out.weight.T, out=self.hidden)
 
@@ -377,6 +388,7 @@ class DecodeStep:
             BLOCK_R=up.rows,
             num_warps=up.warps,
             num_stages=up.stages,
+            **self.overlap,
         )
         expert_down[(triton.cdiv(hidden, down.wide), self.slots, down.splits)](
             self.inner,
@@ -394,6 +406,7 @@ class DecodeStep:
             BLOCK_R=down.rows,
             num_warps=down.warps,
             num_stages=down.stages,
+            **self.overlap,
         )
 
     def _advance(self, token_M: Tensor) -> None:

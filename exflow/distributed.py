@@ -53,14 +53,17 @@ def join_cluster(device_type: str, timeout_s: float = 600) -> Iterator[Cluster]:
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device_type == "cuda" else None,
     )
+    everyone_is_there = True
     try:
         yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
+        if isinstance(error, LostContact) or any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
+            everyone_is_there = False
             raise LostContact(str(error)) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if everyone_is_there:  # taking leave would wait for a rank that is gone
+            dist.destroy_process_group()
 
 
 def _device_of(place: Place, device_type: str) -> torch.device:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from exflow.kernels.grouped_mlp import product
-from exflow.kernels.wire import pointer_at
+from exflow.kernels.wire import after_earlier_kernels, pointer_at
 
 
 @triton.jit
@@ -63,6 +63,7 @@ def decode_attention(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (rows, KV_HEADS, SPLITS).
 
@@ -72,6 +73,7 @@ def decode_attention(
     HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written instead, for `merge_splits`.
     attended [rows] int32 counts the tokens run here.
     """
+    after_earlier_kernels(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -120,8 +122,10 @@ def decode_attention(
 def merge_splits(
     owned, sums, peaks, out,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, HEADS). Joins the parts of the past that `decode_attention` left in `sums` and `peaks`."""
+    after_earlier_kernels(PDL)
     row = tl.program_id(0)
     if tl.load(owned + row) != 0:
         cell = (row * HEADS + tl.program_id(1)) * SPLITS

@@ -8,7 +8,7 @@ hidden state before the layer. The receiver repeats the norm, so that the residu
 import triton
 import triton.language as tl
 
-from exflow.kernels.wire import moments, number_of, pointer_at, sequence_of
+from exflow.kernels.wire import after_earlier_kernels, moments, number_of, pointer_at, sequence_of
 
 # words of a row; the gate weights follow the slots
 STAMP: tl.constexpr = tl.constexpr(0)
@@ -52,6 +52,7 @@ def gate_and_put(
     BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
     STRIP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (rows,). Writes one row to every rank that serves the token, and to itself if it keeps it.
 
@@ -62,6 +63,7 @@ def gate_and_put(
     [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in the
     buffers are numbered by sequence, else by row.
     """
+    after_earlier_kernels(PDL)
     row = tl.program_id(0)
     number = number_of(step, layer, layers)
     if tl.load(owned + row) != 0:

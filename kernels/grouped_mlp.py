@@ -10,6 +10,8 @@ them.
 import triton
 import triton.language as tl
 
+from exflow.kernels.wire import after_earlier_kernels
+
 
 @triton.jit
 def product(a, b, acc):
@@ -32,11 +34,13 @@ def expert_up(
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (F / BLOCK_F, slots). inner[pair] = activation(normed[pair // TOP_K] @ w_in[slot].T).
 
     w_in [slots, F, D], or [slots, 2 F, D] where GATED (silu of the first half times the second); else GELU.
     """
+    after_earlier_kernels(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     slot = tl.program_id(1)
     count = tl.load(counts + slot)
@@ -78,12 +82,14 @@ def expert_down(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (D / BLOCK_D, slots, SPLITS). partials[split, pair] = weight_of[pair] * (a part of inner @
     w_out.T).
 
     w_out [slots, D, F]; weight_of [pairs] float32; partials [SPLITS, pairs, D] float32.
     """
+    after_earlier_kernels(PDL)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     slot = tl.program_id(1)
     split = tl.program_id(2)

@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from exflow.kernels.gate import OWNER, SLOTS, STAMP
-from exflow.kernels.wire import normalise, number_of, pointer_at, row_of, signal, wait_for_all
+from exflow.kernels.wire import (
+    after_earlier_kernels,
+    normalise,
+    number_of,
+    pointer_at,
+    row_of,
+    signal,
+    wait_for_all,
+)
 
 
 @triton.jit
@@ -112,6 +120,7 @@ def receive(
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (sequences + SLOTS_PER_RANK,).
 
@@ -120,6 +129,7 @@ def receive(
     -1 if none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
     TOP_K] int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
     """
+    after_earlier_kernels(PDL)
     program = tl.program_id(0)
     number = number_of(step, layer, layers)
     base = tl.load(buffers + number % 2)

@@ -7,7 +7,16 @@ another. Every sender has a chunk of its own there, so sums are made in order an
 import triton
 import triton.language as tl
 
-from exflow.kernels.wire import normalise, number_of, pointer_at, row_of, sequence_of, signal, wait_for_all
+from exflow.kernels.wire import (
+    after_earlier_kernels,
+    normalise,
+    number_of,
+    pointer_at,
+    row_of,
+    sequence_of,
+    signal,
+    wait_for_all,
+)
 
 
 @triton.jit
@@ -47,12 +56,14 @@ def put_partials(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all (REPLICATED).
 
     buffers [2, RANKS] int64: my chunk at each rank, by the number's parity; like: any tensor of the type that
     travels; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
     """
+    after_earlier_kernels(PDL)
     sequence = tl.program_id(0)
     number = number_of(step, layer, layers)
     owner = tl.load(owner_of + sequence)
@@ -109,12 +120,14 @@ def settle(
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
 
     normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
     int64: where partial sums arrive, by the number's parity.
     """
+    after_earlier_kernels(PDL)
     row = tl.program_id(0)
     number = number_of(step, layer, layers)
     if RETURNS and WAIT:

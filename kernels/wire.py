@@ -23,10 +23,21 @@ def row_of(sequence, RANKS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def after_earlier_kernels(PDL: tl.constexpr):
+    """Wait until earlier kernels are done and what they wrote is seen; the first thing that a kernel does.
+
+    PDL, programmatic dependent launch (SM90 and later): a kernel is set up while the one before it still
+    runs, and waits here instead of being launched late. Its own successor may be set up from here on.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def pointer_at(address, kind: tl.constexpr):
     """An address as a pointer. That it is a multiple of 16 bytes is forgotten unless said of the pointer
-    itself,
-    and loads then take one element at a time."""
+    itself, and loads then take one element at a time."""
     return tl.multiple_of(address.to(kind), 16)
 
 
@@ -35,9 +46,8 @@ def signal(flag_addresses, number, RANKS: tl.constexpr, BLOCK_G: tl.constexpr):
     """Raise this rank's flag on every rank: what earlier kernels of this rank wrote is there.
 
     flag_addresses [RANKS] int64: my flag in each rank's memory. Called by one program of the kernel that
-    follows
-    those that wrote, whose end has completed their stores; a fence in every program that writes would cost
-    more.
+    follows those that wrote, whose end has completed their stores; a fence in every program that writes would
+    cost more.
     """
     rank = tl.arange(0, BLOCK_G)
     exists = rank < RANKS

@@ -1,0 +1,140 @@
+"""Jobs on the GPUs of this machine against one process: every strategy and transport, the same tokens.
+
+One job runs all its cases (gpu_job.py); the tests look at what it wrote.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from exflow.config import ModelConfig
+from exflow.decoder import Decoder
+from exflow.deploy import load_model
+from exflow.engine import Request
+from exflow.launch import LOST_CONTACT
+from exflow.placement.plan import Plan
+from exflow.placement.topology import Topology
+from exflow.profile import profile
+
+GPUS = torch.cuda.device_count()
+RANKS = 4 if GPUS >= 4 else 2
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.distributed,
+    pytest.mark.skipif(GPUS < 2, reason=f"needs two CUDA GPUs, torch sees {GPUS}"),
+]
+
+STRATEGIES = ("dispatch-combine", "coherent", "replicated")
+TRANSPORTS = ("eager", "collective", "one-sided")
+PLANS = {"plain": 8, "replicas": 12}  # slots in each layer
+MODELS: dict[str, dict[str, Any]] = {"top1": {}, "top2-swiglu": {"top_k": 2, "activation": "swiglu"}}
+REQUESTS = [
+    [[65, 66, 67], [72, 69, 76, 76], [42], [1, 2, 3, 4, 5, 6], [200] * 7, [9] * 3, [8, 7], [5]],
+    [[17, 250], [3], [90, 91, 92], [4, 4, 4], [60], [61, 62]],  # another bucket, other homes
+]
+NEW = 24
+CASES = [
+    f"{strategy} {transport} {plan}" for strategy, transport, plan in product(STRATEGIES, TRANSPORTS, PLANS)
+]
+
+
+def prepare(folder: Path, model: Path, plans: dict[str, Plan], dies_at: int = 0) -> dict[str, Any]:
+    """Write what gpu_job.py reads."""
+    for name, plan in plans.items():
+        plan.save(folder / f"{name}.json")
+    cases = [
+        {"name": name, "strategy": strategy, "transport": transport, "plan": str(folder / f"{plan}.json")}
+        for name in CASES
+        for strategy, transport, plan in [name.split()]
+        if plan in plans and (not dies_at or name.startswith("coherent one-sided"))
+    ]
+    job = {"model": str(model), "cases": cases, "requests": REQUESTS, "new": NEW, "dies_at": dies_at}
+    (folder / "job.json").write_text(json.dumps(job))
+    return job
+
+
+def plan_of(decoder: Decoder, slots: int) -> Plan:
+    """Every expert once in each layer and any of them in the slots that are left, all of them anywhere."""
+    windows_NS = torch.randint(257, (8, 64), generator=torch.Generator().manual_seed(5))
+    trace = profile(decoder, windows_NS, path=None)
+    rng = np.random.default_rng(2)
+    rows = [
+        rng.permutation([*range(8), *rng.integers(0, 8, slots - 8)]) for _ in decoder.config.moe_layer_ids
+    ]
+    return Plan.of_slots(np.stack(rows), Topology(gpus_per_node=RANKS), trace, method="random")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def outcome(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+) -> tuple[dict[str, Any], list[Any]]:
+    """What the job found, and the tokens of one process."""
+    config = tiny_config(**MODELS[request.param])
+    folder, model = tmp_path_factory.mktemp("job"), tiny_checkpoint(config)
+    plans = {name: plan_of(tiny_decoder(config), slots) for name, slots in PLANS.items()}
+    prepare(folder, model, plans)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
+    worker = str(Path(__file__).with_name("gpu_job.py"))
+    done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    alone = load_model(model, "cuda", transport="eager")
+    tokens = [alone.generate(Request(prompts, NEW)).tokens for prompts in REQUESTS]
+    return json.loads((folder / "found.json").read_text()), tokens
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_one_process(outcome: tuple[dict[str, Any], list[Any]], case: str) -> None:
+    found, tokens = outcome
+    assert found[case]["tokens"] == tokens
+
+
+@pytest.mark.parametrize(("strategy", "plan"), product(STRATEGIES[:2], PLANS))
+def test_captured_steps_count_the_traffic_of_eager_ones(
+    outcome: tuple[dict[str, Any], list[Any]], strategy: str, plan: str
+) -> None:
+    found, _ = outcome
+    eager, *captured = (found[f"{strategy} {transport} {plan}"]["decode"] for transport in TRANSPORTS)
+    counted = [key for key in eager if key.startswith(("dispatch", "return", "kv_", "hidden"))]
+    assert any(eager[key] for key in counted)
+    for each in captured:
+        assert {key: each[key] for key in counted} == {key: eager[key] for key in counted}
+
+
+def test_a_rank_that_dies_does_not_leave_the_others_spinning(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_decoder: Callable[..., Decoder]
+) -> None:
+    prepare(tmp_path, tiny_checkpoint(), {"plain": plan_of(tiny_decoder(), 8)}, dies_at=5)
+    # without torchrun, whose agent would end the others before they find out
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "TORCHELASTIC_RUN_ID": "test"}
+    place |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    worker = [sys.executable, str(Path(__file__).with_name("gpu_job.py")), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            worker,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        words = [rank.communicate(timeout=150)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[-1].returncode == -9
+    assert [rank.returncode for rank in ranks[:-1]] == [LOST_CONTACT] * (RANKS - 1), words
+    assert all("no word from another rank" in word for word in words[:-1])
