@@ -1,0 +1,158 @@
+"""DeepSeek's EPLB as a function of the same name, arguments and results, with affinity as a further wish.
+
+The interface is that of `rebalance_experts` in eplb.py of deepseek-ai/EPLB (and its copies in engines); the
+methods are ours. Torch is never imported: a tensor is turned into an array, and the arrays back, by its own
+methods.
+
+Shapes: L MoE layers, E experts, P slots, X the most replicas of an expert.
+"""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from exflow.errors import InputError
+from exflow.placement.load_only import load_only, replica_counts
+from exflow.placement.topology import Topology
+
+if TYPE_CHECKING:
+    from exflow.placement.affinity import AffinityCounts
+
+IntArray = npt.NDArray[np.int64]
+Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
+
+
+def rebalance_experts(
+    weight: Array,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    affinity: "AffinityCounts | None" = None,
+    time_limit: float = math.inf,
+) -> tuple[Array, Array, Array]:
+    """Where each replica of each expert goes, given the loads [L, E] `weight`: an array or a torch tensor.
+
+    num_replicas  P, a multiple of num_gpus, E at least
+    num_groups    expert groups; if num_nodes divides it, each group's experts share a node
+    num_nodes     nodes, between which links are slower; divides num_gpus
+    affinity      counts of a trace of this model (`count_affinity`). With them the solver minimises the
+                  messages of dispatch and combine besides the imbalance: experts that tokens select together
+                  share a GPU or a node. Loads are still those of `weight`; groups are then not looked at, for
+                  what they do to routing is in the counts
+    time_limit    seconds for the solver to search, which for the largest models goes on for minutes
+
+    Returns, as int64 arrays or CPU tensors like `weight`,
+    physical_to_logical_map  [L, P]; GPU g owns the slots g * P / num_gpus and up
+    logical_to_physical_map  [L, E, X], an expert's slots in ascending order, padded with -1
+    expert_count             [L, E]
+
+    The same arguments give the same result, so that every rank may call it for itself; with a time limit that
+    ends a search they may not: call it on one rank and tell the others. Raises InputError (a ValueError)
+    where the numbers contradict each other.
+    """
+    load = _as_array(weight)
+    _check(load, num_replicas, num_groups, num_nodes, num_gpus)
+    if affinity is not None:
+        slots = _by_affinity(load, num_replicas, num_nodes, num_gpus, affinity, time_limit)
+    elif num_groups % num_nodes == 0:
+        slots = _groups_on_nodes(load, num_replicas, num_groups, num_nodes, num_gpus)
+    else:
+        slots = load_only(load, num_gpus, num_slots=num_replicas)
+    logical_to_physical, count = logical_maps(slots, load.shape[1])
+    return _like(weight, slots), _like(weight, logical_to_physical), _like(weight, count)
+
+
+def logical_maps(slots: npt.NDArray[np.integer], num_experts: int) -> tuple[IntArray, IntArray]:
+    """(logical_to_physical_map [L, E, X] padded with -1, expert_count [L, E]) of the map `slots` [L, P].
+
+    Slots [[1, 0, 1]] give [[[1, -1], [0, 2]]] and [[1, 2]].
+    """
+    count = np.stack([np.bincount(row, minlength=num_experts) for row in slots])
+    order = np.argsort(slots, axis=1, kind="stable")
+    expert = np.take_along_axis(slots, order, axis=1)
+    first = np.cumsum(count, axis=1) - count
+    nth = np.arange(slots.shape[1]) - np.take_along_axis(first, expert, axis=1)
+    physical = np.full((*count.shape, count.max()), -1, dtype=np.int64)
+    physical[np.arange(len(slots))[:, None], expert, nth] = order
+    return physical, count
+
+
+def _groups_on_nodes(
+    load: npt.NDArray[np.float64], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> IntArray:
+    """[L, P]: whole groups onto nodes by load, then replicas onto the GPUs of each node."""
+    num_layers, num_experts = load.shape
+    of_group = load.reshape(num_layers, num_groups, -1).sum(axis=2)
+    size = num_experts // num_groups
+    groups = load_only(of_group, num_nodes).reshape(num_layers, num_nodes, -1, 1)
+    experts = (groups * size + np.arange(size)).reshape(num_layers, num_nodes, -1)
+    slots = []
+    for node in range(num_nodes):
+        here = experts[:, node]
+        loads = np.take_along_axis(load, here, axis=1)
+        places = load_only(loads, num_gpus // num_nodes, num_slots=num_replicas // num_nodes)
+        slots.append(np.take_along_axis(here, places, axis=1))
+    return np.concatenate(slots, axis=1)
+
+
+def _by_affinity(
+    load: npt.NDArray[np.float64],
+    num_replicas: int,
+    num_nodes: int,
+    num_gpus: int,
+    affinity: "AffinityCounts",
+    time_limit: float,
+) -> IntArray:
+    """[L, P]: replicas by load, their places by the solver; a rank's experts in ascending order."""
+    from exflow.placement.objective import Objective, items_of, make_problem  # compiled solvers
+    from exflow.placement.solve import solve
+
+    if affinity.load.shape != load.shape:
+        raise InputError(
+            f"affinity: its loads have the shape {affinity.load.shape}, weight has {load.shape}; count a "
+            "trace of this model"
+        )
+    topology = Topology(num_nodes=num_nodes, gpus_per_node=num_gpus // num_nodes)
+    replicas = replica_counts(load, num_replicas, num_gpus)
+    idle = load.sum(axis=1, keepdims=True) == 0  # a layer never seen: any balance is as good
+    counts = replace(affinity, load=np.where(idle, 1.0, load))
+    problem = make_problem([counts], [1.0], topology, Objective("dispatch-combine"), replicas)
+    assignment = solve(problem, topology, time_limit=time_limit).assignment
+    order = np.argsort(assignment, axis=1, kind="stable")
+    return np.take_along_axis(items_of(replicas), order, axis=1)
+
+
+def _check(
+    load: npt.NDArray[np.float64], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> None:
+    if load.ndim != 2 or not load.size:
+        raise InputError(f"weight: has the shape {load.shape}; give [layers, experts], at least one of each")
+    counts = {"num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}; give 1 or more")
+    for name, value, divisor, divided_by in (
+        ("num_replicas", num_replicas, "num_gpus", num_gpus),
+        ("num_gpus", num_gpus, "num_nodes", num_nodes),
+        ("the number of experts", load.shape[1], "num_groups", num_groups),
+    ):
+        if value % divided_by:
+            raise InputError(f"{name} is {value}, {divisor} is {divided_by}; give a multiple")
+    if num_replicas < load.shape[1]:
+        raise InputError(f"num_replicas is {num_replicas} for {load.shape[1]} experts; give as many at least")
+
+
+def _as_array(weight: Any) -> npt.NDArray[np.float64]:
+    """[L, E] float64 of an array or of a tensor on any device and of any dtype."""
+    if hasattr(weight, "detach"):
+        weight = weight.detach().cpu().double().numpy()
+    return np.asarray(weight, dtype=np.float64)
+
+
+def _like(weight: Any, values: IntArray) -> Any:
+    """`values` as an int64 tensor on the CPU if `weight` is a tensor, else as they are."""
+    return weight.detach().cpu().long().new_tensor(values) if hasattr(weight, "detach") else values

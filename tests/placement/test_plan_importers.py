@@ -1,0 +1,458 @@
+"""Other engines' placements as plans: what is exported comes back, and what is damaged gets one line."""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from exflow.errors import InputError
+from exflow.placement.exporters.registry import export_plan
+from exflow.placement.exporters.sidecar import sidecar_path
+from exflow.placement.importers import registry
+from exflow.placement.importers.registry import FORMATS, read_plan
+from exflow.placement.plan import STRATEGIES, Plan
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+GOLDEN = Path(__file__).parent / "golden"
+FILES = {
+    "sglang": "sglang.json",
+    "trtllm": "trtllm.yaml",
+    "vllm-ascend": "vllm-ascend.json",
+    "vllm": "vllm.json",
+    "eplb": "eplb.safetensors",
+    "exflow": "exflow.csv",
+}
+SLOTS = {name: [[0, 1, 2, 0, 2, 3], [3, 2, 0, 1, 2, 3]] for name in FILES} | {
+    "exflow": [[0, 2, 1, 3], [1, 3, 0, 2]]
+}
+
+
+@pytest.fixture(scope="module")
+def trace() -> RoutingTrace:
+    """Of the model of the golden files."""
+    experts = np.random.default_rng(0).integers(0, 4, (40, 2, 2))
+    return RoutingTrace.from_arrays(
+        experts,
+        num_experts=4,
+        moe_layer_ids=[1, 3],
+        num_hidden_layers=4,
+        model="tiny",
+        sequence=np.arange(40) // 8,
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, replicas: bool = True, unequal: bool = False) -> Plan:
+    """Any plan of a small model; the rest of its slots are drawn at will."""
+    topology = Topology(num_nodes=draw(st.integers(1, 3)), gpus_per_node=draw(st.integers(1, 3)))
+    ranks = topology.num_ranks
+    if replicas:
+        most = draw(st.integers(1, 9))
+        num_slots = (-(-most // ranks) + draw(st.integers(0, 2))) * ranks
+    else:
+        most = num_slots = ranks * draw(st.integers(1, 3))
+    ids = sorted(draw(st.sets(st.integers(0, 7), min_size=1, max_size=3)))
+    counts = [most] * len(ids)
+    if unequal and len(ids) > 1:
+        counts[0] = draw(st.integers(1, most))
+    rows = []
+    for count in counts:
+        extra = st.lists(st.integers(0, count - 1), min_size=num_slots - count, max_size=num_slots - count)
+        rows.append(draw(st.permutations([*range(count), *draw(extra)])))
+    return Plan(
+        model=draw(st.text(max_size=8)),
+        num_hidden_layers=ids[-1] + 1 + draw(st.integers(0, 2)),
+        moe_layer_ids=tuple(ids),
+        num_experts=most,
+        experts_per_layer=tuple(counts),
+        topology=topology,
+        physical_to_logical_map=np.array(rows),
+        next_owner=None,
+        strategy=draw(st.sampled_from(STRATEGIES)),
+        method="drawn",
+    )
+
+
+def assert_same(plan: Plan, other: Plan) -> None:
+    for name in vars(plan):
+        ours, theirs = getattr(plan, name), getattr(other, name)
+        assert np.array_equal(ours, theirs) if isinstance(ours, np.ndarray) else ours == theirs, name
+
+
+@pytest.mark.parametrize("format", ["sglang", "trtllm", "vllm", "eplb"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_is_exported_comes_back(
+    format: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = data.draw(plans(unequal=format == "trtllm"))
+    path = tmp_path_factory.getbasetemp() / FILES[format]
+    export_plan(plan, format, path)
+    assert_same(plan, read_plan(path))
+
+
+@given(plan=plans())
+@settings(max_examples=40, deadline=None)
+def test_vllm_ascend_comes_back_or_is_refused(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> None:
+    by_rank = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1)
+    path = tmp_path_factory.getbasetemp() / "ascend.json"
+    if any(len(set(rank)) < len(rank) for layer in by_rank.tolist() for rank in layer):
+        with pytest.raises(InputError, match="twice"):
+            export_plan(plan, "vllm-ascend", path)
+    else:
+        export_plan(plan, "vllm-ascend", path)
+        assert_same(plan, read_plan(path))
+
+
+@given(plan=plans(replicas=False))
+@settings(max_examples=40, deadline=None)
+def test_the_csv_comes_back_with_each_ranks_experts_in_order(
+    plan: Plan, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "exflow.csv"
+    export_plan(plan, "exflow", path)
+    by_rank = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, -1)
+    ordered = np.sort(by_rank, axis=2).reshape(plan.num_layers, -1)
+    assert_same(replace(plan, physical_to_logical_map=ordered), read_plan(path))
+
+
+def test_costs_of_links_come_back(tmp_path: Path, trace: RoutingTrace) -> None:
+    cost = ((0.0, 1.5), (1.5, 0.0))
+    plan = read_plan(
+        golden("vllm", tmp_path), trace=trace, topology=Topology(gpus_per_node=2, link_cost=cost)
+    )
+    export_plan(plan, "vllm", tmp_path / "again.json")
+    assert read_plan(tmp_path / "again.json").topology.link_cost == cost
+
+
+def golden(format: str, folder: Path) -> Path:
+    """A copy without a sidecar, under a name that says nothing of the format."""
+    path = folder / "placement"
+    path.write_bytes((GOLDEN / FILES[format]).read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_golden_files_by_their_content(format: str, trace: RoutingTrace, tmp_path: Path) -> None:
+    path = golden(format, tmp_path)
+    plan = read_plan(path, trace=trace, topology=Topology(gpus_per_node=2))
+    assert plan.physical_to_logical_map.tolist() == SLOTS[format]
+    assert (plan.model, plan.num_hidden_layers, plan.moe_layer_ids) == ("tiny", 4, (1, 3))
+    assert (plan.method, plan.strategy) == (f"imported from {format}", "dispatch-combine")
+    assert plan.trace_digest == trace.digest()
+    assert plan.next_owner is not None
+    assert plan.expected["strategies"]["dispatch_combine"]["messages_per_token_layer"] > 0
+    assert_same(plan, read_plan(path, format, trace=trace, topology=Topology(gpus_per_node=2)))
+
+
+@pytest.mark.parametrize("format", ["vllm-ascend", "exflow"])
+def test_files_that_say_the_ranks(format: str, trace: RoutingTrace, tmp_path: Path) -> None:
+    path = golden(format, tmp_path)
+    assert read_plan(path, trace=trace).topology == Topology(gpus_per_node=2)
+    with pytest.raises(InputError, match=r"places experts on 2 GPUs, not on 4 ranks \(2 nodes of 2\); give"):
+        read_plan(path, trace=trace, topology=Topology(num_nodes=2, gpus_per_node=2))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_says_the_model_or_the_ranks(format: str, trace: RoutingTrace, tmp_path: Path) -> None:
+    path = golden(format, tmp_path)
+    with pytest.raises(InputError, match=r"no placement\.meta\.json beside it; give --trace, a trace of"):
+        read_plan(path, topology=Topology(gpus_per_node=2))
+    if format not in ("vllm-ascend", "exflow"):
+        with pytest.raises(
+            InputError, match=r"number of GPUs, and there is no .*; give --gpus \(and --nodes\)"
+        ):
+            read_plan(path, trace=trace)
+
+
+def test_what_is_given_goes_before_the_sidecar(trace: RoutingTrace, tmp_path: Path) -> None:
+    path = golden("vllm", tmp_path)
+    sidecar_path(path).write_bytes((GOLDEN / "sidecar.meta.json").read_bytes())
+    assert read_plan(path).topology == Topology(num_nodes=2, gpus_per_node=1)
+    assert read_plan(path, topology=Topology(gpus_per_node=3)).num_ranks == 3
+    assert read_plan(path, trace=replace(trace, model="other")).model == "other"
+
+
+def test_one_row_for_all_layers(trace: RoutingTrace, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_text("[0, 1, 2, 3, 0, 1]")
+    plan = read_plan(path, trace=trace, topology=Topology(gpus_per_node=2))
+    assert plan.physical_to_logical_map.tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+
+
+def test_csv_rows_in_any_order(trace: RoutingTrace, tmp_path: Path) -> None:
+    header, *rows = (GOLDEN / "exflow.csv").read_text().splitlines()
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join([header, *reversed(rows)]))
+    assert read_plan(path, trace=trace).physical_to_logical_map.tolist() == SLOTS["exflow"]
+
+
+# What is wrong with a file, the edit that makes it so, and what the error says.
+Edit = Callable[[bytes], bytes]
+
+
+def swap(old: str, new: str) -> Edit:
+    def edit(content: bytes) -> bytes:
+        assert old.encode() in content
+        return content.replace(old.encode(), new.encode(), 1)
+
+    return edit
+
+
+def tensors(**changes: Any) -> Edit:
+    return lambda content: save(
+        {name: value for name, value in (load(content) | changes).items() if value is not None}
+    )
+
+
+MALFORMED = [
+    ("sglang", swap("]}", "]"), r"is not valid JSON \(.*\); give the file whole"),
+    ("sglang", swap('"physical_to_logical_map"', '"logical_count"'), r"has no key 'physical_to_logical_map'"),
+    ("sglang", swap("]}", '], "note": 1}'), r"unknown key 'note'; keep physical_to_logical_map alone"),
+    (
+        "sglang",
+        swap("[0, 1, 2, 3, 0, 1],\n", ""),
+        r"map: has 3 entries instead of 4; give one for each hidden",
+    ),
+    ("sglang", swap("[0, 1, 2, 3, 0, 1],", "[0, 1, 2, 3, 0],"), r"map\[1\]: has 6 slots, others 5; give all"),
+    ("sglang", swap("[0, 1, 2, 3, 0, 1],", "7,"), r"map\[0\]: is 7; give the list of the experts"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, 2]"), r"layer 1: does not hold expert 3; place"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 3, 4]"), r"layer 1: holds expert 4, the model has 4"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, -3]"), r"map\[1\]\[5\]: is -3; give the id"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, 3.0]"), r"map\[1\]\[5\]: is 3.0; give the id"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, true]"), r"map\[1\]\[5\]: is True; give the id"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, NaN]"), r"map\[1\]\[5\]: is nan; give the id"),
+    ("sglang", swap("[0, 1, 2, 0, 2, 3]", f"[{'9' * 5000}]"), r"is not valid JSON"),
+    ("sglang", swap("]}", '], "physical_to_logical_map": []}'), r"map' is given twice; keep one"),
+    ("sglang", lambda _: b'{"physical_to_logical_map": ' + b"[" * 100_000, r"is JSON nested too deeply"),
+    ("vllm", swap("]\n]", "]"), r"is not valid JSON"),
+    ("vllm", swap(",\n[3, 2, 0, 1, 2, 3]", ""), r"list: has 1 entries instead of 2; give one for each MoE"),
+    ("vllm", swap("[0, 1, 2, 0, 2, 3]", "[]"), r"MoE layer 0: is \[\]; give the list"),
+    ("vllm", swap("[3, 2, 0, 1, 2, 3]", "[3, 2, 0, 1, 2]"), r"MoE layer 1: has 5 slots, others 6"),
+    ("vllm", swap("[3, 2, 0, 1, 2, 3]", '[3, 2, 0, 1, 2, "3"]'), r"MoE layer 1\[5\]: is '3'; give the id"),
+    ("vllm", lambda _: b"[[0, 1, 2, 3, 0], [0, 1, 2, 3, 0]]", r"5 slots cannot be shared equally by 2 ranks"),
+    ("vllm-ascend", swap('count": 2, "layer', 'count": 3, "layer'), r"moe_layer_count: is 3 instead of 2"),
+    ("vllm-ascend", swap('"layer_id": 1', '"layer_id": 2'), r"\[1\].layer_id: is 2 instead of 1, its place"),
+    (
+        "vllm-ascend",
+        swap('"device_id": 1', '"device_id": 0'),
+        r"device_list\[1\].device_id: is 0 instead of 1",
+    ),
+    ("vllm-ascend", swap('"device_count": 2', '"device_count": 9'), r"device_count: is 9 instead of 2, the"),
+    (
+        "vllm-ascend",
+        swap("[0, 2, 3]", "[0, 2, 3, 1]"),
+        r"device_list\[1\].device_expert: has 4 slots, others 3",
+    ),
+    ("vllm-ascend", swap("[0, 2, 3]", "[0, 2, null]"), r"device_expert\[2\]: is None; give the id"),
+    (
+        "vllm-ascend",
+        swap('"device_expert": [0, 2, 3]', '"experts": []'),
+        r"has no key 'device_expert'; add it",
+    ),
+    (
+        "vllm-ascend",
+        swap('"layer_id": 0,', '"layer_id": 0, "x": 0,'),
+        r"layer_list\[0\]: unknown key 'x'; keep",
+    ),
+    ("trtllm", swap("num_slots: 6\n", ""), r"has no key 'num_slots'; add it"),
+    (
+        "trtllm",
+        swap("num_slots: 6", "num_slots: 999999999"),
+        r"num_slots: is 999999999 instead of 6, the length",
+    ),
+    (
+        "trtllm",
+        swap("num_slots: 6", "num_slots: 9999999999999"),
+        r"num_slots: is '9999999999999' instead of 6",
+    ),
+    ("trtllm", swap("num_slots: 6", "num_slots: 6\nx: 1"), r"the file: unknown key 'x'; keep"),
+    ("trtllm", swap("iter: 0", "iter: 2"), r"layer_updates_per_iter: is 2 instead of 0, with which nothing"),
+    ("trtllm", swap("  3: [3, 2, 0, 1, 2, 3]\n", ""), r"has no entry for hidden layer 3; add it"),
+    (
+        "trtllm",
+        swap("  3: [", "  2: ["),
+        r"holds 2, which is no MoE layer of the model \(they are \[1, 3\]\)",
+    ),
+    ("trtllm", swap("  3: [", "  1: ["), r"line 3: the key 1 is given twice; keep one"),
+    (
+        "trtllm",
+        swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2"),
+        r"is not YAML \(line \d: .*\); give the file whole",
+    ),
+    ("trtllm", swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, 0x3]"), r"assignments\[1\]\[5\]: is '0x3'; give"),
+    (
+        "trtllm",
+        swap("[0, 1, 2, 0, 2, 3]", "[0, 1, 2, 0, 2, '3']"),
+        r"assignments\[1\]\[5\]: is '3'; give the id",
+    ),
+    ("trtllm", swap("[0, 1, 2, 0, 2, 3]", "&a [0, 1]"), r"line 2: has an anchor, an alias or a tag; write"),
+    ("trtllm", swap("num_slots: 6", "num_slots: [[[[[6]]]]]"), r"line 4: is nested too deeply"),
+    ("trtllm", lambda _: b"num_slots: " + b"[" * 1_000_000, r"line 1: is nested too deeply"),
+    ("trtllm", swap("num_slots", "---\nnum_slots"), r"holds more than one YAML document; keep the first"),
+    ("trtllm", swap("num_slots", "\x00num_slots"), r"is not YAML \(.*\); give the file whole"),
+    ("eplb", lambda content: content[:-8], r"is no safetensors file of integers \(.*\); save what"),
+    ("eplb", swap('"shape":[2,6]', '"shape":[2,9]'), r"is no safetensors file of integers"),
+    ("eplb", tensors(expert_count=None), r"has no key 'expert_count'; add it"),
+    ("eplb", tensors(x=np.zeros(1)), r"unknown key 'x'; keep"),
+    ("eplb", tensors(expert_count=np.zeros((2, 4))), r"expert_count: is float64; give int64"),
+    ("eplb", tensors(expert_count=np.ones((2, 4), np.int64)), r"expert_count: does not say the same as phys"),
+    (
+        "eplb",
+        tensors(logical_to_physical_map=np.ones((2, 4, 2), np.int64)),
+        r"logical_to_physical_map: does not",
+    ),
+    ("eplb", tensors(physical_to_logical_map=np.zeros((3, 6), np.int64)), r"shape \(3, 6\), or negative ids"),
+    ("eplb", tensors(physical_to_logical_map=np.full((2, 6), -1)), r"shape \(2, 6\), or negative ids; give"),
+    (
+        "eplb",
+        tensors(physical_to_logical_map=np.full((2, 6), 1 << 40)),
+        r"layer 1: holds expert 1099511627776",
+    ),
+    ("exflow", swap("0,0\r\n", ""), r"does not place expert 0 of 0..7; give the file whole"),
+    ("exflow", swap("0,0\r\n", "0,0\r\n0,1\r\n"), r"line 3: places expert 0 on 1; the model has 8 experts"),
+    ("exflow", swap("7,0", "8,0"), r"line 9: places expert 8 on 0; the model has 8 experts in all, place"),
+    ("exflow", swap("7,0", "7,999999999"), r"line 9: places expert 7 on 999999999"),
+    ("exflow", swap("7,0", "7,1"), r"MoE layer 1: node 0 of 2 has 1 of 4 experts, in a plan every GPU has"),
+    ("exflow", swap("7,0", "7,-1"), r"line 9: is \['7', '-1'\]; give two numbers from 0 up"),
+    ("exflow", swap("7,0", "7"), r"line 9: is \['7'\]; give two numbers"),
+    ("exflow", swap("Expert,Node\r\n", ""), r"is \['0', '0'\]; give the columns Expert,Node"),
+    ("exflow", swap("7,0", '7,"' + "0" * 200_000), r"is no CSV file \(field larger than field limit"),
+]
+
+
+@pytest.mark.parametrize(("format", "edit", "message"), MALFORMED)
+def test_malformed(format: str, edit: Edit, message: str, trace: RoutingTrace, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.write_bytes(edit((GOLDEN / FILES[format]).read_bytes()))
+    with pytest.raises(InputError, match=message) as caught:
+        read_plan(path, format, trace=trace, topology=Topology(gpus_per_node=2))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_damage_is_an_input_error_or_another_plan(
+    format: str, data: st.DataObject, trace: RoutingTrace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray((GOLDEN / FILES[format]).read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    for name in (format, None):
+        try:
+            read_plan(path, name, trace=trace, topology=Topology(gpus_per_node=2))
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+            assert "\n" not in str(error)
+
+
+class Bomb:
+    """Unpickling it makes the folder `exploded`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_in_disguise(format: str | None, protocol: int, trace: RoutingTrace, tmp_path: Path) -> None:
+    mark = tmp_path / "exploded"
+    path = tmp_path / "map.json"
+    path.write_bytes(pickle.dumps({"physical_to_logical_map": Bomb(mark)}, protocol))
+    with pytest.raises(InputError, match=re.escape(str(path))) as caught:
+        read_plan(path, format, trace=trace, topology=Topology(gpus_per_node=2))
+    assert not mark.exists()
+    if protocol and format != "eplb":
+        assert "is a pickle or a .pt archive, which is never loaded; save" in str(caught.value)
+
+
+def test_yaml_that_would_run_code(trace: RoutingTrace, tmp_path: Path) -> None:
+    mark = tmp_path / "exploded"
+    path = tmp_path / "map.yaml"
+    path.write_text(f"num_slots: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(InputError, match=r"map\.yaml: line 1: has an anchor, an alias or a tag; write"):
+        read_plan(path, trace=trace)
+    assert not mark.exists()
+
+
+def test_files_that_are_none(trace: RoutingTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, message in (
+        (b"", "begins with '', no format known here; give --format, one of eplb, sglang, "),
+        (b"hello", "begins with 'hello', no format known here"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_plan(tmp_path / "a", trace=trace)
+    with pytest.raises(InputError, match=r"none: cannot be read \(No such file or directory\); give"):
+        read_plan(tmp_path / "none", trace=trace)
+    with pytest.raises(InputError, match=r"format 'pt' is not known; give one of eplb, "):
+        read_plan(tmp_path / "a", "pt", trace=trace)
+    monkeypatch.setattr(registry, "MAX_BYTES", 10)
+    with pytest.raises(InputError, match="has 43 bytes, a placement 10 at most; give another file"):
+        read_plan(golden("vllm", tmp_path), trace=trace)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '"tiny"',
+            "7",
+            r"model: .* \(found 7\); export the plan again, or remove the file and import with --trace",
+        ),
+        ('"model": "tiny",', "", "model: Field required"),
+        ('"method"', '"x": 1, "method"', "x: Extra inputs are not permitted"),
+        ("[1, 3]", "[3, 1]", r"moe_layer_ids: are \[3, 1\]; give ascending hidden-layer indices"),
+        ("[1, 3]", "[1, 4]", "moe_layer_ids: layer 4 is not among 4 hidden layers"),
+        ("[4, 4]", "[4]", "experts_per_layer: has 1 entries for 2 MoE layers"),
+        (
+            '"num_experts": 4',
+            '"num_experts": 99999999999',
+            "num_experts: is 99999999999; give a number from 1",
+        ),
+        ('"link_cost": null', '"link_cost": [[0]]', "topology: link_cost is not 2 rows of 2"),
+        ("{", "", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_sidecar(old: str, new: str, message: str, tmp_path: Path) -> None:
+    path = golden("vllm", tmp_path)
+    text = (GOLDEN / "sidecar.meta.json").read_text()
+    assert old in text
+    sidecar_path(path).write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError, match=message) as caught:
+        read_plan(path)
+    assert str(caught.value).startswith(str(sidecar_path(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sidecar_of_another_placement(tmp_path: Path) -> None:
+    path = golden("vllm", tmp_path)
+    sidecar = json.loads((GOLDEN / "sidecar.meta.json").read_text())
+    sidecar |= {"moe_layer_ids": [1], "experts_per_layer": [4]}
+    sidecar_path(path).write_text(json.dumps(sidecar))
+    with pytest.raises(InputError, match="the list: has 2 entries instead of 1; give one for each MoE layer"):
+        read_plan(path)
