@@ -28,15 +28,18 @@ import torch
 import torch.distributed as dist
 from host_synced import HostSyncedDecode
 
+from exflow.auto import predictions
 from exflow.captured import Capture, CapturedDecode
 from exflow.config import ModelConfig, validated
+from exflow.cost_model import Load, Machine
 from exflow.decode_bench import WARM_UP, StepTimes, begin_stand_in, stand_in_decode, step_bytes, time_steps
 from exflow.decode_step import DecodeStep
 from exflow.decoder import Decoder
 from exflow.deploy import contiguous_plan
 from exflow.distributed import Cluster, join_cluster
 from exflow.files import atomic_path, read_json
-from exflow.mail import symmetric_memory
+from exflow.mail import symmetric_memory, tensor_at
+from exflow.measure import measure
 from exflow.moe import PlanTables
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
@@ -59,6 +62,7 @@ class Case:
     name: str
     config: ModelConfig
     decoder: Decoder
+    plans: dict[str, Plan]
     tables: dict[str, PlanTables]
 
     @classmethod
@@ -71,7 +75,7 @@ class Case:
         decoder = random_decoder(RandomWeights(config), cluster.device, torch.bfloat16, held)
         decoder.replay = ReplayedRouting.of(RoutingTrace.load(folder / "trace"), config, cluster.device)
         tables = {name: PlanTables.of(plan, cluster.device) for name, plan in plans.items()}
-        return cls(folder.name, config, decoder, tables)
+        return cls(folder.name, config, decoder, plans, tables)
 
 
 def timed(run: Callable[[], object], repeats: int) -> float:
@@ -95,23 +99,9 @@ def bandwidths(cluster: Cluster) -> dict[str, float]:
     peer = symmetric_memory(cluster)(COPIED // 4)
     address = peer.bases[(cluster.rank + 1) % cluster.num_ranks]
     part = here[: COPIED // 4]
-    target = as_tensor(address, part)
+    target = tensor_at(address, part)
     figures["link_gb_s"] = len(part) / timed(lambda: target.copy_(part), 10) / 1e3
     return figures
-
-
-def as_tensor(address: int, like: torch.Tensor) -> torch.Tensor:
-    """A view of another rank's bytes, as large as `like`."""
-
-    class Array:
-        __cuda_array_interface__ = {  # noqa: RUF012
-            "shape": tuple(like.shape),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
-
-    return torch.as_tensor(Array(), device=like.device)
 
 
 class ExchangeOnly(DecodeStep):
@@ -166,16 +156,18 @@ def captured_rows(
 
 
 def kernel_times(captured: CapturedDecode) -> dict[str, float]:
-    """Microseconds of a step in each kernel on this rank, by the profiler; waiting is inside `receive` and
-    `settle`."""
+    """Microseconds that a step spends in each kernel on this rank, by the profiler: from the end of the
+    kernel before to its own end, so that they add up to the step. `receive` and `settle` contain waiting."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         captured.advance()
         torch.cuda.synchronize()
+    ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spent: dict[str, float] = {}
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            name = event.name[:48]
-            spent[name] = spent.get(name, 0.0) + event.device_time
+    reached = min(event.time_range.start for event in ran)
+    for event in sorted(ran, key=lambda event: event.time_range.end):
+        name = event.name[:48]
+        spent[name] = spent.get(name, 0.0) + event.time_range.end - reached
+        reached = event.time_range.end
     return dict(sorted(spent.items(), key=lambda item: -item[1])[:12])
 
 
@@ -223,6 +215,22 @@ def exchange_us(case: Case, cluster: Cluster, batch: int, context: int) -> dict[
         captured = stand_in_decode(capture, batch, context, STEPS + WARM_UP, ExchangeOnly)
         figures[transport] = time_steps(captured, STEPS).median_us / layers - figures["none"]
     return figures
+
+
+def predicted_us(case: Case, batch: int, context: int, machines: list[Machine]) -> list[dict[str, Any]]:
+    """What `auto` thinks that each strategy takes, by what the plan knows of the routing it was made from."""
+    return [
+        {
+            "transport": machine.transport,
+            "placement": name,
+            "step_us": {
+                each.strategy: each.step_s * 1e6
+                for each in predictions(Load.of(case.config, plan, batch, context, 2), plan, machine)
+            },
+        }
+        for machine in machines
+        for name, plan in case.plans.items()
+    ]
 
 
 def rows_of(
@@ -286,7 +294,9 @@ def setting(cluster: Cluster, hardware: dict[str, float], context: int) -> dict[
 
 def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
     hardware = bandwidths(cluster)
+    machines = [measure(cluster, transport) for transport in TRANSPORTS]
     document = {**setting(cluster, hardware, arguments.context), "cases": []}
+    document["machines"] = [asdict(machine) for machine in machines]
     for folder in sorted(arguments.cases.iterdir()):
         if arguments.only and folder.name not in arguments.only:
             continue
@@ -294,6 +304,7 @@ def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
         for batch in arguments.batch:
             rows: list[dict[str, Any]] = []
             entry: dict[str, Any] = {"case": case.name, "batch": batch, "rows": rows}
+            entry["predicted"] = predicted_us(case, batch, arguments.context, machines)
             document["cases"].append(entry)
             try:
                 rows.extend(rows_of(case, cluster, batch, arguments.context, hardware))

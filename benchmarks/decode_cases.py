@@ -22,9 +22,8 @@ from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
 LAYERS = 24
-BALANCED = Objective(
-    balance_price=2.5
-)  # between GPUs of a host a message costs less than waiting for the busiest
+# between GPUs of a host a message costs less than waiting for the busiest
+BALANCED = Objective(balance_price=2.5, owner_price=2.5)
 SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 
 

@@ -38,6 +38,7 @@ from exflow.auto import moved_by
 from exflow.config import ModelConfig
 from exflow.cost_model import Link, Load, Machine, Moved, predict
 from exflow.files import atomic_path
+from exflow.placement.objective import Objective
 from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
@@ -45,6 +46,7 @@ from exflow.profiling.trace import RoutingTrace
 
 PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}
 PLACE_SECONDS = 20.0
+OWNER_PRICE = 1.0  # who owns most sends most, and all others wait for it
 PORT = "29500"
 
 
@@ -269,7 +271,12 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
         trace.save(folder / "replayed")
         for placement, method in PLACEMENTS.items():
             solving = Solving(method, time_limit=PLACE_SECONDS)
-            plan = place(parts.train, Topology(num_nodes=count, gpus_per_node=1), solving=solving)
+            plan = place(
+                parts.train,
+                Topology(num_nodes=count, gpus_per_node=1),
+                objective=Objective(owner_price=OWNER_PRICE),
+                solving=solving,
+            )
             plan.save(folder / f"{placement}.json")
         with hosts(count, arguments.rate, arguments.delay) as network:
             run_job(network, folder, job)

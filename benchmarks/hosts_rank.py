@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.auto import link_of
 from exflow.config import ModelConfig
 from exflow.cost_model import Machine
 from exflow.distributed import Cluster, join_cluster
 from exflow.engine import Engine, Request
 from exflow.exchange import Exchange
+from exflow.measure import link_of
 from exflow.moe import PlanTables, Replicated
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology

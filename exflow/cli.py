@@ -156,6 +156,14 @@ def place(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    owner_price: Annotated[
+        float,
+        typer.Option(
+            help="The same for the tokens that a GPU owns: it attends to them, and sends them out.",
+            min=0,
+            rich_help_panel=_WHAT,
+        ),
+    ] = 0.0,
     weight: Annotated[
         list[float] | None,
         typer.Option(help="How much each trace counts; by default its tokens.", rich_help_panel=_WHAT),
@@ -214,7 +222,7 @@ def place(
             PlaceJob(
                 traces=traces,
                 where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size),
-                objective=Objective(strategy, balance_price, max_imbalance),  # type: ignore[arg-type]
+                objective=Objective(strategy, balance_price, max_imbalance, owner_price),  # type: ignore[arg-type]
                 solving=Solving(method, seed, time_limit),
                 weights=weight,
                 worst_case=worst_case,

@@ -44,15 +44,23 @@ class Tiles:
 
 
 def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize: int, gated: bool) -> Tiles:
-    """Tiles for a product of [rows, depth] with [width, depth] weights in each of `slots` slots."""
-    rows = min(64, max(16, triton.next_power_of_2(int(rows_per_slot * 1.5) or 1)))
-    wide = min(64, triton.next_power_of_2(width))
+    """Tiles for a product of [rows, depth] with [width, depth] weights in each of `slots` slots.
+
+    Weights are read again for every `rows` of a slot, so that the fullest slot should fit; more rows than are
+    there cost arithmetic. Measured on an H200 (docs/log.md).
+    """
+    rows = triton.next_power_of_2(int(rows_per_slot + 4 * rows_per_slot**0.5) or 1)
+    rows = min(128, max(16, rows))
+    many = rows == 128
+    wide = min(128 if many and not gated else 64, triton.next_power_of_2(width))
     deep = min(256 // itemsize, triton.next_power_of_2(depth))
     programs = slots * triton.cdiv(width, wide)
     splits = 1
-    while programs * splits < 128 and splits < 8 and depth // (splits * 2) >= 4 * deep:
+    while programs * splits < 256 and splits < 8 and depth // (splits * 2) >= 4 * deep:
         splits *= 2
-    return Tiles(rows, wide, max(16, deep), splits, stages=3 if gated else 4)
+    return Tiles(
+        rows, wide, max(16, deep), splits, stages=4 if gated and not many else 3, warps=8 if many else 4
+    )
 
 
 def _programmatic_launch(device: torch.device) -> dict[str, Any]:

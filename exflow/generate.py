@@ -25,7 +25,7 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling
 from exflow.strategies import strategy_named
-from exflow.transport import transport_named
+from exflow.transport import choose_transport, transport_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -138,10 +138,11 @@ def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Depl
         positions,
         deployment.dtype.itemsize,
     )
-    strategy, why = choose_strategy(load, deployment.plan, cluster)
+    transport = choose_transport(deployment.transport, cluster)
+    strategy, why = choose_strategy(load, deployment.plan, cluster, transport)
     if cluster.rank == 0:
         say(why)
-    return replace(deployment, strategy=strategy)
+    return replace(deployment, strategy=strategy, transport=transport)
 
 
 def run(

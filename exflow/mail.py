@@ -75,10 +75,11 @@ class Mailbox:
 @dataclass(frozen=True)
 class PeerMemory:
     """Bytes of this rank that the other ranks can write to, and where each rank's lie in this rank's
-    addresses."""
+    addresses; `meet` waits, on the GPU, until all ranks have come so far."""
 
     own: Tensor
     bases: list[int]
+    meet: Callable[[], None] = lambda: None
 
 
 Allocate = Callable[[int], PeerMemory]
@@ -104,9 +105,23 @@ def symmetric_memory(cluster: Cluster) -> Allocate:
         ]
         torch.cuda.synchronize()
         dist.barrier()  # nobody writes before everybody's zeros are there
-        return PeerMemory(own, bases)
+        return PeerMemory(own, bases, handle.barrier)
 
     return allocate
+
+
+def tensor_at(address: int, like: Tensor) -> Tensor:
+    """Another rank's bytes as a tensor, as many as `like` has."""
+
+    class Bytes:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": (like.nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Bytes(), device=like.device)
 
 
 def local_memory(device: torch.device, num_ranks: int = 1) -> Allocate:

@@ -21,7 +21,9 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     (background); "exchanges_per_step", the synchronous collectives of a decode step; and "totals", the
     integers behind the means. "remote_nodes" is how many nodes other than the owner's a token's experts are
     on: what would cross between nodes if each got one message and passed it on. "imbalance" is the busiest
-    rank's load over the mean load, per layer, its mean and its maximum. "node_coherent" is there only with
+    rank's load over the mean load, per layer, its mean and its maximum; "owner_imbalance" the same of the
+    tokens that a rank owns before each MoE layer and after the last: it attends to them, and sends them out.
+    "node_coherent" is there only with
     several nodes. "replicated" sends no message: its "all_reduces_per_step" each move "all_reduce_copies"
     rows a token, all ranks together (a ring: every rank sends 2 (G - 1) / G of a row), on the critical path.
     "local_fraction" is the share of adjacent-layer first-choice transitions that stay on a rank; it is 1 for
@@ -83,12 +85,14 @@ def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
         figures[name] = _figures(traffic, exchanges_per_step(layers, trace.top_k, size, ranks)) | {
             "remote_nodes": traffic.per_token_layer(int(followed[name].remote_nodes.sum())),
             "imbalance": _imbalance(followed[name].load.sum(axis=0)),
+            "owner_imbalance": _imbalance(followed[name].owned),
         }
     silent = Traffic(trace.num_tokens, layers, plan.num_hidden_layers, 0, 0, 0, 0, 0, 0)
     figures["replicated"] = _figures(silent, layers) | {
         "all_reduces_per_step": layers,
         "all_reduce_copies": 2 * (ranks - 1),
         "imbalance": figures["dispatch_combine"]["imbalance"],
+        "owner_imbalance": {"mean": 1.0, "max": 1.0, "per_layer": [1.0] * (layers + 1)},
     }
     return figures
 

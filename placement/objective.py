@@ -27,17 +27,22 @@ class Objective:
     strategy       whose messages count
     balance_price  messages per token and layer that a unit of imbalance (busiest load / mean load) costs
     max_imbalance  the most that the imbalance of any layer may be; None is free
+    owner_price    the same as balance_price for the tokens that a rank owns (see `level_owners`); at 0 a
+                   token's next owner is chosen for fewest messages alone
     """
 
     strategy: Strategy = "coherent"
     balance_price: float = BALANCE_PRICE
     max_imbalance: float | None = None
+    owner_price: float = 0.0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise InputError(f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
         if not 0 <= self.balance_price < math.inf:
             raise InputError(f"balance price is {self.balance_price}; choose a number from 0 up")
+        if not 0 <= self.owner_price < math.inf:
+            raise InputError(f"owner price is {self.owner_price}; choose a number from 0 up")
         if self.max_imbalance is not None and not 1 <= self.max_imbalance < math.inf:
             raise InputError(
                 f"max imbalance is {self.max_imbalance}; it is the busiest rank's load over the mean load: "

@@ -11,6 +11,7 @@ from exflow.errors import InputError
 from exflow.placement.affinity import AffinityCounts, count_affinity
 from exflow.placement.baselines import contiguous, contiguous_slots, random
 from exflow.placement.evaluate import evaluate
+from exflow.placement.level_owners import level_owners
 from exflow.placement.load_only import load_only, replica_counts
 from exflow.placement.objective import Objective, items_of, make_problem
 from exflow.placement.plan import Plan
@@ -124,6 +125,8 @@ def place(
         )
         if in_use is None and weights is None and _may_be_beaten(problem, solution):
             plan = _or_contiguous(plan, objective, trace, replicas)
+    if objective.owner_price:
+        plan = level_owners(plan, trace, objective.owner_price)
     return replace(plan, expected=evaluate(plan, trace))
 
 

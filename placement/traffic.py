@@ -79,6 +79,7 @@ class Followed:
     remote_nodes: npt.NDArray[np.int64]  # [N] nodes without the owner that a token's experts are on, summed
     load: npt.NDArray[np.int64]  # [B, L, G] (token, choice) pairs each rank computes, by block of sequences
     block: npt.NDArray[np.int64]  # [N] the block that a sequence's load is counted in
+    owned: npt.NDArray[np.int64]  # [L + 1, G] tokens each rank owns before each MoE layer, and after the last
     attended: npt.NDArray[np.int64]  # [G] attention layers computed
 
 
@@ -112,7 +113,7 @@ def follow(trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1) ->
     next_owner = plan.next_owner
     if next_owner is None:
         next_owner = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int16)
-    messages, remote, load, attended = _follow(
+    messages, remote, load, owned = _follow(
         np.asarray(trace.experts),  # a plain view: numba reads a memory map without copying it
         sequence,
         block,
@@ -122,10 +123,10 @@ def follow(trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1) ->
         next_owner.astype(np.int16),
         group_size,
         plan.topology.node_of_rank,
-        _attention_before(plan),
     )
+    attended = _attention_before(plan) @ owned
     tokens = np.bincount(sequence, minlength=len(sequence_ids))
-    return Followed(tokens, messages, remote, load, block, attended)
+    return Followed(tokens, messages, remote, load, block, owned, attended)
 
 
 def total(followed: Followed, plan: Plan, group_size: int) -> Traffic:
@@ -186,29 +187,28 @@ def _follow(
     next_owner: IntArray,  # [L, E, G]
     group_size: int,
     node: IntArray,  # [G]
-    attention: IntArray,  # [L + 1] attention layers before each MoE layer's experts, and after the last
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The fields messages, remote_nodes, load and attended of `Followed`."""
+    """The fields messages, remote_nodes, load and owned of `Followed`."""
     num_tokens, num_layers, top_k = experts.shape
     messages = np.zeros((len(home), 2, 2), dtype=np.int64)
     remote = np.zeros(len(home), dtype=np.int64)
     load = np.zeros((num_blocks, num_layers, len(node)), dtype=np.int64)
-    attended = np.zeros(len(node), dtype=np.int64)
+    owned = np.zeros((num_layers + 1, len(node)), dtype=np.int64)
     hosts = np.empty(top_k, dtype=np.int64)
     owner_of = home.copy()
     for token in range(num_tokens):
         of = sequence[token]
         owner, held = owner_of[of], load[block[of]]
         for layer in range(num_layers):
-            attended[owner] += attention[layer]
+            owned[layer, owner] += 1
             chosen = experts[token, layer]
             present = hosts[: _distinct_hosts(chosen, serving[owner, layer], held[layer], hosts)]
             remote[of] += _send(owner, present, node, messages[of, 0])
             owner = _choose_owner(owner, present, chosen, next_owner[layer], group_size)
             _send(owner, present, node, messages[of, 1])
-        attended[owner] += attention[num_layers]
+        owned[num_layers, owner] += 1
         owner_of[of] = owner
-    return messages, remote, load, attended
+    return messages, remote, load, owned
 
 
 @njit(cache=True, nogil=True)

@@ -1,11 +1,14 @@
 """What a step is said to take: by hand for round numbers, and laws that any machine must obey."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exflow import cost_model
 from exflow.cost_model import Link, Load, Machine, Moved, Prediction, choose, predict
 from exflow.errors import InputError
 
@@ -26,6 +29,8 @@ LOAD = Load(
     dense_bytes=6000,
 )
 MACHINE = Machine(Link(0.1, 1000.0), Link(1.0, 100.0), read_bytes_per_s=1000.0, memory_bytes=1e6)
+# of the busiest rank: 4 ranks share 8 tokens, and by chance one has more than 2 (see cost_model._of_a_batch)
+CHANCE = 0.7 * (2 * math.log(4) * 3 / 8) ** 0.5
 # nothing moves but what a test says
 STILL = Moved(1, exchanges=0, dispatch=(0, 0), give_back=(0, 0), kv=(0, 0), busiest=1.0, attending=1.0)
 
@@ -34,10 +39,11 @@ def test_exchanges_by_hand() -> None:
     """Every token goes to the other rank of its node, and back from both ranks of the other node.
 
     2 tokens a rank. Out: 2 rows of 120 bytes at 1000 a second, and no room to spare. Back:
-    4 rows of 108 bytes at 100 a second. The busiest rank has half as much again; 2 layers, and 4 latencies.
+    4 rows of 108 bytes at 100 a second. The busiest rank has half as much again, and what chance adds; 2
+    layers, and 4 latencies.
     """
     moved = replace(STILL, exchanges=4, dispatch=(1.0, 0.0), give_back=(0.0, 2.0), busiest=1.5)
-    expected = 4 * 1.0 + 2 * 1.5 * (240 / 1000 + 432 / 100)
+    expected = 4 * 1.0 + 2 * (1 + math.hypot(0.5, CHANCE)) * (240 / 1000 + 432 / 100)
     assert predict("coherent", LOAD, moved, MACHINE).exchange_s == pytest.approx(expected)
     one_node = replace(LOAD, ranks_per_node=4)
     inside = replace(STILL, exchanges=4)
@@ -45,22 +51,52 @@ def test_exchanges_by_hand() -> None:
 
 
 def test_room_is_paid_for() -> None:
-    """A token in two leaves for the one other rank: of 8 tokens 4, and 3 times root 2."""
+    """A token in two leaves for the one other rank: of 8 tokens 4, and 3 times root 2, and chance."""
     pair = replace(LOAD, ranks=2, ranks_per_node=2, batch=16)
     seconds = predict("coherent", pair, replace(STILL, exchanges=2, dispatch=(0.5, 0.0)), MACHINE).exchange_s
-    assert seconds == pytest.approx(2 * 0.1 + 2 * 120 * min(8, 4 + 3 * 2**0.5) / 1000)
+    busiest = 1 + 0.7 * (2 * math.log(2) / 16) ** 0.5
+    assert seconds == pytest.approx(2 * 0.1 + 2 * 120 * busiest * min(8, 4 + 3 * 2**0.5) / 1000)
+
+
+def test_captured_exchanges_by_hand() -> None:
+    """One-sided, only what moves is sent; by a collective room for every row that a receiver may own."""
+    moved = replace(STILL, group_size=4, exchanges=4, dispatch=(1.0, 0.0), give_back=(0.0, 2.0))
+    busiest = 1 + CHANCE
+    one_sided = replace(MACHINE, transport="one-sided")
+    expected = 4 * 1.0 + 2 * busiest * (240 / 1000 + 432 / 100)
+    assert predict("coherent", LOAD, moved, one_sided).exchange_s == pytest.approx(expected)
+    collective = replace(MACHINE, transport="collective")
+    rows = 2 * 4  # 2 tokens of each of 4 ranks; to one rank of the node, and to two on the other
+    expected = 4 * 1.0 + 2 * (2 * rows * 120 / 100 + 2 * rows * 108 / 100)
+    assert predict("coherent", LOAD, moved, collective).exchange_s == pytest.approx(expected)
+    reduced = replace(STILL, all_reduces=2)
+    served = predict("replicated", LOAD, reduced, one_sided).exchange_s
+    assert served == pytest.approx(2 * (1.0 + 3 * 8 * 0.25 * 100 / 100))
+    everything = predict("replicated", LOAD, reduced, collective).exchange_s
+    assert everything == pytest.approx(2 * (1.0 + 3 * 8 * 100 / 100))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_chance_makes_a_rank_the_busiest(ranks: int, tokens: int) -> None:
+    draws = np.random.default_rng(0).multinomial(tokens, [1 / ranks] * ranks, 4000)
+    busiest = draws.max(axis=1).mean() / (tokens / ranks)
+    assert cost_model._of_a_batch(1.0, tokens, ranks) == pytest.approx(busiest, rel=0.08)
 
 
 def test_compute_by_hand() -> None:
     """8 choices leave an expert of 4 out with a chance of (3/4)^8. A rank has one expert in each of 2 layers.
 
-    Its 2 tokens, the busiest rank's 3, look at 10 positions of 50 bytes in each of 3 layers.
+    Its 2 tokens, of the busiest rank 3 and some by chance, look at 10 positions of 50 bytes in 3 layers.
     """
-    moved, touched = replace(STILL, attending=1.5), 1 - 0.75**8
-    reading = (2 * touched * 1000 + 6000 + 3 * 3 * 10 * 50) / 1000
+    tokens = 2 * (1 + math.hypot(0.5, CHANCE))
+    moved, touched = replace(STILL, group_size=4, attending=1.5), 1 - 0.75**8
+    reading = (2 * touched * 1000 + 6000 + tokens * 3 * 10 * 50) / 1000
     assert predict("coherent", LOAD, moved, MACHINE).compute_s == pytest.approx(reading)
     eager = replace(MACHINE, layer_s=2.0, token_s=0.5)
-    assert predict("coherent", LOAD, moved, eager).compute_s == pytest.approx(reading + 3 * (2 + 3 * 0.5))
+    assert predict("coherent", LOAD, moved, eager).compute_s == pytest.approx(
+        reading + 3 * (2 + tokens * 0.5)
+    )
 
 
 def test_only_what_computing_does_not_hide_of_the_background_counts() -> None:
@@ -94,6 +130,7 @@ def test_figures_of_an_evaluation() -> None:
         "kv_intra_node": 1.0,
         "kv_inter_node": 2.0,
         "imbalance": {"mean": 1.25},
+        "owner_imbalance": {"mean": 1.5},
         "totals": {
             "messages": 10,
             "dispatch_intra": 6,
@@ -106,6 +143,8 @@ def test_figures_of_an_evaluation() -> None:
     assert moved.dispatch == pytest.approx((0.3, 0.1))
     assert moved.give_back == pytest.approx((0.0, 0.1))
     assert (moved.exchanges, moved.kv, moved.busiest, moved.all_reduces) == (4, (1.0, 2.0), 1.25, 0)
+    assert moved.attending == 1.5
+    assert Moved.of(figures, group_size=1).attending == 1
     replicated = Moved.of(figures | {"all_reduces_per_step": 2}, group_size=1)
     assert (replicated.exchanges, replicated.all_reduces) == (0, 2)
 
@@ -137,6 +176,7 @@ machines = st.builds(
     *[st.floats(0, 10)] * 2,
     st.sampled_from([64, 4096]),
     st.floats(0, 1),
+    st.sampled_from(["eager", "collective", "one-sided"]),
 )
 moves = st.builds(
     Moved,

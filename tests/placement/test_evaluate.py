@@ -25,7 +25,7 @@ FIGURES = {
     "exchanges_per_step",
     "totals",
 }
-FOLLOWED = FIGURES | {"remote_nodes", "imbalance"}
+FOLLOWED = FIGURES | {"remote_nodes", "imbalance", "owner_imbalance"}
 
 
 def contiguous_plan(trace: RoutingTrace, topology: Topology) -> Plan:
@@ -58,7 +58,8 @@ def test_one_top_1_token_that_visits_both_ranks() -> None:
 def test_replicated_sends_no_message_but_reduces_every_layer(random_trace: RoutingTrace) -> None:
     plan = contiguous_plan(random_trace, Topology(gpus_per_node=4))
     replicated = evaluate(plan, random_trace)["strategies"]["replicated"]
-    assert set(replicated) == FIGURES | {"all_reduces_per_step", "all_reduce_copies", "imbalance"}
+    more = {"all_reduces_per_step", "all_reduce_copies", "imbalance", "owner_imbalance"}
+    assert set(replicated) == FIGURES | more
     assert replicated["messages_per_token_layer"] == replicated["kv_copies"] == 0
     assert replicated["all_reduces_per_step"] == replicated["exchanges_per_step"] == 3
     assert replicated["all_reduce_copies"] == 6  # each of 4 ranks sends 2 * 3/4 of a row
@@ -80,7 +81,10 @@ def test_every_figure_agrees_with_the_count(random_trace: RoutingTrace, nodes: i
             "max": layers.max(),
             "per_layer": layers.tolist(),
         }
-        remote = follow(random_trace, plan, group_size).remote_nodes.sum()
+        followed = follow(random_trace, plan, group_size)
+        owned = followed.owned.max(axis=1) / followed.owned.mean(axis=1)
+        assert strategy["owner_imbalance"]["per_layer"] == owned.tolist()
+        remote = followed.remote_nodes.sum()
         assert strategy["remote_nodes"] == remote / (50 * 3) <= strategy["dispatch"]
         assert (nodes == 1) == (remote == 0)
         messages = strategy["messages_per_token_layer"]

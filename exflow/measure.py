@@ -1,0 +1,152 @@
+"""What the ranks of a job run on, measured once: links, memory, launches. Collective.
+
+Each is measured as the decode step will use it: eagerly, or many times in one captured graph.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from exflow.cost_model import Link, Machine
+from exflow.distributed import Cluster, coherence_group
+from exflow.expectation import ROUND_BYTES
+from exflow.mail import symmetric_memory, tensor_at
+from exflow.transport import Transport
+
+SMALL = 64  # bytes from each rank to each other one
+LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
+READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; of a GPU more than its cache
+LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10}  # of kernels in a layer, about
+RUNS = 9
+IN_A_GRAPH = 20
+
+Exchange = Callable[[int], Callable[[], object]]  # of so many bytes with each other rank
+Timer = Callable[[Cluster, Callable[[], object]], float]
+
+
+def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
+    """The slowest rank's figures; equal on all ranks, and all must call it."""
+    timer = _eager_s if transport == "eager" else _captured_s
+    inside, between = _links(cluster, transport, timer)
+    values = torch.zeros(READ[cluster.device.type] // 4, device=cluster.device)
+    launched = torch.zeros(16, device=cluster.device)
+    mine = (
+        timer(cluster, lambda: values.sum()),
+        LAUNCHES[transport] * timer(cluster, lambda: [launched.add_(1) for _ in range(64)]) / 64,
+        -_memory_bytes(cluster),
+    )
+    read_s, layer_s, memory = (max(each) for each in zip(*_of_all(cluster, mine), strict=True))
+    return Machine(
+        inside,
+        between,
+        values.nbytes / read_s,
+        -memory,
+        layer_s,
+        round_bytes=ROUND_BYTES[cluster.device.type],
+        hides=1.0 if cluster.device.type == "cuda" else 0.0,
+        transport=transport,
+    )
+
+
+def link_of(small_s: float, large_s: float, small_bytes: float, large_bytes: float) -> Link:
+    """The link over which an exchange takes so long when a rank sends so many bytes."""
+    per_byte = max((large_s - small_s) / (large_bytes - small_bytes), 1e-15)
+    return Link(max(small_s - small_bytes * per_byte, 0.0), 1 / per_byte)
+
+
+def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, Link]:
+    """Inside a node, and between nodes."""
+    ranks, near = cluster.num_ranks, cluster.ranks_per_node
+    everyone, node = coherence_group(cluster, ranks), coherence_group(cluster, near)
+    if transport == "one-sided":
+        return _link(cluster, _one_sided(cluster), near - 1, timer), Link(0.0, float("inf"))
+    inside = _link(cluster, _all_to_all(cluster, node.processes, near), near - 1, timer)
+    return inside, _link(cluster, _all_to_all(cluster, everyone.processes, ranks), ranks - near, timer)
+
+
+def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
+    """far: the ranks that the link leads to from each."""
+    if far < 1:
+        return Link(0.0, float("inf"))
+    large = LARGE[cluster.device.type]
+    times = _of_all(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
+    small_s, large_s = (max(each) for each in zip(*times, strict=True))
+    return link_of(small_s, large_s, far * SMALL, far * large)
+
+
+def _all_to_all(cluster: Cluster, group: dist.ProcessGroup, ranks: int) -> Exchange:
+    def exchange(size: int) -> Callable[[], object]:
+        sent = torch.zeros(ranks * size, dtype=torch.uint8, device=cluster.device)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, group=group)
+
+    return exchange
+
+
+def _one_sided(cluster: Cluster) -> Exchange:
+    """Stores into every other rank's memory, and a meeting; of next to nothing, the meeting alone."""
+    memory = symmetric_memory(cluster)(LARGE["cuda"])
+    others = [tensor_at(memory.bases[rank], memory.own) for rank in range(cluster.num_ranks)]
+    del others[cluster.rank]
+    sent = torch.zeros_like(memory.own)
+
+    def exchange(size: int) -> Callable[[], object]:
+        def write_and_meet() -> None:
+            if size > SMALL:
+                for other in others:
+                    other.copy_(sent)
+            memory.meet()
+
+        return write_and_meet
+
+    return exchange
+
+
+def _eager_s(cluster: Cluster, work: Callable[[], object]) -> float:
+    """Seconds of `work`: the median of some runs, after one that does not count."""
+    taken = []
+    for _ in range(RUNS + 1):
+        _synchronise(cluster)
+        start = time.perf_counter()
+        work()
+        _synchronise(cluster)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def _captured_s(cluster: Cluster, work: Callable[[], object]) -> float:
+    """Seconds of `work` among many of its kind in one graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_GRAPH):
+            work()
+    return _eager_s(cluster, graph.replay) / IN_A_GRAPH
+
+
+def _synchronise(cluster: Cluster) -> None:
+    if cluster.device.type == "cuda":
+        torch.cuda.synchronize(cluster.device)
+
+
+def _memory_bytes(cluster: Cluster) -> float:
+    if cluster.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(cluster.device)
+        return float(free)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / cluster.ranks_per_node
+
+
+def _of_all(cluster: Cluster, mine: tuple[float, ...]) -> list[tuple[float, ...]]:
+    gathered: list[Any] = [None] * cluster.num_ranks
+    dist.all_gather_object(gathered, mine)
+    return gathered
