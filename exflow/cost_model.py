@@ -157,6 +157,8 @@ def predict(strategy: Name, load: Load, moved: Moved, machine: Machine) -> Predi
     """What a step takes under the strategy of which `moved` speaks."""
     compute_s = _compute_s(load, moved, machine)
     tokens = load.tokens_per_rank * moved.attending * load.layers
+    if machine.transport == "collective":  # room for a row of every sequence of the group
+        tokens = load.tokens_per_rank * moved.group_size * load.layers
     background_s = _slower([tokens * copies * load.kv_bytes for copies in moved.kv], machine)
     held = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
     kv_held = held * load.context * load.layers * load.kv_bytes

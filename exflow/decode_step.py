@@ -51,16 +51,15 @@ def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize
     """
     rows = triton.next_power_of_2(int(rows_per_slot + 4 * rows_per_slot**0.5) or 1)
     rows = min(128, max(16, rows))
-    many = rows == 128
+    few, many = rows == 16, rows == 128
     wide = min(128 if many and not gated else 64, triton.next_power_of_2(width))
     deep = min(256 // itemsize, triton.next_power_of_2(depth))
     programs = slots * triton.cdiv(width, wide)
     splits = 1
-    while programs * splits < 256 and splits < 8 and depth // (splits * 2) >= 4 * deep:
+    while programs * splits < (128 if few else 256) and splits < 8 and depth // (splits * 2) >= 4 * deep:
         splits *= 2
-    return Tiles(
-        rows, wide, max(16, deep), splits, stages=4 if gated and not many else 3, warps=8 if many else 4
-    )
+    stages = 4 if few or (gated and not many) else 3
+    return Tiles(rows, wide, max(16, deep), splits, stages, warps=8 if many else 4)
 
 
 def _programmatic_launch(device: torch.device) -> dict[str, Any]:
@@ -288,8 +287,8 @@ class DecodeStep:
             REPLAY=replay is not None,
             EPS=layer.norm.eps,
             BLOCK_E=block_e,
-            STRIP=min(wide, max(16, 65536 // block_e)),
-            num_warps=min(16, max(4, wide * block_e // 4096)),
+            STRIP=min(wide, 1024 if block_e <= 16 else 256),
+            num_warps=4 if block_e <= 16 else 8,
             **self.shapes,
             **words,
         )
