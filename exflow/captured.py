@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import triton
 from torch import Tensor
 
 from exflow.config import ModelConfig
@@ -18,6 +19,7 @@ from exflow.decoder import Decoder, Rows
 from exflow.distributed import Cluster, CoherenceGroup, coherence_group
 from exflow.engine import Observer
 from exflow.exchange import Counters
+from exflow.kernels.share import take_born
 from exflow.kv_cache import KVCache, cache_shape
 from exflow.launch import LostContact
 from exflow.mail import (
@@ -113,7 +115,7 @@ class CapturedDecode:
         share = None
         if shares and not one_sided:
             # no method of this object: a cycle would keep the graph from being freed
-            share = partial(_gather_born, coherence_group(cluster, shape.group_size), self.cache)
+            share = partial(_gather_born, coherence_group(cluster, shape.group_size), cluster)
         self.step = kind(
             decoder,
             shape,
@@ -279,18 +281,26 @@ class CapturedDecode:
         return steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
 
 
-def _gather_born(group: CoherenceGroup, cache: Tensor, step: DecodeStep) -> None:
+def _gather_born(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:
     """Give the members the step's new keys and values by one all-gather, where memory is not shared."""
-    members = len(group.ranks)
+    members, config = len(group.ranks), step.decoder.config
     everyone = step.born.new_empty(members, *step.born.shape)
     owners = step.born_owned.new_empty(members, *step.born_owned.shape)
     _all_gather(everyone, step.born, group=group.processes)
     _all_gather(owners, step.born_owned, group=group.processes)
-    layers, _, rows, heads, _, width = cache.shape
-    # one member owned a row in a layer, or none did: the sum is that member's, bit for bit
-    kv = (everyone * owners[..., None]).sum(0).view(layers, rows, 2, heads, width)
-    anyone = owners.any(0).T[:, :, None, None]
-    row = torch.arange(rows, device=kv.device)
-    for side in (0, 1):
-        old = cache[:, side, row, :, step.position]  # [rows, layers, heads, width]
-        cache[:, side, row, :, step.position] = torch.where(anyone, kv[:, :, side].transpose(0, 1), old)
+    layers, rows, width = step.born.shape
+    take_born[(rows, layers)](
+        everyone,
+        owners,
+        step.position,
+        step.caches,
+        rows,
+        step.shape.positions,
+        LAYERS=layers,
+        MEMBERS=members,
+        MEMBER=cluster.rank % members,
+        KV_HEADS=config.num_kv_heads,
+        WIDTH=config.head_dim,
+        BLOCK=triton.next_power_of_2(width),
+        **step.overlap,
+    )

@@ -26,6 +26,7 @@ from exflow.launch import (
     torchrun_place,
 )
 from exflow.show import (
+    print_decode_bench,
     print_demo,
     print_evaluation,
     print_figures,
@@ -43,6 +44,8 @@ app = typer.Typer(
     help="Decide on which GPU each expert of a Mixture-of-Experts model lives, and decode with one "
     "all-to-all a layer.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Time variants side by side in one job.")
+app.add_typer(bench, name="bench")
 
 _WHERE, _WHAT, _HOW, _TRUST = "Where experts can live", "What is good", "How to search", "How far to trust it"
 Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
@@ -55,16 +58,27 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda w
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
-@app.command(epilog="Example: exflow profile models/gpt-moe-demo --text book.txt -o trace/")
+@app.command(
+    epilog="Examples: exflow profile models/gpt-moe-demo --text book.txt -o trace/   "
+    "exflow profile hf:OLMoE-1B-7B/ --text book.txt --length 512 -o trace/"
+)
 def profile(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a checkpoint, or hf:FOLDER of a Hugging Face model.", show_default=False
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
     text: Texts = None,
     tokens: Annotated[
         int, typer.Option(help="Record at most so many, spread evenly over the text.", min=1)
     ] = 32768,
     length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence; by default the model's most.", min=1)
+        int | None,
+        typer.Option(
+            help="Tokens a sequence; by default the model's most, of a Hugging Face model 2048.", min=1
+        ),
     ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
     device: Device = None,
@@ -88,21 +102,44 @@ def profile(
     print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
 
 
-@app.command("import", epilog="Example: exflow import routing.npz -o trace/")
+@app.command("import", epilog="Example: exflow import responses.jsonl --hidden-layers 27 --top-k 6 -o trace/")
 def import_trace(
     files: Annotated[list[Path], typer.Argument(help="Files of one recording.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
-    format: Annotated[str | None, typer.Option(help="npz or npy; by default told from the content.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="responses (SGLang, vLLM), sglang (its recorder), trtllm, megatron, npz or npy; "
+            "by default told from the content."
+        ),
+    ] = None,
     num_experts: Annotated[int | None, typer.Option(help="Where the files do not say.", min=1)] = None,
+    moe_layers: Annotated[
+        str | None, typer.Option(help="The layers to keep, as 1-26 or 0,2,4; by default all that route.")
+    ] = None,
+    hidden_layers: Annotated[
+        int | None, typer.Option(help="Of the model, where the files do not say.", min=1)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts a token takes, where the files do not say.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn routing recorded elsewhere into a trace."""
-    from exflow.profiling.importers.registry import read_trace
+    """Turn routing recorded by another engine into a trace."""
+    from exflow.import_trace import layer_numbers, run_import
+    from exflow.profiling.importers.foreign import Hints
 
-    with status("importing"):
-        trace = read_trace(files, format, num_experts)
-        trace.save(output)
-    print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
+    hints = Hints(num_experts, layer_numbers(moe_layers), hidden_layers, top_k)
+    with progress_bar() as bar:
+        task = bar.add_task("importing (MiB)", total=None)
+        figures = run_import(
+            files,
+            output,
+            format,
+            hints,
+            advance=lambda done, total: bar.update(task, completed=done >> 20, total=total >> 20),
+        )
+    print_figures(figures, as_json)
 
 
 @app.command(
@@ -363,6 +400,84 @@ def generate(
         print_generation(prompts, result, as_json)
 
 
+@bench.command(
+    "decode",
+    epilog="Example: exflow bench decode configs/shapes/gpt-oss-20b --plan plan.json --replay trace/ "
+    "--nproc 2 --batch 16 --batch 64 -o decode.json",
+)
+def bench_decode(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a checkpoint, or of a config.json alone: random weights then.", show_default=False
+        ),
+    ],
+    plan: Annotated[
+        list[Path] | None, typer.Option(help="A placement beside the contiguous one. Repeatable.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)
+    ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="As of generate, but auto; by default all that differ here. Repeatable."),
+    ] = None,
+    transport: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="one-sided, collective or eager; by default eager on CPUs, the others on GPUs. Repeatable."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences of the job; by default 16. Repeatable.", min=1)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Positions that each has already; by default 512.", min=1)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps to time, after a warm-up.", min=1)] = 20,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a routing trace that dictates the experts, whatever the gates say."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default bfloat16 on GPUs.")
+    ] = None,
+    device: Device = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File of the results, written as they come.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time decode steps of strategies, transports and placements, on the same weights and routing."""
+    from exflow.bench_decode import bench_decode
+    from exflow.bench_setting import BenchJob
+
+    job = BenchJob(
+        model=model,
+        plans=plan or [],
+        strategies=strategy or [],
+        transports=transport or [],
+        batches=batch or [],
+        context=context,
+        steps=steps,
+        replay=replay,
+        dtype=dtype,
+        device=device,
+        output=output,
+    )
+    place = torchrun_place()
+    if place is None:
+        job.check(nproc)
+        if nproc is not None:
+            run_ranks(sys.argv[1:], nproc)
+            return
+    elif nproc not in (None, place.num_ranks):
+        raise InputError(f"--nproc {nproc}: torchrun has started {place.num_ranks} ranks; leave --nproc out")
+    result = bench_decode(job)
+    if result is not None:
+        print_decode_bench(result, as_json)
+
+
 @app.command(epilog="Example: exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file: model, data, training, checkpoint_steps.")],
@@ -422,8 +537,9 @@ def main() -> None:
     except RankDied as error:
         say(str(error))
         sys.exit(1)
-    except LostContact as error:  # the process that started the ranks says which one died
-        say(str(error))
+    except LostContact as error:
+        if error.__cause__ is None:  # found by ourselves; else whoever started the ranks says which one died
+            say(str(error))
         sys.stdout.flush()
         os._exit(LOST_CONTACT)  # tidying up would wait for it
     except Stopped as stop:

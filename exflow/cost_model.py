@@ -37,6 +37,7 @@ class Machine:
     hides            the share of computing that hides what is sent in the background: none where one and
                      the same processor does both
     transport        how exchanges run: eagerly, or in a captured step (transport.py)
+    flops_per_s      of a captured step's dense products; an eager step has it in token_s
     """
 
     inside: Link
@@ -48,6 +49,7 @@ class Machine:
     round_bytes: int = ROUND_BYTES["cpu"]
     hides: float = 1.0
     transport: Transport = "eager"
+    flops_per_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Load:
     kv_bytes: int
     expert_bytes: int
     dense_bytes: int
+    itemsize: int = 2
 
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
@@ -93,12 +96,18 @@ class Load:
             kv_bytes=config.kv_width * itemsize,
             expert_bytes=expert * itemsize,
             dense_bytes=(dense + config.vocab_size * hidden) * itemsize,
+            itemsize=itemsize,
         )
 
     @property
     def tokens_per_rank(self) -> int:
         """Of the rank that admitted most."""
         return math.ceil(self.batch / self.ranks)
+
+    @property
+    def places(self) -> int:
+        """For tokens, as many on every rank as the one that admitted most has."""
+        return self.tokens_per_rank * self.ranks
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ def _exchanges_s(load: Load, moved: Moved, machine: Machine) -> float:
     latency = (machine.inside if load.ranks == load.ranks_per_node else machine.between).latency_s
     row_bytes = load.hidden_bytes + 4 * (2 * load.top_k + 3)  # with slots, weights and where it belongs
     sent, returned = _rows_sent(load, moved, machine, row_bytes)
-    busiest = _of_a_batch(moved.busiest, load.batch * load.top_k, load.ranks)
+    busiest = _of_a_batch(moved.busiest, load.places * load.top_k, load.ranks)
     uneven = max(busiest, _attending(load, moved))
     if machine.transport == "collective":
         uneven = 1.0  # all chunks are as large, however full
@@ -250,7 +259,7 @@ def _all_reduces_s(load: Load, moved: Moved, machine: Machine) -> float:
 
 def _attending(load: Load, moved: Moved) -> float:
     """The most tokens that a rank owns in a batch, over the mean."""
-    return _of_a_batch(moved.attending, load.batch, load.ranks) if moved.group_size > 1 else 1.0
+    return _of_a_batch(moved.attending, load.places, load.ranks) if moved.group_size > 1 else 1.0
 
 
 def _of_a_batch(imbalance: float, tokens: int, ranks: int) -> float:
@@ -266,11 +275,15 @@ def _of_a_batch(imbalance: float, tokens: int, ranks: int) -> float:
 def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
     """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to."""
     chosen = 1 - (1 - 1 / load.experts) ** (load.batch * load.top_k)
-    weights = load.moe_layers * load.slots_per_rank * chosen * load.expert_bytes + load.dense_bytes
+    experts = load.moe_layers * load.slots_per_rank * chosen * load.expert_bytes
     tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved)
     contexts = tokens * load.layers * load.context * load.kv_bytes
     launched = load.layers * (machine.layer_s + tokens * machine.token_s)
-    return launched + (weights + contexts) / machine.read_bytes_per_s
+    # a captured step multiplies the rows of all sequences that a rank may own
+    rows = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
+    products_s = 2 * rows * load.dense_bytes / load.itemsize / machine.flops_per_s
+    dense_s = max(load.dense_bytes / machine.read_bytes_per_s, products_s)
+    return launched + dense_s + (experts + contexts) / machine.read_bytes_per_s
 
 
 def _slower(sent: list[float], machine: Machine) -> float:

@@ -56,8 +56,11 @@ def join_cluster(device_type: str, timeout_s: float = 600) -> Iterator[Cluster]:
     everyone_is_there = True
     try:
         yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device)
+    except LostContact:
+        everyone_is_there = False
+        raise
     except RuntimeError as error:
-        if isinstance(error, LostContact) or any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
+        if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
             everyone_is_there = False
             raise LostContact(str(error)) from error
         raise
@@ -101,6 +104,15 @@ def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
         if message is not None:
             raise InputError(message)
     return result[0]
+
+
+def of_all(cluster: Cluster, mine: Result) -> list[Result]:
+    """Every rank's `mine`, by rank. Collective."""
+    if cluster.num_ranks == 1:
+        return [mine]
+    gathered: list[Result] = [mine] * cluster.num_ranks
+    dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,17 @@
 Each is measured as the decode step will use it: eagerly, or many times in one captured graph.
 """
 
-import os
+import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from exflow.cost_model import Link, Machine
-from exflow.distributed import Cluster, coherence_group
+from exflow.distributed import Cluster, coherence_group, of_all
 from exflow.expectation import ROUND_BYTES
 from exflow.mail import symmetric_memory, tensor_at
 from exflow.transport import Transport
@@ -38,9 +38,9 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
     mine = (
         timer(cluster, lambda: values.sum()),
         LAUNCHES[transport] * timer(cluster, lambda: [launched.add_(1) for _ in range(64)]) / 64,
-        -_memory_bytes(cluster),
+        -free_bytes(cluster),
     )
-    read_s, layer_s, memory = (max(each) for each in zip(*_of_all(cluster, mine), strict=True))
+    read_s, layer_s, memory = (max(each) for each in zip(*of_all(cluster, mine), strict=True))
     return Machine(
         inside,
         between,
@@ -51,7 +51,18 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
         # a captured collective waits its turn on the one stream
         hides=0.0 if cluster.device.type == "cpu" or transport == "collective" else 1.0,
         transport=transport,
+        flops_per_s=math.inf if transport == "eager" else _flops_per_s(cluster),
     )
+
+
+def _flops_per_s(cluster: Cluster) -> float:
+    """Of a large product in bfloat16 on this GPU, the slowest of all."""
+    side = 4096
+    a, b = torch.randn(2, side, side, device=cluster.device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    seconds = _captured_s(cluster, lambda: torch.mm(a, b, out=out))
+    (slowest,) = (max(each) for each in zip(*of_all(cluster, (seconds,)), strict=True))
+    return float(2 * side**3 / slowest)
 
 
 def link_of(small_s: float, large_s: float, small_bytes: float, large_bytes: float) -> Link:
@@ -75,7 +86,7 @@ def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
     if far < 1:
         return Link(0.0, float("inf"))
     large = LARGE[cluster.device.type]
-    times = _of_all(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
+    times = of_all(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
     small_s, large_s = (max(each) for each in zip(*times, strict=True))
     return link_of(small_s, large_s, far * SMALL, far * large)
 
@@ -140,14 +151,12 @@ def _synchronise(cluster: Cluster) -> None:
         torch.cuda.synchronize(cluster.device)
 
 
-def _memory_bytes(cluster: Cluster) -> float:
+def free_bytes(cluster: Cluster) -> float:
+    """Memory that this rank could still have; of a CPU what programs can get, caches included."""
     if cluster.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(cluster.device)
-        return float(free)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / cluster.ranks_per_node
-
-
-def _of_all(cluster: Cluster, mine: tuple[float, ...]) -> list[tuple[float, ...]]:
-    gathered: list[Any] = [None] * cluster.num_ranks
-    dist.all_gather_object(gathered, mine)
-    return gathered
+        return float(torch.cuda.mem_get_info(cluster.device)[0])
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return math.inf
+    kibibytes = dict(line.split(":") for line in known.read_text().splitlines())["MemAvailable"]
+    return 1024 * int(kibibytes.split()[0]) / cluster.ranks_per_node

@@ -177,8 +177,56 @@ imbal        busiest rank's load over the mean, averaged over layers
 a2a gat red  all-to-alls, gathers and all-reduces in a decode step"""
 
 
-def _print_table(names: list[str], columns: dict[str, str], lines: list[dict[str, Any]]) -> None:
-    """One row a line: its entries `names` as they are, then under each heading the figure of that key."""
+def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
+    """The table, why rows of it are empty, and what `auto` would take."""
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{result['model']} in {result['dtype']} ({result['weights']} weights) on {result['ranks']} rank(s), "
+        f"{result['hardware']}; {result['context']} positions, {result['steps']} steps"
+    )
+    rows = [
+        {name: "-" if value is None else value for name, value in row.items()} | {"batch": str(row["batch"])}
+        for row in result["rows"]
+    ]
+    measured = {"x floor": "times_floor"} if any(row["times_floor"] for row in result["rows"]) else {}
+    _print_table(
+        ["strategy", "transport", "placement", "batch"], _DECODE_BENCH_COLUMNS | measured, rows, width=200
+    )
+    print(_DECODE_BENCH_LEGEND)
+    for row in result["rows"]:
+        if row["stopped"]:
+            print(f"{_case(row)}: {row['stopped']}")
+    for case in result["auto"]:
+        clock = "not measured" if case["tpot_ms"] is None else f"{_readable(case['tpot_ms'])} ms measured"
+        print(f"auto: {_case(case)}, {_readable(case['predicted_ms'])} ms predicted, {clock}")
+
+
+def _case(row: dict[str, Any]) -> str:
+    return f"{row['strategy']}, {row['transport']}, {row['placement']}, batch {row['batch']}"
+
+
+_DECODE_BENCH_COLUMNS = {
+    "TPOT ms": "tpot_ms",
+    "p99 ms": "p99_ms",
+    "tokens/s": "tokens_per_s",
+    "critical B": "critical_bytes_per_step",
+    "backgr. B": "background_bytes_per_step",
+    "x first": "speedup",
+}
+_DECODE_BENCH_LEGEND = """\
+critical B, backgr. B  bytes that a rank sends in a step: hidden states; keys and values
+x first                times as fast as the first row of the same batch"""
+
+
+def _print_table(
+    names: list[str], columns: dict[str, str], lines: list[dict[str, Any]], width: int | None = None
+) -> None:
+    """One row a line: its entries `names` as they are, then under each heading the figure of that key.
+
+    width: characters at most; by default those of the terminal.
+    """
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name, no_wrap=True)
@@ -186,7 +234,7 @@ def _print_table(names: list[str], columns: dict[str, str], lines: list[dict[str
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(*(line[name] for name in names), *(_readable(line[key]) for key in columns.values()))
-    Console().print(table)
+    Console(width=width).print(table)
 
 
 def _readable(value: Any) -> str:

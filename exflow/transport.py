@@ -35,7 +35,7 @@ def choose_transport(name: str, cluster: Cluster) -> Transport:
     for transport in wanted:
         fault = _fault(transport, cluster)
         if not fault:
-            return transport
+            return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":
             raise InputError(f"--transport {transport}: {fault}")
         if cluster.rank == 0:

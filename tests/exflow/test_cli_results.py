@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from exflow import cli
+from exflow.checkpoint import load_tokenizer
+from exflow.deploy import load_model
+from exflow.engine import Request
 from exflow.profiling.trace import RoutingTrace
 
 STRATEGY_KEYS = {
@@ -89,6 +92,8 @@ def test_profile_then_generate(run: Run, tmp_path: Path, tiny_checkpoint: Callab
         )
     )
     assert [len(tokens) for tokens in result["tokens"]] == [5, 5]
+    prompts = [each.ids for each in load_tokenizer(model).encode_batch(["Rain", "Wind"])]
+    assert result["tokens"] == load_model(model).generate(Request(prompts, 5)).tokens
     assert len(result["text"]) == 2
     assert json.loads(run(f"generate {model} --prompt Rain --max-new-tokens 5 --ignore-end --json"))[
         "tokens"

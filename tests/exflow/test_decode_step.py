@@ -76,8 +76,7 @@ class Job:
                 self.raise_flags()
 
     def raise_flags(self) -> None:
-        """Ranks that run one after the other cannot wait for each other: all are done with their puts here.
-        Ranks that run one after the other cannot wait for each other: all are done with their puts here."""
+        """Ranks that run in turn cannot wait for each other: all are done with their puts here."""
         for step in self.steps:
             for box in (step.mail.dispatch, step.mail.returns):
                 if box is not None:

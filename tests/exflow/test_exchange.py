@@ -159,6 +159,7 @@ def test_every_row_arrives_once_ordered_by_sender(
         assert counters[rank].late == wire.late[rank] == len(late)
 
 
+@settings(max_examples=50, deadline=None)
 @given(destinations(), st.integers(1, 5))
 def test_a_return_carries_its_rows_and_nothing_else(routes: tuple[int, list[list[int]]], width: int) -> None:
     per_node, dest = routes
@@ -179,6 +180,7 @@ def test_a_return_carries_its_rows_and_nothing_else(routes: tuple[int, list[list
         assert counters[rank].wire_bytes == wire.carried[rank] == len(dest[rank]) * width
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=4), st.integers(1, 5))
 def test_a_gather_gives_each_the_rows_of_the_others(counts: list[int], width: int) -> None:
     """Two nodes, of which the second has one rank of the group; nothing is padded."""
@@ -223,7 +225,7 @@ def rounds(draw: st.DrawFn) -> list[tuple[int, list[list[list[int]]]]]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rounds(), st.integers(0, 2))
 def test_whatever_moves_the_two_ends_agree(
     steps: list[tuple[int, list[list[list[int]]]]], ended: int

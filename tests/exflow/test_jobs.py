@@ -1,6 +1,7 @@
 """`exflow generate` as a job: started with --nproc, and what a rank says when the input is at fault."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +25,9 @@ from exflow.profiling.trace import RoutingTrace
 def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The ranks are as many, so it is allowed, and said on stderr; stdout holds the JSON alone."""
     model, plan = tiny_checkpoint(), tmp_path / "plan.json"
-    contiguous_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=2)).save(plan)
+    contiguous_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=1)).save(plan)
     generate = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--json", "--ignore-end"]
-    generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "4"]
+    generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "2"]
     done = subprocess.run(
         [*generate, "--plan", str(plan), "--trace", str(tmp_path / "trace")],
         capture_output=True,
@@ -34,13 +35,13 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    note = "the plan is for 4 ranks (2 nodes of 2), these are 4 ranks (1 node of 4)"
+    note = "the plan is for 2 ranks (2 nodes of 1), these are 2 ranks (1 node of 2)"
     assert done.stderr == f"exflow: {plan}: {note}\n"
     result = json.loads(done.stdout)
     prompts = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind and"])]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
-    assert (result["strategy"], result["ranks"]) == ("coherent", 4)
-    assert result["decode"]["dispatch_inter"] == 0
+    assert (result["strategy"], result["ranks"]) == ("coherent", 2)
+    assert result["decode"]["dispatch_intra"] > 0 == result["decode"]["dispatch_inter"]
     assert RoutingTrace.load(tmp_path / "trace").num_tokens == sum(len(ids) for ids in prompts) + 2 * 5
 
 
@@ -53,6 +54,7 @@ def end_of(monkeypatch: pytest.MonkeyPatch, error: BaseException, place: Place |
     monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
     monkeypatch.setattr(cli, "torchrun_place", lambda: place)
     monkeypatch.setattr(cli, "app", verb)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # which would end pytest
     with pytest.raises(SystemExit) as stop:
         cli.main()
     code = stop.value.code
@@ -77,12 +79,17 @@ def test_bad_input_is_told_once_a_node(
     assert capsys.readouterr().err == said
 
 
-def test_a_rank_that_lost_contact_says_nothing(
+def test_a_rank_that_lost_contact_says_what_it_alone_knows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nothing about a connection that broke: who started the ranks says which one died."""
     place = Place(rank=0, num_ranks=2, local_rank=0, ranks_per_node=2)
-    assert end_of(monkeypatch, LostContact("Connection closed by peer"), place) == 3
+    broken = LostContact("Connection closed by peer")
+    broken.__cause__ = RuntimeError()
+    assert end_of(monkeypatch, broken, place) == 3
     assert capsys.readouterr().err == ""
+    assert end_of(monkeypatch, LostContact("no word from another rank"), place) == 3
+    assert capsys.readouterr().err == "exflow: no word from another rank\n"
 
 
 def test_nproc_must_not_contradict_torchrun(

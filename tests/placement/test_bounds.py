@@ -19,7 +19,7 @@ ProblemFactory = Callable[..., PlacementProblem]
     shape=st.sampled_from([(1, 4, 2), (2, 4, 2), (3, 4, 2), (2, 4, 4), (2, 6, 2), (1, 6, 3), (2, 4, 1)]),
     intra=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_bound_is_never_above_the_optimum(
     random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int], intra: bool
 ) -> None:
@@ -31,7 +31,7 @@ def test_bound_is_never_above_the_optimum(
 @given(
     seed=st.integers(0, 10**6), distance=st.sampled_from([None, "metric"]), balance_price=st.integers(0, 1)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_bound_is_about_separation_alone_whatever_is_known(
     random_problem: ProblemFactory, seed: int, distance: str | None, balance_price: int
 ) -> None:

@@ -61,7 +61,7 @@ def skewed_trace(seed: int = 0, tokens: int = 400, layers: int = 4, experts: int
     slack=st.sampled_from([0.0, 0.2, 0.6]),
     balance_price=st.sampled_from([0, 3, 50]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_exact_equals_brute_force_and_search_never_beats_it(
     capped: ProblemFactory, shape: tuple[int, int, int], seed: int, slack: float, balance_price: int
 ) -> None:
@@ -146,7 +146,7 @@ def test_place_keeps_the_cap_it_is_given_and_says_so() -> None:
 
 
 @given(seed=st.integers(0, 10**6), parts=st.sampled_from([2, 4, 8]), nodes=st.sampled_from([1, 2]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_an_infeasible_cap_names_the_smallest_that_works(seed: int, parts: int, nodes: int) -> None:
     trace, topology = skewed_trace(seed, tokens=97), Topology(num_nodes=nodes, gpus_per_node=parts // nodes)
     solving = Solving("sweep")

@@ -34,7 +34,7 @@ MIXTRAL = Path(__file__).resolve().parents[3] / "shared" / "traces" / "mixtral8x
 @given(
     shape=st.sampled_from(TINY), seed=st.integers(0, 10**6), balance_price=st.sampled_from([0, 1, 20, 1000])
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_exact_methods_equal_brute_force(
     random_problem: ProblemFactory, shape: tuple[int, int, int], seed: int, balance_price: int
 ) -> None:

@@ -24,7 +24,7 @@ SHORT = SearchSettings(starts=3, levels=20, passes=10)
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(3, 4, 2), (2, 6, 3), (4, 6, 2), (1, 6, 2), (3, 4, 4), (2, 4, 1)]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_search_never_beats_the_optimum(
     random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int]
 ) -> None:
@@ -36,11 +36,11 @@ def test_search_never_beats_the_optimum(
 
 def test_search_usually_reaches_the_optimum_of_small_problems(random_problem: ProblemFactory) -> None:
     reached = 0
-    for seed in range(15):
+    for seed in range(8):
         problem = random_problem((5, 6, 3), seed)
         found = search(problem, settings=SearchSettings(starts=3))
         reached += problem.cost(found) == problem.cost(solve_exactly(problem))
-    assert reached >= 13
+    assert reached >= 7
 
 
 def test_same_seed_same_assignment(random_problem: ProblemFactory) -> None:

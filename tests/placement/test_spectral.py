@@ -30,7 +30,7 @@ def planted(seed: int = 0) -> PlacementProblem:
 
 
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from(SMALL), inter=st.booleans(), intra=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_assignment_keeps_more(
     random_problem: ProblemFactory,
     seed: int,
@@ -44,7 +44,7 @@ def test_no_assignment_keeps_more(
 
 
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from([(4, 8, 2), (3, 8, 4), (5, 6, 3), (6, 6, 6)]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_assignment_of_more_layers_keeps_more(
     random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int]
 ) -> None:
@@ -54,7 +54,7 @@ def test_no_assignment_of_more_layers_keeps_more(
 
 
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from(SMALL[:7]), unit=st.sampled_from([0.01, 1.0, 10.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_multipliers_prove_a_bound(
     random_problem: ProblemFactory, seed: int, shape: tuple[int, int, int], unit: float
 ) -> None:

@@ -77,13 +77,13 @@ def test_a_sweep_goes_down_and_ends_where_nothing_helps(
 
 def test_a_sweep_usually_reaches_the_optimum_of_tiny_problems(random_problem: ProblemFactory) -> None:
     reached = 0
-    for seed in range(40):
+    for seed in range(20):
         problem = random_problem((3, 4, 2), seed)
         optimum = problem.cost(brute_force(problem))
         found = problem.cost(sweep(problem, random(3, 4, 2, seed)))
         assert found >= optimum
         reached += found == optimum
-    assert reached >= 30
+    assert reached >= 15
 
 
 def test_stop_is_obeyed_at_once(random_problem: ProblemFactory) -> None:

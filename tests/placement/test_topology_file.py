@@ -157,7 +157,7 @@ def cheapest_simple_path(content: dict[str, Any], one: str, other: str) -> float
     return min(prices)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(content=graphs(), seed=st.integers(0, 2**32))
 def test_costs_are_those_of_the_best_path_whatever_the_order_of_edges(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any], seed: int
@@ -256,7 +256,7 @@ SEE = "; see docs/topology.md"
         (GRAPH.replace("[a0, a1, b0", "['a 0', a1, b0"), "gpus[0] is 'a 0': string should match pattern"),
         ("gpus: []\nedges: []", "gpus is []: list should have at least 1 item"),
         (
-            star(4097),
+            f"gpus: [{', '.join(f'g{number}' for number in range(4097))}]\nedges: []",
             "gpus is ['g0', 'g1', 'g2', 'g3', 'g4', 'g5', ...]: list should have at most 4096 items",
         ),
         (GRAPH.replace("[a0, a1, b0", "[a0, a0, b0"), "gpus holds 'a0' twice; name each GPU once"),

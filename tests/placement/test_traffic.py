@@ -252,7 +252,7 @@ def test_remote_nodes_are_counted_once_each() -> None:
     assert follow(trace, plan, 6).remote_nodes.tolist() == [2, 1]  # sequence 7 stays where expert 2 was
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(cases())
 def test_the_count_is_the_rule(case: tuple[RoutingTrace, Plan, int]) -> None:
     _, plan, group_size = case

@@ -1,0 +1,46 @@
+"""Into the cache: new keys and values that a collective brought from the rest of a coherence group."""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.wire import after_earlier_kernels, pointer_at
+
+
+@triton.jit
+def take_born(
+    everyone,
+    owners,
+    position,
+    cache,
+    rows,
+    positions,
+    LAYERS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MEMBER: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (rows, LAYERS). Writes what another member made of a row in a layer; this rank's own is there.
+
+    everyone [MEMBERS, LAYERS, rows, 2 * KV_HEADS * WIDTH], keys before values; owners [MEMBERS, LAYERS, rows]
+    int32, at most one of the members; position [rows] int64; cache [1] int64, the address of
+    [LAYERS, 2, rows, KV_HEADS, positions, WIDTH].
+    """
+    after_earlier_kernels(PDL)
+    row = tl.program_id(0)
+    layer = tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    half: tl.constexpr = KV_HEADS * WIDTH
+    exists = i < 2 * half
+    side_and_head = i // WIDTH  # 0 .. 2 KV_HEADS - 1
+    line = (layer * 2 + side_and_head // KV_HEADS) * rows + row
+    place = (line.to(tl.int64) * KV_HEADS + side_and_head % KV_HEADS) * positions + tl.load(position + row)
+    at = pointer_at(tl.load(cache), everyone.dtype) + place * WIDTH + i % WIDTH
+    for member in tl.static_range(MEMBERS):
+        if member != MEMBER:
+            told = (member * LAYERS + layer) * rows + row
+            if tl.load(owners + told) != 0:
+                born = tl.load(everyone + told.to(tl.int64) * (2 * half) + i, mask=exists, other=0.0)
+                tl.store(at, born, mask=exists)
