@@ -274,6 +274,18 @@ def show(case: Case, batch: int, rows: list[dict[str, Any]]) -> None:
         )
 
 
+def show_auto(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> None:
+    """What `auto` would take with each transport and placement, and how much longer that is than the best."""
+    taken = {(row["strategy"], row["transport"], row["placement"]): row["median_us"] for row in rows}
+    for each in predicted:
+        here = {name: taken[name, each["transport"], each["placement"]] for name in each["step_us"]}
+        chosen = min(each["step_us"], key=each["step_us"].__getitem__)
+        print(
+            f"auto, {each['transport']}, {each['placement']}: {chosen}, predicted "
+            f"{each['step_us'][chosen]:.0f} us, x best {here[chosen] / min(here.values()):.3f}"
+        )
+
+
 def setting(cluster: Cluster, hardware: dict[str, float], context: int) -> dict[str, Any]:
     import triton
 
@@ -313,6 +325,8 @@ def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
                 entry["stopped"] = str(error).splitlines()[0]
             if cluster.rank == 0:
                 show(case, batch, rows)
+                if "stopped" not in entry:
+                    show_auto(rows, entry["predicted"])
                 print(entry.get("exchange_us_a_layer"), entry.get("stopped", ""), flush=True)
                 with atomic_path(arguments.output) as path:
                     path.write_text(json.dumps(document, indent=1) + "\n")

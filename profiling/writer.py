@@ -41,7 +41,7 @@ class TraceWriter:
         self._shards: list[Shard] = []
         self._pending: list[Rows] = []
         self._num_pending = 0
-        replaces = _check_replaceable(path)
+        replaces = check_replaceable(path)
         self._next_number = _first_free_number(path)
         if not replaces:
             self._publish()  # from the start the folder is recognisable as a trace
@@ -93,7 +93,7 @@ class TraceWriter:
                 file.unlink(missing_ok=True)
 
 
-def _check_replaceable(folder: Path) -> bool:
+def check_replaceable(folder: Path) -> bool:
     """True if `folder` holds a trace, False if it is absent or empty; InputError for anything else."""
     if not folder.exists():
         return False

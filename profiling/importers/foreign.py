@@ -1,6 +1,6 @@
-"""What a file of another program holds, and its way into a RoutingTrace."""
+"""What files of another program say of routing, and what the user says where they do not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,77 +10,67 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
-from exflow.profiling.trace import RoutingTrace
-from exflow.profiling.validate import checked_integers, count_up, disordered_sequence
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+BLOCK_BYTES = 1 << 26  # of ids read at a time: large enough for speed, small beside the memory of any machine
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user says of the model, None where he leaves it to the files.
+
+    num_experts    experts of a layer
+    moe_layers     which of the recorded layers to keep, as hidden-layer indices, ascending
+    hidden_layers  hidden layers of the model, dense ones included
+    top_k          experts a token takes
+    """
+
+    num_experts: int | None = None
+    moe_layers: tuple[int, ...] | None = None
+    hidden_layers: int | None = None
+    top_k: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class ForeignTrace:
-    """The arrays of one file as they are in it; None for what the file does not say.
+class ForeignRows:
+    """Some tokens of one file, in the file's own integer types.
 
-    experts [tokens, layers, top_k] or [tokens, layers] ; sequence, position [tokens] ; weights like experts
+    path           the file, for errors
+    layers         the hidden-layer index of each column of `experts`
+    experts        [tokens, layers, top_k] logical ids
+    sequence       [tokens] numbered from 0 over all files of the recording
+    position       [tokens] ascending within a sequence, over all blocks
+    phase          [tokens] PREFILL or DECODE
+    weights        [tokens, layers, top_k] gate weights, where recorded
+    hidden_layers  how many the model has, where the file says it; num_experts likewise
+    num_bytes      the share of the input that these rows are, for progress
     """
 
     path: Path
-    experts: npt.NDArray[Any]
-    sequence: npt.NDArray[Any] | None = None
-    position: npt.NDArray[Any] | None = None
+    layers: tuple[int, ...]
+    experts: IntArray
+    sequence: IntArray
+    position: IntArray
+    phase: IntArray
     weights: npt.NDArray[Any] | None = None
+    hidden_layers: int | None = None
+    num_experts: int | None = None
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The files of one recording: what they say of the model, and their rows.
+
+    `rows` may be called again, and then reads the files again: they can be larger than the memory.
+    `experts_per_layer` is for the layers of the rows, before any are left out.
+    """
+
+    rows: Callable[[], Iterator[ForeignRows]]
     num_experts: int | None = None
     experts_per_layer: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        experts = self.experts
-        if experts.ndim not in (2, 3) or not experts.size:
-            raise InputError(
-                f"{self.path}: experts: shape is {experts.shape}; "
-                f"give [tokens, layers, top_k] or [tokens, layers], none of them 0"
-            )
-        if experts.dtype.kind not in "iu":
-            raise InputError(f"{self.path}: experts: dtype is {experts.dtype}; give integers")
-        if experts.min() < 0:
-            raise InputError(f"{self.path}: experts: holds {experts.min()}; ids start at 0")
-        if self.weights is not None and self.weights.shape != experts.shape:
-            raise InputError(
-                f"{self.path}: weights: shape is {self.weights.shape}, experts has {experts.shape}; "
-                f"give a weight for each id"
-            )
-
-    def trace(self, num_experts: int, experts_per_layer: tuple[int, ...] | None = None) -> RoutingTrace:
-        """The validated trace; InputError, beginning with the file's name, where something does not fit.
-
-        Sequences are renumbered 0, 1, ... in ascending order of their ids. Without ids, a position that does
-        not advance begins a new sequence. If positions run backwards within a sequence, all rows are sorted
-        by sequence and position, rows of equal position keeping their order.
-        """
-        try:
-            sequence, position = self._places()
-            fields: dict[str, Any] = {"experts": self.experts, "sequence": sequence, "position": position}
-            if self.weights is not None:
-                fields["weights"] = self.weights
-            if disordered_sequence(sequence, position) is not None:
-                order = np.lexsort((position, sequence))
-                fields = {name: array[order] for name, array in fields.items()}
-            return RoutingTrace.from_arrays(
-                **fields, num_experts=num_experts, experts_per_layer=experts_per_layer
-            )
-        except InputError as error:
-            raise InputError(f"{self.path}: {error}") from error
-
-    def _places(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Sequence and position [tokens] of each row, sequences numbered from 0."""
-        tokens = (len(self.experts),)
-        position = None
-        if self.position is not None:
-            position = checked_integers("pos", self.position, np.int32, tokens)
-        if self.sequence is not None:
-            ids = checked_integers("seq", self.sequence, np.int64, tokens, stop=1 << 63)
-        elif position is not None:
-            ids = np.cumsum(np.diff(position, prepend=-1) <= 0)
-        else:
-            ids = np.zeros(tokens, np.int64)
-        sequence = np.unique(ids, return_inverse=True)[1].astype(np.int32)
-        return sequence, count_up(sequence) if position is None else position
+    has_weights: bool = False
 
 
 @contextmanager
@@ -88,6 +78,8 @@ def parsing(path: Path, remedy: str) -> Iterator[None]:
     """Around a parser of foreign bytes and nothing else: whatever it raises becomes an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read ({reason}); {remedy}") from error

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
+from exflow.profiling.importers.foreign import Hints
 from exflow.profiling.importers.registry import read_trace
 from exflow.profiling.trace import DECODE, RoutingTrace
 
@@ -56,7 +57,7 @@ def test_npz_with_ids_alone_is_one_sequence(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_npy_of_the_original_exflow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trace = read_trace([npy(tmp_path / "a.npy", IDS[:, :, 0])], num_experts=8)
+    trace = read_trace([npy(tmp_path / "a.npy", IDS[:, :, 0])], hints=Hints(num_experts=8))
     np.testing.assert_array_equal(trace.experts[:, :, 0], IDS[:, :, 0])
     assert trace.num_experts == 8
     assert caplog.text == ""
@@ -70,7 +71,7 @@ def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
 def test_num_experts_is_argument_then_file_then_largest_id(tmp_path: Path) -> None:
     said = npz(tmp_path / "said.npz", experts=IDS, num_experts=16)
     unsaid = npz(tmp_path / "unsaid.npz", experts=IDS)
-    assert read_trace([said], num_experts=32).num_experts == 32
+    assert read_trace([said], hints=Hints(num_experts=32)).num_experts == 32
     assert read_trace([unsaid, said]).num_experts == 16
     assert read_trace([unsaid, npz(tmp_path / "more.npz", experts=IDS + 5)]).num_experts == 9
 
@@ -91,7 +92,7 @@ def test_npz_whose_layers_have_different_numbers_of_experts(tmp_path: Path) -> N
     with pytest.raises(InputError, match=message):
         read_trace([said, other])
     with pytest.raises(InputError, match=r"said\.npz: num_experts: is 8, but no layer has more than 4 in"):
-        read_trace([said], num_experts=8)
+        read_trace([said], hints=Hints(num_experts=8))
 
 
 def test_files_are_joined_and_their_sequences_kept_apart(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_without_ids_a_position_that_does_not_advance_begins_a_sequence(tmp_path
         ),
         (
             {"experts": np.array([[["a"]]], object)},
-            "cannot be read (Object arrays cannot be loaded when allow_pickle=False); give an .npz of plain",
+            "cannot be read (the array holds Python objects, which are never loaded); give an .npz of plain",
         ),
     ],
 )
@@ -178,11 +179,12 @@ def test_a_malformed_npz_is_refused_in_one_line(tmp_path: Path, arrays: dict[str
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (IDS, "shape is (4, 2, 2); give an .npy of integers [tokens, layers]"),
-        (IDS[0, 0], "shape is (2,); give an .npy of integers [tokens, layers]"),
+        (IDS[None], "experts: shape is (1, 4, 2, 2); give an .npy of integers [tokens, layers], or"),
+        (IDS[0, 0], "experts: shape is (2,); give an .npy of integers [tokens, layers]"),
+        (IDS[:0], "experts: shape is (0, 2, 2); give an .npy"),
         (IDS[:, :, 0] * 1.0, "experts: dtype is float64; give integers"),
         (IDS[:, :, 0] - 1, "experts: holds -1; ids start at 0"),
-        (np.array([["a"]], object), "cannot be read (Array can't be memory-mapped: Python objects in dtype"),
+        (np.array([["a"]], object), "cannot be read (the array holds Python objects, which are never loaded"),
     ],
 )
 def test_a_malformed_npy_is_refused(tmp_path: Path, array: Any, message: str) -> None:
@@ -201,7 +203,9 @@ class Bomb:
 def test_a_pickle_is_never_executed(tmp_path: Path, format: str | None) -> None:
     path = tmp_path / "a.npy"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(InputError, match=r"a\.npy: (is in no format known here \(npz, npy\)|cannot be read)"):
+    with pytest.raises(
+        InputError, match=r"a\.npy: (is in no format known here \(sglang, npz, npy, |cannot be read)"
+    ):
         read_trace([path], format=format)
     for name, array in (("b.npy", [[Bomb()]]), ("b.npz", [[Bomb()]])):
         save = npy if name.endswith("npy") else lambda path, array: npz(path, experts=array)
@@ -244,7 +248,7 @@ def test_damaged_bytes_give_a_trace_or_an_input_error(
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     good = npz(tmp_path / "a.npz", experts=IDS, num_experts=4)
-    with pytest.raises(InputError, match="format: csv is not known; choose one of npz, npy"):
+    with pytest.raises(InputError, match="format: csv is not known; choose one of sglang, npz, npy"):
         read_trace([good], format="csv")
     with pytest.raises(InputError, match=r"a\.npz: cannot be read .*; give an \.npy of integers"):
         read_trace([good], format="npy")
@@ -255,7 +259,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="import: no files given; name at least one"):
         read_trace([])
     with pytest.raises(InputError, match="experts: holds 3; values must be from 0 to 1"):
-        read_trace([good], num_experts=2)
+        read_trace([good], hints=Hints(num_experts=2))
 
 
 def test_files_of_different_models_are_not_joined(tmp_path: Path) -> None:

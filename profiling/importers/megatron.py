@@ -1,0 +1,108 @@
+"""Megatron-Core's router trace: router_trace_rank*.jsonl of --moe-routing-trace-path.
+
+megatron/core/transformer/moe/router_trace.py: one object for each call of a layer's router,
+
+    {"step", "stage", "block": "decoder" | "mtp", "layer", "rank", "num_tokens", "topk", "top_indices"}
+
+`layer` counts from 0. In training a step may hold several micro-batches, each of which calls every layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exflow.errors import InputError
+from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
+from exflow.profiling.importers.json_values import json_values, shown
+from exflow.profiling.importers.passes import RowSequences, SeenPasses
+from exflow.profiling.trace import DECODE
+
+_REMEDY = "give the router_trace_rank*.jsonl that Megatron-Core wrote"
+_Layers = dict[int, list[IntArray]]  # layer -> the ids of each of its calls in a step
+
+
+def open_megatron(paths: Sequence[Path], hints: Hints) -> Recording:
+    """The ranks' files of one recording; tokens that several ranks recorded count once.
+
+    Multi-token-prediction layers are left out: they are no layers of the model. The files know no requests:
+    see RowSequences. Raises InputError for a record that is damaged, and where the layers of a step have
+    different numbers of calls or tokens.
+    """
+    return Recording(lambda: _rows(paths, hints))
+
+
+def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
+    seen, sequences = SeenPasses(len(paths)), RowSequences()
+    for path in paths:
+        for step, layers, size in _steps(path, hints.moe_layers):
+            for call, experts in enumerate(_calls(path, step, layers)):
+                if seen.is_repeated((step, call), experts):
+                    continue
+                sequence, position = sequences.place(path, len(experts))
+                yield ForeignRows(
+                    path=path,
+                    layers=tuple(sorted(layers)),
+                    experts=experts,
+                    sequence=sequence,
+                    position=position,
+                    phase=np.full(len(experts), DECODE),
+                    num_bytes=size if call == 0 else 0,
+                )
+
+
+def _steps(path: Path, kept: tuple[int, ...] | None) -> Iterator[tuple[int, _Layers, int]]:
+    """The steps of a file, which writes one after the other, and the bytes each took."""
+    step, size = -1, 0
+    layers: _Layers = {}
+    for place, record, num_bytes in json_values(path):
+        where = f"{path}: {place}"
+        number, layer = _integer(where, record, "step"), _integer(where, record, "layer")
+        if number != step and layers:
+            yield step, layers, size
+            layers, size = {}, 0
+        step, size = number, size + num_bytes
+        if record.get("block") == "decoder" and (kept is None or layer in kept):
+            layers.setdefault(layer, []).append(_ids(where, record))
+    if layers:
+        yield step, layers, size
+
+
+def _calls(path: Path, step: int, layers: _Layers) -> Iterator[IntArray]:
+    """[tokens, layers, top_k] of each call of all layers."""
+    first = min(layers)
+    for layer, calls in layers.items():
+        if [ids.shape for ids in calls] != [ids.shape for ids in layers[first]]:
+            raise InputError(
+                f"{path}: step {step} has ids {[ids.shape for ids in calls][:3]} in layer {layer} and "
+                f"{[ids.shape for ids in layers[first]][:3]} in layer {first}, one call each; give the file "
+                "whole, or cut it after a step"
+            )
+    for call in range(len(layers[first])):
+        yield np.stack([layers[layer][call] for layer in sorted(layers)], axis=1)
+
+
+def _ids(where: str, record: dict[str, Any]) -> IntArray:
+    """[num_tokens, topk] int32 of one record."""
+    tokens, top_k = _integer(where, record, "num_tokens"), _integer(where, record, "topk")
+    value = record.get("top_indices")
+    try:
+        ids = np.array(value if value else np.empty((0, top_k), np.int64))
+    except ValueError:  # rows of different lengths
+        ids = np.empty(0)
+    if ids.shape != (tokens, top_k) or ids.dtype.kind != "i":
+        raise InputError(
+            f"{where}: top_indices: is {shown(value)}; {tokens} rows of {top_k} ids are needed to match "
+            f"num_tokens and topk; {_REMEDY}"
+        )
+    if ids.size and ids.max() >= 1 << 31:
+        raise InputError(f"{where}: top_indices: holds {ids.max()}, which is no expert; {_REMEDY}")
+    return ids.astype(np.int32)
+
+
+def _integer(where: str, record: Any, name: str) -> int:
+    value = record.get(name) if isinstance(record, dict) else None
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise InputError(f"{where}: {name}: is {shown(value)}, not a number from 0 up; {_REMEDY}")
+    return value
