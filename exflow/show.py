@@ -107,7 +107,10 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     _print_table(
         ["strategy"],
         _EVALUATION_COLUMNS,
-        [{"strategy": name.replace("_", "-"), **each} for name, each in result["strategies"].items()],
+        [
+            {"strategy": name.replace("_", "-"), **each, "owners": each["owner_imbalance"]["mean"]}
+            for name, each in result["strategies"].items()
+        ],
     )
     imbalance = result["imbalance"]
     print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
@@ -115,6 +118,7 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
         f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}"
     )
     reduced = result["strategies"]["replicated"]["all_reduce_copies"]
+    print("owners         tokens of the rank that owns most over the mean, averaged over layers")
     print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
 
 
@@ -125,6 +129,7 @@ _EVALUATION_COLUMNS = {
     "in node": "intra_node",
     "between": "inter_node",
     "K/V copies": "kv_copies",
+    "owners": "owners",
     "exchanges": "exchanges_per_step",
 }
 
