@@ -128,7 +128,7 @@ _EVALUATION_COLUMNS = {
     "return": "return",
     "in node": "intra_node",
     "between": "inter_node",
-    "K/V copies": "kv_copies",
+    "K/V": "kv_copies",
     "owners": "owners",
     "exchanges": "exchanges_per_step",
 }
