@@ -131,6 +131,15 @@ class CapturedDecode:
         self.graph = self._captured() if weight.device.type == "cuda" else None
         self.capture_s = time.perf_counter() - start
 
+    @property
+    def description(self) -> str:
+        """One line for whoever waits for the capture."""
+        shape, transport = self.shape, self.capture.transport
+        return (
+            f"decode step captured in {self.capture_s:.1f} s ({transport}): {shape.sequences} sequences of "
+            f"{shape.positions} positions, {self.cache.nbytes / 1e9:.2g} GB of keys and values on a rank"
+        )
+
     def _mail(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> Mail:
         row = config.hidden_size * self.cache.dtype.itemsize
         if one_sided:

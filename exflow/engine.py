@@ -6,6 +6,7 @@ Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exflow.config import ModelConfig
+from exflow.console import say, status
 from exflow.decoder import Decoder, Rows
 from exflow.errors import InputError
 from exflow.exchange import Counters, total
@@ -126,7 +128,11 @@ class Engine:
         wanted = (sequences, positions, request.sampling, request.end_token)
         if self.captured is None or not self.captured.serves(*wanted):
             self.captured = None  # its memory first
-            self.captured = self.capture.make(*wanted)
+            first = self.capture.cluster.rank == 0
+            with status(f"capturing the decode step of {sequences} sequences") if first else nullcontext():
+                self.captured = self.capture.make(*wanted)
+            if first:
+                say(self.captured.description)
         return self.captured
 
     def close(self) -> None:
