@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 
+from exflow import hugging_face
 from exflow.attention import CausalAttention, rows_of_batch
 from exflow.checkpoint import load_decoder, load_tokenizer
 from exflow.corpus import find_texts, read_text
@@ -17,9 +21,14 @@ from exflow.moe import AllExpertsHere
 from exflow.profiling.record import record
 from exflow.profiling.trace import RoutingTrace
 
+Advance = Callable[[int, int], None]
+"""Is told the tokens done and the tokens in all, after each batch."""
+
+DEFAULT_LENGTH = 2048  # of a Hugging Face model's sequences: many have room for 100 times as much
+
 
 def profile_text(
-    folder: Path,
+    model: str | Path,
     texts: list[str],
     output: Path,
     *,
@@ -27,29 +36,42 @@ def profile_text(
     length: int | None,
     weights: bool,
     device: str | None,
-    advance: Callable[[int, int], None],
+    advance: Advance,
 ) -> RoutingTrace:
-    """Load the model in `folder`, run it over `texts` (files, folders or "{stdlib}"), record to `output`.
+    """Load a model, run it over `texts` (files, folders or "{stdlib}"), record to `output`.
 
-    advance: called with the tokens done and the tokens in all.
+    model: the folder of a checkpoint, or "hf:" and the folder of a Hugging Face model.
     """
     files = find_texts(texts)
-    tokenizer = load_tokenizer(folder)
-    decoder = load_decoder(folder, choose_device(device), torch.float32)
+    contents = [read_text(file) for file in files]
+    on = choose_device(device)
+    if str(model).startswith(hugging_face.PREFIX):
+        folder = Path(str(model).removeprefix(hugging_face.PREFIX))
+        tokenizer = hugging_face.load_tokenizer(folder)
+        causal_model = hugging_face.load_model(folder, on)
+        longest = hugging_face.longest_sequence(causal_model)
+        ids = hugging_face.encode(tokenizer, contents)
+        windows = token_windows(ids, _length(length, longest, DEFAULT_LENGTH), max_tokens)
+        return profile_hugging_face(causal_model, windows, output, weights, advance=advance)
+    own_tokenizer = load_tokenizer(Path(model))
+    decoder = load_decoder(Path(model), on, torch.float32)
     longest = decoder.config.max_positions
-    if length is not None and length > longest:
-        raise InputError(f"--length {length}: the model has {longest} positions; give {longest} or less")
-    windows = windows_of_text(tokenizer, [read_text(file) for file in files], length or longest, max_tokens)
+    windows = windows_of_text(own_tokenizer, contents, _length(length, longest, longest), max_tokens)
     return profile(decoder, windows, output, weights, advance=advance)
 
 
-def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tokens: int) -> torch.Tensor:
-    """The texts as sequences [N, length] of token ids; a shorter rest is dropped.
+def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tokens: int) -> Tensor:
+    """The texts as sequences [N, length] of token ids, as token_windows has them."""
+    ids = np.concatenate([np.array(encoding.ids, np.int64) for encoding in tokenizer.encode_batch(texts)])
+    return token_windows(ids, length, max_tokens)
+
+
+def token_windows(ids: npt.NDArray[np.int64], length: int, max_tokens: int) -> Tensor:
+    """A stream of token ids as sequences [N, length]; a shorter rest is dropped.
 
     With more text than `max_tokens`, as many windows as fit into it (at least one) are spread evenly over the
     text. Raises InputError where the text does not fill one window.
     """
-    ids = np.concatenate([np.array(encoding.ids, np.int64) for encoding in tokenizer.encode_batch(texts)])
     available = len(ids) // length
     count = min(available, max(1, max_tokens // length))
     if not count:
@@ -58,26 +80,71 @@ def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tok
     return torch.from_numpy(ids[starts[:, None] + np.arange(length)])
 
 
-@torch.inference_mode()
 def profile(
     decoder: Decoder,
-    windows_NS: torch.Tensor,
+    windows_NS: Tensor,
     path: Path | None,
     weights: bool = False,
     batch_tokens: int = 8192,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
 ) -> RoutingTrace:
-    """Record the routing of every token of `windows_NS` [sequences, length]; streamed to `path` if given.
-
-    advance: called after each batch with the tokens done and the tokens in all.
-    """
+    """Record the routing of every token of `windows_NS` [sequences, length]; streamed to `path` if given."""
     device = decoder.embedding.weight.device
+
+    def run(batch_BS: Tensor, first: int) -> None:
+        rows = rows_of_batch(len(batch_BS), batch_BS.shape[1], device, first_sequence=first)
+        decoder(batch_BS.flatten().to(device), rows, CausalAttention(len(batch_BS)), AllExpertsHere())
+
+    return _record_batches(decoder, run, windows_NS, path, weights, batch_tokens, advance)
+
+
+def profile_hugging_face(
+    model: Any,
+    windows_NS: Tensor,
+    path: Path | None,
+    weights: bool = False,
+    batch_tokens: int = 8192,
+    advance: Advance = lambda done, total: None,
+) -> RoutingTrace:
+    """As `profile`, for a causal model of transformers. Raises InputError where it has no MoE layers."""
+    highest, known = int(windows_NS.max()), model.get_input_embeddings().num_embeddings
+    if highest >= known:
+        raise InputError(
+            f"the tokenizer gives token {highest}, the model knows {known} tokens; give the model its own"
+        )
+    layers = model.base_model  # without the head, whose logits would take more memory than the model
+
+    def run(batch_BS: Tensor, first: int) -> None:
+        layers(input_ids=batch_BS.to(model.device), use_cache=False)
+
+    return _record_batches(model, run, windows_NS, path, weights, batch_tokens, advance)
+
+
+@torch.inference_mode()
+def _record_batches(
+    model: nn.Module,
+    run: Callable[[Tensor, int], None],
+    windows_NS: Tensor,
+    path: Path | None,
+    weights: bool,
+    batch_tokens: int,
+    advance: Advance,
+) -> RoutingTrace:
+    """Record `run(batch [B, S], its first sequence)`, at most `batch_tokens` (or one sequence) at a time."""
     length = windows_NS.shape[1]
     first = 0
-    with record(decoder, path, weights=weights) as recorder:
+    with record(model, path, weights=weights) as recorder:
         for batch_BS in torch.split(windows_NS, max(1, batch_tokens // length)):
-            rows = rows_of_batch(len(batch_BS), length, device, first_sequence=first)
-            decoder(batch_BS.flatten().to(device), rows, CausalAttention(len(batch_BS)), AllExpertsHere())
+            run(batch_BS, first)
             first += len(batch_BS)
             advance(first * length, windows_NS.numel())
     return recorder.trace
+
+
+def _length(asked: int | None, longest: int | None, default: int) -> int:
+    """The length asked for, else the default, as far as the model has positions."""
+    if longest is None:
+        return asked or default
+    if asked is not None and asked > longest:
+        raise InputError(f"--length {asked}: the model has {longest} positions; give {longest} or less")
+    return asked or min(default, longest)

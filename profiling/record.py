@@ -13,7 +13,7 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.profiling.writer import SHARD_TOKENS, TraceWriter
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from exflow.profiling.staging import Staging
 
@@ -22,9 +22,9 @@ class RoutingListener(Protocol):
     """Is told the routing of one MoE layer for the T tokens of a forward pass.
 
     `layer` is the MoE layer's index l, `expert_ids` [T, k] int64 (logical ids, first choice first), `weights`
-    [T, k] floating point, `sequence` and `position` [T] integers, `phase` PREFILL or DECODE. In a pass the
-    layers come in order 0..L-1, each with the same rows. The listener may keep the tensors until the pass
-    is over: they must not be overwritten before that.
+    [T, k] floating point, `sequence` and `position` [T] integers, `phase` PREFILL or DECODE; a row whose
+    sequence is -1 is padding. In a pass the layers come in order 0..L-1, each with the same rows. The
+    listener may keep the tensors until the pass is over: they must not be overwritten before that.
     """
 
     def __call__(
@@ -96,7 +96,7 @@ class Recorder:
         self._pass_ids.append(expert_ids)
         self._pass_weights.append(weights)
         if layer == self._layout.num_layers - 1:
-            staging = self._staging or self._start(expert_ids)
+            staging = self._staging or self._start()
             staging.add_pass(self._pass_ids, self._pass_weights, sequence, position, phase)
             self._pass_ids, self._pass_weights = [], []
 
@@ -110,17 +110,18 @@ class Recorder:
             if self._writer is not None:
                 self._writer.close()
 
-    def _start(self, ids: "Tensor") -> "Staging":
+    def _start(self) -> "Staging":
         from exflow.profiling.staging import Staging  # torch is loaded only where a model runs
 
         sink = self._blocks.append if self._writer is None else self._writer.append
-        self._staging = Staging(self._layout, self._weights, ids.device, sink)
+        devices = [ids.device for ids in self._pass_ids]  # a model may be spread over several
+        self._staging = Staging(self._layout, self._weights, devices, sink)
         return self._staging
 
 
 @contextmanager
 def record(
-    model: Recordable,
+    model: "Recordable | nn.Module",
     path: str | Path | None = None,
     *,
     weights: bool = False,
@@ -132,23 +133,35 @@ def record(
             model.generate(...)
         trace = recorder.trace
 
-    With a `path` the trace is written there as it grows, so memory stays bounded and a stop keeps what is
-    complete; an exception in the block keeps every whole pass. Without one it is collected in memory.
-    `weights` records the gate's weights too, at three times the size. Sequences are numbered in order of
-    appearance; an id that starts again from an earlier position counts as a new sequence.
+    `model` is one of ours, or a Hugging Face model (docs/profiling.md). With a `path` the trace is written
+    there as it grows, so memory stays bounded and a stop keeps what is complete; an exception in the block
+    keeps every whole pass. Without one it is collected in memory. `weights` records the gate's weights too,
+    at three times the size. Sequences are numbered in order of appearance; an id that starts again from an
+    earlier position counts as a new sequence.
 
-    Raises InputError if the model does not announce its routing, or if `path` holds anything but a trace.
+    Raises InputError if the model does not announce its routing and has no experts to listen to, or if `path`
+    holds anything but a trace.
     """
-    if not isinstance(model, Recordable):
-        raise InputError(
-            f"record: {type(model).__name__} does not announce its routing; give an exflow model, or an "
-            f"object with routing_layout() and add_routing_listener()"
-        )
+    source = model if isinstance(model, Recordable) else _listened_to(model)
     target = None if path is None else Path(path)
-    recorder = Recorder(model.routing_layout(), target, weights, shard_tokens)
-    remove = model.add_routing_listener(recorder.listen)
+    recorder = Recorder(source.routing_layout(), target, weights, shard_tokens)
+    remove = source.add_routing_listener(recorder.listen)
     try:
         yield recorder
     finally:
         remove()
         recorder.close()
+
+
+def _listened_to(model: "nn.Module") -> Recordable:
+    """A torch model whose experts are listened to, since it does not announce its routing by itself."""
+    from torch import nn  # loaded only where a model runs
+
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"record: {type(model).__name__} does not announce its routing; give an exflow or a Hugging Face "
+            "model, or an object with routing_layout() and add_routing_listener()"
+        )
+    from exflow.profiling.hugging_face import HuggingFaceRouting
+
+    return HuggingFaceRouting(model)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+PADDING = -1  # the sequence of a row that is no token: it is not recorded
 _UNSEEN = (0, np.iinfo(np.int64).max)  # a number to be replaced, and a position that nothing passes
 
 

@@ -1,26 +1,35 @@
-"""The way of recorded rows from the accelerator to host memory, without making the model wait."""
+"""The way of recorded rows from the accelerators to host memory, without making the model wait."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from exflow.profiling.layout import RoutingLayout
-from exflow.profiling.sequences import SequenceNumbers
+from exflow.profiling.sequences import PADDING, SequenceNumbers
 from exflow.profiling.shard import Rows
 
 _CAPACITY = 8192  # rows: a fraction of a second of work, a few MB of pinned memory
 
+Named = dict[str, Tensor]
+
 
 @dataclass
 class _Buffer:
-    """Host tensors with room for _CAPACITY rows, of which `filled` are; complete once `copied` has passed."""
+    """Host tensors with room for _CAPACITY rows, of which `filled` are; complete once `copied` has passed.
 
-    tensors: dict[str, Tensor]
+    `rows` [capacity] is what a row has once, `choices` [capacity, layers, k] what it has in each layer, for
+    the layers of each device.
+    """
+
+    rows: Named
+    choices: list[Named]
     filled: int = 0
-    copied: torch.cuda.Event | None = None
+    copied: list[torch.cuda.Event] = field(default_factory=list)
 
 
 class Staging:
@@ -28,34 +37,23 @@ class Staging:
 
     On CUDA the buffers are pinned and filled by asynchronous copies. When one is full the other is handed on,
     whose copies were started a whole buffer ago, so the host does not wait for the pass at hand. A pass costs
-    a handful of launches, whatever its number of layers.
+    a handful of launches on each device that has layers, whatever their number.
     """
 
     def __init__(
-        self, layout: RoutingLayout, weights: bool, device: torch.device, sink: Callable[[Rows], None]
+        self,
+        layout: RoutingLayout,
+        weights: bool,
+        devices: Sequence[torch.device],
+        sink: Callable[[Rows], None],
     ) -> None:
-        choices = (_CAPACITY, layout.num_layers, layout.top_k)
+        """`devices` says where each MoE layer is."""
         id_dtype = torch.uint8 if layout.id_dtype == np.uint8 else torch.uint16
-        self._dtypes = {
-            "experts": id_dtype,
-            "sequence": torch.int64,
-            "position": torch.int32,
-            "phase": torch.uint8,
-        }
-        if weights:
-            self._dtypes["weights"] = torch.float16
-        self._device = device
-        self._on_gpu = device.type == "cuda"
-        shapes = {"experts": choices, "weights": choices}
-        self._filling, self._full = (
-            _Buffer(
-                {
-                    name: torch.empty(shapes.get(name, (_CAPACITY,)), dtype=dtype, pin_memory=self._on_gpu)
-                    for name, dtype in self._dtypes.items()
-                }
-            )
-            for _ in range(2)
-        )
+        self._choice_dtypes = {"experts": id_dtype} | ({"weights": torch.float16} if weights else {})
+        self._row_dtypes = {"sequence": torch.int64, "position": torch.int32, "phase": torch.uint8}
+        self._layers = [[layer for layer, at in enumerate(devices) if at == each] for each in set(devices)]
+        self._pinned = any(device.type == "cuda" for device in devices)
+        self._filling, self._full = self._new_buffer(layout.top_k), self._new_buffer(layout.top_k)
         self._numbers = SequenceNumbers()
         self._sink = sink
 
@@ -68,21 +66,28 @@ class Staging:
         position: Tensor,
         phase: int,
     ) -> None:
-        """Add T rows: `ids` and `weights` hold a tensor [T, k] for each MoE layer, the others are [T]."""
-        rows = {"experts": torch.stack(list(ids), dim=1), "sequence": sequence, "position": position}
-        if "weights" in self._dtypes:
-            rows["weights"] = torch.stack(list(weights), dim=1)
-        rows = {name: tensor.to(self._dtypes[name]) for name, tensor in rows.items()}
+        """Add T rows: `ids` and `weights` hold a tensor [T, k] for each MoE layer, the others are [T].
+
+        Rows whose sequence is PADDING are dropped, on the host, so that no device is asked for their number.
+        """
+        given = {"experts": ids, "weights": weights}
+        choices = [
+            {name: self._stacked(given[name], layers, dtype) for name, dtype in self._choice_dtypes.items()}
+            for layers in self._layers
+        ]
+        rows = {"sequence": sequence.to(torch.int64), "position": position.to(torch.int32)}
+        pieces = [rows, *choices]
+        gpus = {tensor.device for named in pieces for tensor in named.values() if tensor.is_cuda}
         start, total = 0, len(sequence)
         while start < total:
             buffer = self._filling
             count = min(total - start, _CAPACITY - buffer.filled)
-            here = slice(buffer.filled, buffer.filled + count)
-            for name, tensor in rows.items():
-                buffer.tensors[name][here].copy_(tensor[start : start + count], non_blocking=True)
-            buffer.tensors["phase"][here] = phase
-            if self._on_gpu:
-                buffer.copied = torch.cuda.current_stream(self._device).record_event()
+            here, taken = slice(buffer.filled, buffer.filled + count), slice(start, start + count)
+            for kept, new in zip([buffer.rows, *buffer.choices], pieces, strict=True):
+                for name, tensor in new.items():
+                    kept[name][here].copy_(tensor[taken], non_blocking=True)
+            buffer.rows["phase"][here] = phase
+            buffer.copied = [torch.cuda.current_stream(device).record_event() for device in gpus]
             start += count
             buffer.filled += count
             if buffer.filled == _CAPACITY:
@@ -94,12 +99,39 @@ class Staging:
         self._hand_on(self._full)
         self._hand_on(self._filling)
 
+    def _new_buffer(self, top_k: int) -> _Buffer:
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty((_CAPACITY, *shape), dtype=dtype, pin_memory=self._pinned)
+
+        return _Buffer(
+            rows={name: empty(dtype) for name, dtype in self._row_dtypes.items()},
+            choices=[
+                {name: empty(dtype, len(layers), top_k) for name, dtype in self._choice_dtypes.items()}
+                for layers in self._layers
+            ],
+        )
+
+    def _stacked(self, tensors: Sequence[Tensor], layers: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.stack([tensors[layer] for layer in layers], dim=1).to(dtype)
+
     def _hand_on(self, buffer: _Buffer) -> None:
-        if not buffer.filled:
+        for event in buffer.copied:
+            event.synchronize()
+        taken, buffer.filled = slice(buffer.filled), 0
+        real = buffer.rows["sequence"][taken].numpy() != PADDING
+        if not real.any():
             return
-        if buffer.copied is not None:
-            buffer.copied.synchronize()
-        rows = {name: tensor[: buffer.filled].numpy().copy() for name, tensor in buffer.tensors.items()}
+        rows: Rows = {name: tensor[taken].numpy()[real] for name, tensor in buffer.rows.items()}
+        for name in self._choice_dtypes:
+            parts = [named[name][taken].numpy()[real] for named in buffer.choices]
+            rows[name] = parts[0] if len(parts) == 1 else self._merged(parts)
         rows["sequence"] = self._numbers.renumber(rows["sequence"], rows["position"])
-        buffer.filled = 0
         self._sink(rows)
+
+    def _merged(self, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The choices [rows, L, k] from those of each device's layers."""
+        rows, _, top_k = parts[0].shape
+        whole = np.empty((rows, sum(map(len, self._layers)), top_k), parts[0].dtype)
+        for layers, part in zip(self._layers, parts, strict=True):
+            whole[:, layers] = part
+        return whole

@@ -12,6 +12,8 @@ import torch
 
 from exflow.errors import InputError
 from exflow.profiling.record import Recordable, RoutingLayout, RoutingListener, record
+from exflow.profiling.sequences import PADDING
+from exflow.profiling.shard import Rows, concatenate
 from exflow.profiling.staging import Staging
 from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
 
@@ -160,10 +162,50 @@ def test_the_trace_is_read_after_the_block() -> None:
 
 
 def test_a_model_that_announces_nothing_is_refused() -> None:
-    linear = torch.nn.Linear(1, 1)
-    message = "record: Linear does not announce its routing; give an exflow model, or an object with"
-    with pytest.raises(InputError, match=message), record(cast(Recordable, linear)):
+    message = (
+        "record: str does not announce its routing; give an exflow or a Hugging Face model, or an object"
+    )
+    with pytest.raises(InputError, match=message), record(cast(Recordable, "model")):
         pass
+
+
+def test_padding_is_left_out() -> None:
+    model = FakeModel()
+    with record(model, weights=True) as recorder:
+        model.forward([PADDING, 0, 1, PADDING, 2], [0, 0, 0, 0, 0], PREFILL)
+        model.forward([PADDING, PADDING], [1, 1], PREFILL)
+        model.forward([0, PADDING, 2], [1, 0, 1], DECODE)
+    kept = np.concatenate(model.passes)[[1, 2, 4, 7, 9]]
+    np.testing.assert_array_equal(recorder.trace.experts, kept)
+    assert recorder.trace.sequence.tolist() == [0, 1, 2, 0, 2]
+    assert recorder.trace.position.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_layers_may_be_on_several_devices() -> None:
+    """To torch "cpu" and "cpu:0" are two devices, though one memory."""
+    layout = RoutingLayout("spread", 4, (0, 1, 2, 3), 8, 2)
+    devices = [torch.device(name) for name in ("cpu", "cpu:0", "cpu:0", "cpu")]
+    ids = [torch.full((3, 2), layer) for layer in range(4)]
+    weights = [torch.full((3, 2), 0.25 * layer) for layer in range(4)]
+    kept: list[Rows] = []
+    staging = Staging(layout, True, devices, kept.append)
+    staging.add_pass(ids, weights, torch.arange(3), torch.zeros(3), PREFILL)
+    staging.flush()
+    (rows,) = kept
+    assert rows["experts"].tolist() == [[[layer, layer] for layer in range(4)]] * 3
+    assert rows["weights"].tolist() == [[[0.25 * layer] * 2 for layer in range(4)]] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_layers_on_a_gpu_and_on_the_host() -> None:
+    layout = RoutingLayout("spread", 2, (0, 1), 8, 2)
+    ids = [torch.randint(8, (20_000, 2)) for _ in range(2)]
+    kept: list[Rows] = []
+    staging = Staging(layout, False, [torch.device("cpu"), torch.device("cuda", 0)], kept.append)
+    staging.add_pass([ids[0], ids[1].cuda()], ids, torch.arange(20_000).cuda(), torch.zeros(20_000), PREFILL)
+    staging.flush()
+    np.testing.assert_array_equal(concatenate(kept)["experts"], torch.stack(ids, dim=1))
 
 
 def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
