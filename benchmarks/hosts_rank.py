@@ -97,7 +97,7 @@ def measure_here(
     )
     layer_s, token_s = compute_seconds(cluster, config, trace, tokens, steps)
     # what is read from memory is in the seconds of layers and tokens
-    return Machine(link, link, math.inf, math.inf, layer_s, token_s, hides=0.0)
+    return Machine(link, link, math.inf, math.inf, layer_s, token_s, hides=0.0, shared=True)
 
 
 def compute_seconds(

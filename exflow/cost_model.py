@@ -36,6 +36,8 @@ class Machine:
     round_bytes      by which an exchange leaves room (see Expectation)
     hides            the share of computing that hides what is sent in the background: none where one and
                      the same processor does both
+    shared           all ranks share one processor, which is the limit: they wait for the sum of what they do,
+                     and not for the busiest
     transport        how exchanges run: eagerly, or in a captured step (transport.py)
     flops_per_s      of a captured step's dense products; an eager step has it in token_s
     """
@@ -48,6 +50,7 @@ class Machine:
     token_s: float = 0.0
     round_bytes: int = ROUND_BYTES["cpu"]
     hides: float = 1.0
+    shared: bool = False
     transport: Transport = "eager"
     flops_per_s: float = math.inf
 
@@ -80,7 +83,7 @@ class Load:
         """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
         hidden, expert, moe_layers = config.hidden_size, config.expert_weights, len(config.moe_layer_ids)
         attention = hidden * (2 * config.attention_width + config.kv_width)
-        dense_mlps = (config.num_hidden_layers - moe_layers) * expert
+        dense_mlps = (config.num_hidden_layers - moe_layers) * config.dense_mlp_weights
         dense = config.num_hidden_layers * attention + dense_mlps + moe_layers * hidden * config.num_experts
         return cls(
             batch=batch,
@@ -209,9 +212,9 @@ def _exchanges_s(load: Load, moved: Moved, machine: Machine) -> float:
     row_bytes = load.hidden_bytes + 4 * (2 * load.top_k + 3)  # with slots, weights and where it belongs
     sent, returned = _rows_sent(load, moved, machine, row_bytes)
     busiest = _of_a_batch(moved.busiest, load.places * load.top_k, load.ranks)
-    uneven = max(busiest, _attending(load, moved))
-    if machine.transport == "collective":
-        uneven = 1.0  # all chunks are as large, however full
+    uneven = max(busiest, _attending(load, moved, machine))
+    if machine.shared or machine.transport == "collective":
+        uneven = 1.0  # of a collective all chunks are as large, however full
     moving = sum(
         _slower([rows * size * uneven for rows in part], machine)
         for part, size in ((sent, row_bytes), (returned, load.hidden_bytes + 8))
@@ -257,9 +260,11 @@ def _all_reduces_s(load: Load, moved: Moved, machine: Machine) -> float:
     return moved.all_reduces * (exchanges * link.latency_s + rows * load.hidden_bytes / link.bytes_per_s)
 
 
-def _attending(load: Load, moved: Moved) -> float:
-    """The most tokens that a rank owns in a batch, over the mean."""
-    return _of_a_batch(moved.attending, load.places, load.ranks) if moved.group_size > 1 else 1.0
+def _attending(load: Load, moved: Moved, machine: Machine) -> float:
+    """The most tokens that a rank owns in a batch, over the mean; 1 where that does not matter."""
+    if machine.shared or moved.group_size == 1:
+        return 1.0
+    return _of_a_batch(moved.attending, load.places, load.ranks)
 
 
 def _of_a_batch(imbalance: float, tokens: int, ranks: int) -> float:
@@ -276,7 +281,7 @@ def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
     """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to."""
     chosen = 1 - (1 - 1 / load.experts) ** (load.batch * load.top_k)
     experts = load.moe_layers * load.slots_per_rank * chosen * load.expert_bytes
-    tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved)
+    tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved, machine)
     contexts = tokens * load.layers * load.context * load.kv_bytes
     launched = load.layers * (machine.layer_s + tokens * machine.token_s)
     # a captured step multiplies the rows of all sequences that a rank may own

@@ -50,6 +50,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
         round_bytes=ROUND_BYTES[cluster.device.type],
         # a captured collective waits its turn on the one stream
         hides=0.0 if cluster.device.type == "cpu" or transport == "collective" else 1.0,
+        shared=cluster.device.type == "cpu" and cluster.num_nodes == 1,
         transport=transport,
         flops_per_s=math.inf if transport == "eager" else _flops_per_s(cluster),
     )

@@ -45,6 +45,8 @@ def test_exchanges_by_hand() -> None:
     moved = replace(STILL, exchanges=4, dispatch=(1.0, 0.0), give_back=(0.0, 2.0), busiest=1.5)
     expected = 4 * 1.0 + 2 * (1 + math.hypot(0.5, CHANCE)) * (240 / 1000 + 432 / 100)
     assert predict("coherent", LOAD, moved, MACHINE).exchange_s == pytest.approx(expected)
+    shared = predict("coherent", LOAD, moved, replace(MACHINE, shared=True)).exchange_s
+    assert shared == pytest.approx(4 * 1.0 + 2 * (240 / 1000 + 432 / 100))
     one_node = replace(LOAD, ranks_per_node=4)
     inside = replace(STILL, exchanges=4)
     assert predict("coherent", one_node, inside, MACHINE).exchange_s == pytest.approx(0.4)
@@ -176,6 +178,7 @@ machines = st.builds(
     *[st.floats(0, 10)] * 2,
     st.sampled_from([64, 4096]),
     st.floats(0, 1),
+    st.booleans(),
     st.sampled_from(["eager", "collective", "one-sided"]),
 )
 moves = st.builds(
