@@ -364,6 +364,12 @@ def generate(
             "auto takes the first that works."
         ),
     ] = "auto",
+    hierarchical: Annotated[
+        bool,
+        typer.Option(
+            "--hierarchical", help="Between nodes one message a token, passed on inside; for top-k, eager."
+        ),
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -386,6 +392,7 @@ def generate(
         ignore_end,
         replay,
         transport,
+        hierarchical,
     )
     place = torchrun_place()
     if place is None:

@@ -37,6 +37,7 @@ class Deployment:
     plan: Plan
     dtype: torch.dtype = torch.float32
     transport: str = "auto"
+    hierarchical: bool = False
 
 
 def load_model(
@@ -110,7 +111,12 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     tables = PlanTables.of(plan, cluster.device)
     config = decoder.config
     strategy = make_strategy(
-        deployment.strategy, Exchange(cluster), tables, config.moe_layer_ids, config.num_hidden_layers
+        deployment.strategy,
+        Exchange(cluster),
+        tables,
+        config.moe_layer_ids,
+        config.num_hidden_layers,
+        deployment.hierarchical,
     )
     return Engine(
         decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, deployment.transport)

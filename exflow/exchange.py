@@ -9,8 +9,9 @@ rows, and what is left of the room.
 Shapes: N rows to send, M rows received, B bytes a row, G ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,14 @@ class PendingGather:
 
 @dataclass
 class Exchange:
-    """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase."""
+    """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase.
+
+    group: whose members the ranks of `cluster` are, in order; without it the whole job's.
+    """
 
     cluster: Cluster
     counters: Counters = field(default_factory=Counters)
+    group: CoherenceGroup | None = None
 
     def dispatch(
         self, rows_NB: Tensor, dest_N: Tensor, note: list[int], room: Room, hidden_bytes: int
@@ -136,7 +141,8 @@ class Exchange:
     def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
         """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
         arrived = chunks.new_empty(sum(sizes_from))
-        dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to)
+        options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
+        dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to, **options)
         self.counters.all_to_alls += 1
         self.counters.wire_bytes += len(chunks)
         return arrived
@@ -149,7 +155,7 @@ class Exchange:
             for count, most in zip(came, room.come, strict=True)
         ]
         operations = [
-            dist.P2POp(send_or_receive, rows, other)
+            self._point_to_point(send_or_receive, rows, other)
             for send_or_receive, late in ((dist.isend, late_to), (dist.irecv, late_from))
             for other, rows in enumerate(late)
             if len(rows)
@@ -159,6 +165,11 @@ class Exchange:
         self.counters.late += sum(len(rows) > 0 for rows in late_to)
         self.counters.wire_bytes += sum(rows.nbytes for rows in late_to)
         return late_from
+
+    def _point_to_point(self, send_or_receive: Callable[..., Any], rows: Tensor, other: int) -> dist.P2POp:
+        if self.group is None:
+            return dist.P2POp(send_or_receive, rows, other)
+        return dist.P2POp(send_or_receive, rows, self.group.ranks[other], self.group.processes)
 
     def _count(self, sent: list[int], purpose: Purpose, hidden_bytes: int) -> None:
         first = self.cluster.node * self.cluster.ranks_per_node

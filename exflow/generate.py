@@ -24,7 +24,7 @@ from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling
-from exflow.strategies import strategy_named
+from exflow.strategies import check_relays, strategy_named
 from exflow.transport import choose_transport, transport_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,6 +46,7 @@ class GenerateJob:
     ignore_end: bool
     replay: Path | None
     transport: str = "auto"
+    hierarchical: bool = False
 
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
@@ -59,12 +60,16 @@ class GenerateJob:
     def deployment(self, topology: Topology) -> Deployment:
         """What the ranks of `topology` are to run. Raises InputError if they cannot."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
+        transport = transport_named(self.transport, choose_device(self.device).type)
+        if self.hierarchical:
+            transport = check_relays(topology, load_model_config(self.model).top_k, strategy, transport)
         return Deployment(
             self.model,
             strategy,
             plan_for(self.model, self.plan, topology),
             dtype_named(self.dtype),
-            transport_named(self.transport, choose_device(self.device).type),
+            transport,
+            self.hierarchical,
         )
 
     def replayed(self, device: torch.device) -> ReplayedRouting | None:

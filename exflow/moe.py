@@ -108,6 +108,11 @@ class Tokens:
     position_T: Tensor
     owner_T: Tensor
 
+    @property
+    def key_T(self) -> Tensor:
+        """A number for each token, in the order of sequence and position."""
+        return self.sequence_T << 32 | self.position_T
+
     def pack(self, take: Tensor) -> Tensor:
         """The rows `take` as bytes."""
         whole = torch.cat(
@@ -168,15 +173,20 @@ class ExpertParallel:
         return self.history[-1]
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        mine, hosts_TG = self.routed(layer, hidden_TD, rows)
+        here = self.dispatch(layer.index, mine, hosts_TG)
+        local_TK = self.tables.local(here.slot_TK, self.rank)
+        partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
+        return self.settle(here, partial_TD, local_TK, rows.phase)
+
+    def routed(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tokens, Tensor]:
+        """My tokens with their slots and next owners, and whether each rank serves them [T, G]."""
         routing = layer.route(layer.norm(hidden_TD), rows)
         slot_TK = self.tables.serving_slot[self.rank, layer.index][routing.expert_TK]
         hosts_TG = self.tables.hosting(slot_TK, self.num_ranks)
         owner_T = self.choose_owners(layer.index, routing.expert_TK, hosts_TG, rows.sequence_T)
         mine = Tokens(hidden_TD, routing.weight_TK, slot_TK, rows.sequence_T, rows.position_T, owner_T)
-        here = self.dispatch(layer.index, mine, hosts_TG)
-        local_TK = self.tables.local(here.slot_TK, self.rank)
-        partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
-        return self.settle(here, partial_TD, local_TK, rows.phase)
+        return mine, hosts_TG
 
     def choose_owners(self, layer: int, expert_TK: Tensor, hosts_TG: Tensor, sequence_T: Tensor) -> Tensor:
         """Which rank owns a token next [T], of the ranks that serve it.
@@ -192,9 +202,9 @@ class ExpertParallel:
         best_T = score_TG.masked_fill(~candidates_TG, torch.iinfo(torch.int64).min).argmax(dim=1)
         return best_T.where(candidates_TG.any(dim=1), self.rank)
 
-    def dispatch(self, layer: int, mine: Tokens, hosts_TG: Tensor) -> Tokens:
-        """Send each of my tokens to every other rank that serves it; mine, then my guests."""
-        away_TG = hosts_TG.clone()
+    def dispatch(self, layer: int, mine: Tokens, to_TG: Tensor) -> Tokens:
+        """Send each of my tokens to every other rank that it is to go to; mine, then my guests."""
+        away_TG = to_TG.clone()
         away_TG[:, self.rank] = False
         token_N, dest_N = away_TG.nonzero(as_tuple=True)
         owners = torch.bincount(mine.owner_T, minlength=self.num_ranks).tolist()
@@ -212,7 +222,7 @@ class ExpertParallel:
     def settle(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
         """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
         keep_T = here.owner_T == self.rank
-        key_T = here.sequence_T << 32 | here.position_T
+        key_T = here.key_T
         order_T = torch.argsort(key_T[keep_T])
         hidden_TD = (here.hidden_TD + partial_TD)[keep_T][order_T]
         kept_T = key_T[keep_T][order_T]

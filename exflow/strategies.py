@@ -13,8 +13,10 @@ from exflow.decoder import AttentionContext, MoELayout, Rows
 from exflow.distributed import Cluster, coherence_group
 from exflow.errors import InputError
 from exflow.exchange import Exchange
+from exflow.hierarchical import HierarchicalParallel
 from exflow.kv_cache import DecodeAttention, KVCache, KVSharing, PrefillAttention
 from exflow.moe import AllExpertsHere, ExpertParallel, PlanTables, Replicated
+from exflow.placement.topology import Topology
 
 # `auto` stands for one of the others, which auto.py chooses once the ranks have met
 Name = Literal["dispatch-combine", "coherent", "node-coherent", "replicated", "auto"]
@@ -97,12 +99,13 @@ class OwnedTokens:
         group_size: int,
         moe_layer_ids: tuple[int, ...],
         layers: int,
+        experts: type[ExpertParallel] = ExpertParallel,
     ) -> None:
         self.exchange = exchange
         self.rank, self.num_ranks = exchange.cluster.rank, exchange.cluster.num_ranks
         self.group_size = group_size
-        self.at_home = ExpertParallel(exchange, tables, group_size=1)
-        self.in_group = ExpertParallel(exchange, tables, group_size)
+        self.at_home = experts(exchange, tables, 1)
+        self.in_group = experts(exchange, tables, group_size)
         self.group = coherence_group(exchange.cluster, group_size) if group_size > 1 else None
         self.early: KVSharing | None = None
         self.late: KVSharing | None = None
@@ -191,15 +194,34 @@ def strategy_named(name: str, num_nodes: int) -> Name:
     raise InputError(f"--strategy {name}: no such strategy; give {', '.join(NAMES)}")
 
 
+def check_relays(topology: Topology, top_k: int, strategy: Name, transport: str) -> str:
+    """The transport with which tokens can travel by relays. InputError where they cannot, or need not."""
+    if topology.num_nodes == 1 or topology.gpus_per_node == 1:
+        raise InputError(f"--hierarchical: {topology} have no nodes of several ranks; leave it out")
+    if top_k == 1:
+        raise InputError("--hierarchical: a token with one expert sends one message anyway; leave it out")
+    if strategy in ("replicated", "auto"):
+        raise InputError(f"--hierarchical: does not go with --strategy {strategy}; give another strategy")
+    if transport not in ("auto", "eager"):
+        raise InputError(f"--hierarchical: does not go with --transport {transport}; give eager")
+    return "eager"
+
+
 def make_strategy(
-    name: Name, exchange: Exchange, tables: PlanTables, moe_layer_ids: tuple[int, ...], layers: int
+    name: Name,
+    exchange: Exchange,
+    tables: PlanTables,
+    moe_layer_ids: tuple[int, ...],
+    layers: int,
+    hierarchical: bool = False,
 ) -> Strategy:
     """The strategy called `name` for this rank of the job; every rank of it must call this."""
     assert name != "auto", "to be resolved by auto.choose_strategy"
     cluster = exchange.cluster
     if name == "replicated":
         return AllTokens(Replicated(exchange, tables), exchange)
-    return OwnedTokens(exchange, tables, group_size(name, cluster), moe_layer_ids, layers)
+    experts = HierarchicalParallel if hierarchical else ExpertParallel
+    return OwnedTokens(exchange, tables, group_size(name, cluster), moe_layer_ids, layers, experts)
 
 
 def group_size(name: Name, cluster: Cluster) -> int:

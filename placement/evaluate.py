@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.plan import Plan
-from exflow.placement.traffic import Traffic, follow, imbalance_of, local_fraction, total
+from exflow.placement.traffic import Traffic, count_traffic, follow, imbalance_of, local_fraction, total
 from exflow.profiling.trace import RoutingTrace
 
 
@@ -20,7 +20,8 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     is "intra_node" + "inter_node", and also "dispatch" + "return"); "kv_copies" per token and attention layer
     (background); "exchanges_per_step", the synchronous collectives of a decode step; and "totals", the
     integers behind the means. "remote_nodes" is how many nodes other than the owner's a token's experts are
-    on: what would cross between nodes if each got one message and passed it on. "imbalance" is the busiest
+    on, and "hierarchical", with several nodes of several ranks, the messages where each of them gets one and
+    passes it on (see `count_traffic`). "imbalance" is the busiest
     rank's load over the mean load, per layer, its mean and its maximum; "owner_imbalance" the same of the
     tokens that a rank owns before each MoE layer and after the last: it attends to them, and sends them out.
     "node_coherent" is there only with
@@ -87,6 +88,12 @@ def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
             "imbalance": _imbalance(followed[name].load.sum(axis=0)),
             "owner_imbalance": _imbalance(followed[name].owned),
         }
+        if 1 < plan.topology.num_nodes < ranks:
+            relayed = count_traffic(trace, plan, size, hierarchical=True)
+            figures[name]["hierarchical"] = {
+                "intra_node": relayed.per_token_layer(relayed.intra_node),
+                "inter_node": relayed.per_token_layer(relayed.inter_node),
+            }
     silent = Traffic(trace.num_tokens, layers, plan.num_hidden_layers, 0, 0, 0, 0, 0, 0)
     figures["replicated"] = _figures(silent, layers) | {
         "all_reduces_per_step": layers,

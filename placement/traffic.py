@@ -83,7 +83,7 @@ class Followed:
     attended: npt.NDArray[np.int64]  # [G] attention layers computed
 
 
-def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int) -> Traffic:
+def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int, hierarchical: bool = False) -> Traffic:
     """Follow every row of the trace through the layers and count what crosses between GPUs.
 
     A sequence is at home on the rank "sequence id modulo G", and its tokens may be owned by the ranks of the
@@ -94,13 +94,19 @@ def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int) -> Traffic:
     over the selected experts (ties to the lowest rank), or stays where none does; the other hosts return
     their results to it. A sequence's first row starts at home, a later one where the row before it ended.
 
+    `hierarchical`: one message goes to each remote node that serves the token, to the rank with the owner's
+    place in that node, which passes it on inside; what the ranks of a node contribute is summed by that rank
+    (in its own node by the owner before) and goes to the next owner in one message.
+
     Rows are counted in the order given, all of them: select those of one phase first if only that is meant.
     Raises InputError if the trace does not fit the plan, or `group_size` does not divide the ranks.
     """
-    return total(follow(trace, plan, group_size), plan, group_size)
+    return total(follow(trace, plan, group_size, hierarchical=hierarchical), plan, group_size)
 
 
-def follow(trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1) -> Followed:
+def follow(
+    trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1, hierarchical: bool = False
+) -> Followed:
     """As `count_traffic`, by sequence; loads by block of sequences, `blocks` of them (they take memory)."""
     plan.check_trace(trace)
     if group_size < 1 or plan.num_ranks % group_size:
@@ -123,6 +129,7 @@ def follow(trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1) ->
         next_owner.astype(np.int16),
         group_size,
         plan.topology.node_of_rank,
+        plan.topology.gpus_per_node if hierarchical else 0,
     )
     attended = _attention_before(plan) @ owned
     tokens = np.bincount(sequence, minlength=len(sequence_ids))
@@ -187,6 +194,7 @@ def _follow(
     next_owner: IntArray,  # [L, E, G]
     group_size: int,
     node: IntArray,  # [G]
+    relays: int,  # ranks of a node, each the relay of those with its place elsewhere; 0: none
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The fields messages, remote_nodes, load and owned of `Followed`."""
     num_tokens, num_layers, top_k = experts.shape
@@ -203,9 +211,12 @@ def _follow(
             owned[layer, owner] += 1
             chosen = experts[token, layer]
             present = hosts[: _distinct_hosts(chosen, serving[owner, layer], held[layer], hosts)]
-            remote[of] += _send(owner, present, node, messages[of, 0])
-            owner = _choose_owner(owner, present, chosen, next_owner[layer], group_size)
-            _send(owner, present, node, messages[of, 1])
+            before, owner = owner, _choose_owner(owner, present, chosen, next_owner[layer], group_size)
+            if relays:
+                remote[of] += _send_by_relays(before, owner, present, relays, messages[of])
+            else:
+                remote[of] += _send(before, present, node, messages[of, 0])
+                _send(owner, present, node, messages[of, 1])
         owned[num_layers, owner] += 1
         owner_of[of] = owner
     return messages, remote, load, owned
@@ -242,6 +253,36 @@ def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> in
                 if node[other] == node[host]:
                     remote -= 1
                     break
+    return remote
+
+
+@njit(cache=True, nogil=True)
+def _send_by_relays(before: int, owner: int, hosts: IntArray, per_node: int, messages: IntArray) -> int:
+    """Count a token's messages to its hosts, by one relay in each node, and back to its next owner.
+
+    messages [2, 2]: dispatch or return, intra-node or inter-node. Returns the remote nodes served.
+    """
+    remote = 0
+    for i in range(len(hosts)):
+        node = hosts[i] // per_node
+        first = True
+        for other in hosts[:i]:
+            if other // per_node == node:
+                first = False
+        if not first:
+            continue  # the node has been counted
+        relay = node * per_node + before % per_node
+        says = False
+        for host in hosts[i:]:
+            if host // per_node == node:
+                messages[0, 0] += int(host != relay)
+                messages[1, 0] += int(host != relay and host != owner)
+                says = says or host != owner
+        if relay != before:
+            messages[0, 1] += 1
+            remote += 1
+        if says and relay != owner:
+            messages[1, int(owner // per_node != node)] += 1
     return remote
 
 

@@ -1,6 +1,6 @@
 """Jobs on the GPUs of this machine against one process: every strategy and transport, the same tokens.
 
-One job runs all its cases (gpu_job.py); the tests look at what it wrote.
+One job runs all its cases (cases_job.py); the tests look at what it wrote.
 """
 
 import json
@@ -48,16 +48,23 @@ CASES = [
 
 
 def prepare(folder: Path, model: Path, plans: dict[str, Plan], dies_at: int = 0) -> dict[str, Any]:
-    """Write what gpu_job.py reads."""
+    """Write what cases_job.py reads."""
     for name, plan in plans.items():
         plan.save(folder / f"{name}.json")
     cases = [
-        {"name": name, "strategy": strategy, "transport": transport, "plan": str(folder / f"{plan}.json")}
+        {
+            "name": name,
+            "strategy": strategy,
+            "transport": transport,
+            "plan": str(folder / f"{plan}.json"),
+            "hierarchical": False,
+        }
         for name in CASES
         for strategy, transport, plan in [name.split()]
         if plan in plans and (not dies_at or name.startswith("coherent one-sided"))
     ]
     job = {"model": str(model), "cases": cases, "requests": REQUESTS, "new": NEW, "dies_at": dies_at}
+    job |= {"device": "cuda", "nodes": 1}
     (folder / "job.json").write_text(json.dumps(job))
     return job
 
@@ -87,7 +94,7 @@ def outcome(
     plans = {name: plan_of(tiny_decoder(config), slots) for name, slots in PLANS.items()}
     prepare(folder, model, plans)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    worker = str(Path(__file__).with_name("gpu_job.py"))
+    worker = str(Path(__file__).with_name("cases_job.py"))
     done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     alone = load_model(model, "cuda", transport="eager")
@@ -120,7 +127,7 @@ def test_a_rank_that_dies_does_not_leave_the_others_spinning(
     # without torchrun, whose agent would end the others before they find out
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "TORCHELASTIC_RUN_ID": "test"}
     place |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    worker = [sys.executable, str(Path(__file__).with_name("gpu_job.py")), str(tmp_path)]
+    worker = [sys.executable, str(Path(__file__).with_name("cases_job.py")), str(tmp_path)]
     ranks = [
         subprocess.Popen(
             worker,

@@ -47,7 +47,7 @@ def slow_serving_rank(plan: Plan, layer: int, expert: int, owner: int) -> int:
     return replicas[waiting.index(owner) % len(replicas)]
 
 
-def slow_count(trace: RoutingTrace, plan: Plan, group_size: int) -> SlowCount:
+def slow_count(trace: RoutingTrace, plan: Plan, group_size: int, hierarchical: bool = False) -> SlowCount:
     """The rule, word by word: sets of ranks, one hidden layer after the other."""
     ranks = range(plan.num_ranks)
     node = plan.topology.node_of_rank.tolist()
@@ -58,6 +58,19 @@ def slow_count(trace: RoutingTrace, plan: Plan, group_size: int) -> SlowCount:
 
     def send(kind: str, source: int, target: int) -> None:
         sent[kind][node[source] != node[target]] += 1
+
+    def by_relays(before: int, owner: int, hosts: set[int]) -> None:
+        per_node = plan.topology.gpus_per_node
+        for there in {node[rank] for rank in hosts}:
+            relay, inside = there * per_node + before % per_node, {r for r in hosts if node[r] == there}
+            if relay != before:
+                send("dispatch", before, relay)
+            for rank in inside - {relay}:
+                send("dispatch", relay, rank)
+            for rank in inside - {relay, owner}:
+                send("return", rank, relay)
+            if relay != owner and inside - {owner}:
+                send("return", relay, owner)
 
     for sequence, token in zip(trace.sequence.tolist(), trace.experts.tolist(), strict=True):
         home = sequence % plan.num_ranks
@@ -74,13 +87,17 @@ def slow_count(trace: RoutingTrace, plan: Plan, group_size: int) -> SlowCount:
                 load[layer, rank] += 1
             hosts = set(serving)
             remote_nodes[sequence] += len({node[rank] for rank in hosts} - {node[owner]})
-            for rank in hosts - {owner}:
-                send("dispatch", owner, rank)
+            before = owner
             if hosts & group:
                 score = dict.fromkeys(ranks, 0)
                 if plan.next_owner is not None:
                     score = {g: sum(int(plan.next_owner[layer, e, g]) for e in token[layer]) for g in ranks}
                 owner = min(hosts & group, key=lambda g: (-score[g], g))
+            if hierarchical:
+                by_relays(before, owner, hosts)
+                continue
+            for rank in hosts - {before}:
+                send("dispatch", before, rank)
             for rank in hosts - {owner}:
                 send("return", rank, owner)
         owners[sequence] = owner
@@ -261,6 +278,7 @@ def test_the_count_is_the_rule(case: tuple[RoutingTrace, Plan, int]) -> None:
     assert followed.remote_nodes.tolist() == [slow.remote_nodes[key] for key in sorted(slow.remote_nodes)]
     assert followed.load.tolist() == [slow.load.tolist()]
     assert rank_load(*case).tolist() == slow.load.tolist()
+    assert count_traffic(*case, hierarchical=True) == slow_count(*case, hierarchical=True).traffic
 
 
 @settings(deadline=None, max_examples=50)

@@ -1,4 +1,4 @@
-"""One rank of a job on GPUs: `torchrun ... gpu_job.py FOLDER`, started by test_gpu_jobs.py.
+"""One rank of a job of many cases, `torchrun ... cases_job.py FOLDER`, on CPUs or GPUs.
 
 Reads FOLDER/job.json, runs each of its cases on the same prompts, and rank 0 writes FOLDER/found.json: the
 tokens and the counted traffic of each. With `dies_at` the last rank kills itself in that step.
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,14 @@ from exflow.launch import LOST_CONTACT, LostContact
 from exflow.placement.plan import Plan
 
 
-def run_case(job: dict[str, Any], case: dict[str, str], cluster: Cluster) -> dict[str, Any]:
+def run_case(job: dict[str, Any], case: dict[str, Any], cluster: Cluster) -> dict[str, Any]:
     deployment = Deployment(
-        Path(job["model"]), case["strategy"], Plan.load(case["plan"]), torch.float32, case["transport"]
+        Path(job["model"]),
+        case["strategy"],
+        Plan.load(case["plan"]),
+        torch.float32,
+        case["transport"],
+        case["hierarchical"],
     )
     steps = 0
 
@@ -51,7 +56,9 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     if job["dies_at"]:
         exflow.decode_step.PATIENCE = 2_000_000
-    with join_cluster("cuda") as cluster:
+    torch.set_num_threads(1)
+    with join_cluster(job["device"]) as joined:
+        cluster = replace(joined, ranks_per_node=joined.num_ranks // job["nodes"])
         found = {case["name"]: run_case(job, case, cluster) for case in job["cases"]}
     if cluster.rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
