@@ -73,7 +73,7 @@ class Capture:
         sequences: int,
         positions: int,
         sampling: Sampling,
-        end_token: int | None,
+        end_tokens: tuple[int, ...],
         kind: type[DecodeStep] = DecodeStep,
     ) -> "CapturedDecode":
         """Allocate, compile and capture for at most so many sequences and positions. Collective."""
@@ -87,7 +87,7 @@ class Capture:
             -(-positions // POSITIONS) * POSITIONS,
             self.replicated,
         )
-        return CapturedDecode(self, shape, sampling, end_token, kind)
+        return CapturedDecode(self, shape, sampling, end_tokens, kind)
 
 
 class CapturedDecode:
@@ -99,7 +99,7 @@ class CapturedDecode:
         capture: Capture,
         shape: StepShape,
         sampling: Sampling,
-        end_token: int | None,
+        end_tokens: tuple[int, ...],
         kind: type[DecodeStep],
     ) -> None:
         self.capture, self.shape = capture, shape
@@ -123,7 +123,7 @@ class CapturedDecode:
             self._mail(config, one_sided, peers),
             self._caches(memory.bases, one_sided and shares),
             sampling,
-            end_token,
+            end_tokens,
             decoder.replay,
             one_sided,
             share,
@@ -199,13 +199,13 @@ class CapturedDecode:
         else:
             self.run()
 
-    def serves(self, sequences: int, positions: int, sampling: Sampling, end_token: int | None) -> bool:
+    def serves(self, sequences: int, positions: int, sampling: Sampling, end_tokens: tuple[int, ...]) -> bool:
         """Whether this is the step that `Capture.make` would make, or one with more room for positions."""
         same = (
             self.shape.sequences == bucket(sequences, self.shape.num_ranks)
             and positions <= self.shape.positions
         )
-        return same and (self.step.sampling, self.step.end_token) == (sampling, end_token)
+        return same and (self.step.sampling, self.step.end_tokens) == (sampling, end_tokens)
 
     def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
         """Tell what the latest step did: the routing of each layer, the logits of each choice."""

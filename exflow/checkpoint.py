@@ -1,12 +1,14 @@
 """Checkpoints: a folder with `config.json`, `model.safetensors` (sharded if large) and `tokenizer.json`.
 
-Expert weights are stacked, slot after slot, so a rank reads the rows of its own experts and nothing else.
+Ours, whose expert weights are stacked, or a Hugging Face model of a known family (families). Of the experts a
+rank reads its own and nothing else.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,15 +16,19 @@ from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from exflow.config import ModelConfig, load_model_config
+from exflow.config import OWN, ModelConfig, load_model_config, read_config
+from exflow.corpus import END_OF_TEXT
 from exflow.decoder import Decoder
 from exflow.errors import InputError
+from exflow.families import FAMILIES
+from exflow.families.layout import Layout, Piece, Stored, own_layout
 from exflow.files import atomic_folder, read_json, write_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
 REMEDY = "copy the checkpoint again, or give another"
 
 
@@ -86,6 +92,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text: our own model's end of text, or those that a Hugging Face folder names."""
+    config, model_type = read_config(folder)
+    if model_type == OWN:
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        return () if end is None else (end,)
+    path = folder / GENERATION_CONFIG
+    named = read_json(path, "generation configuration", REMEDY) if path.is_file() else {}
+    for found, source in ((named, path), (config, folder / CONFIG)):
+        ends = found.get("eos_token_id") if isinstance(found, dict) else None
+        if ends is not None:
+            return _token_ids(ends if isinstance(ends, list) else [ends], source)
+    return ()
+
+
+def _token_ids(values: list[Any], source: Path) -> tuple[int, ...]:
+    if not all(isinstance(value, int) for value in values):
+        raise InputError(f"{source}: eos_token_id {values} is no list of token ids; {REMEDY}")
+    return tuple(values)
+
+
 def load_decoder(
     folder: Path,
     device: torch.device,
@@ -99,54 +126,84 @@ def load_decoder(
     Raises InputError for a missing, truncated or mismatched file and for weights that are not finite.
     """
     config = load_model_config(folder)
-    slots = config.num_experts if experts_here is None else len(experts_here[0])
+    if experts_here is None:
+        experts_here = [list(range(config.num_experts))] * len(config.moe_layer_ids)
     with torch.device("meta"):
-        decoder = Decoder(config, slots)
-    wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
-    rows = {} if experts_here is None else expert_rows(config, experts_here)
+        decoder = Decoder(config, len(experts_here[0]))
+    shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+    of_slots = expert_rows(config, experts_here)
     state = {}
-    for name, value in _read_weights(folder, wanted, rows, config.num_experts):
-        if not torch.isfinite(value).all():
-            raise InputError(f"{folder}: the weights '{name}' hold NaN or infinite values; {REMEDY}")
-        state[name] = value.to(device, dtype)
+    with ExitStack() as stack:
+        weights = StoredWeights.of(folder, stack)
+        layout = _layout(folder, config, shapes, weights.file_of.keys())
+        assert layout.keys() == shapes.keys()
+        weights.check_names(
+            {part.name for pieces in layout.values() for each in pieces for part in each.parts}
+        )
+        for name, pieces in layout.items():
+            if name in of_slots:
+                value = torch.stack([weights.read(pieces[expert]) for expert in of_slots[name]])
+            else:
+                value = weights.read(pieces[0])
+            state[name] = value.to(device, dtype)
     decoder.load_state_dict(state, assign=True)
     return decoder.eval().requires_grad_(False)
 
 
 def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
     """For each expert tensor of a decoder the logical expert in each slot."""
+    parts = ("w_in", "w_out", "b_in", "b_out") if config.expert_bias else ("w_in", "w_out")
     return {
         f"blocks.{layer}.mlp.experts.{part}": experts
         for layer, experts in zip(config.moe_layer_ids, experts_here, strict=True)
-        for part in ("w_in", "w_out")
+        for part in parts
     }
 
 
-def _read_weights(
-    folder: Path, wanted: dict[str, tuple[int, ...]], rows: dict[str, list[int]], num_experts: int
-) -> Iterator[tuple[str, Tensor]]:
-    with ExitStack() as stack:
-        opened = [stack.enter_context(_open(file)) for file in _weight_files(folder)]
-        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
-        _check_names(folder, wanted.keys(), file_of.keys())
-        for name, shape in wanted.items():
-            stored = file_of[name].get_slice(name)
-            expected = [num_experts, *shape[1:]] if name in rows else list(shape)
-            if (found := stored.get_shape()) != expected:
-                raise InputError(
-                    f"{folder}: '{name}' has shape {found}, config.json implies {expected}; {REMEDY}"
-                )
-            if name in rows:
-                yield name, torch.cat([stored[expert : expert + 1] for expert in rows[name]])
-            else:
-                yield name, file_of[name].get_tensor(name)
+def _layout(
+    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], stored: Set[str]
+) -> Layout:
+    _, model_type = read_config(folder)
+    if model_type == OWN:
+        return own_layout(config, shapes)
+    return FAMILIES[model_type].layout(config, stored)
 
 
-def _check_names(folder: Path, wanted: Set[str], stored: Set[str]) -> None:
-    if missing := wanted - stored:
-        raise InputError(f"{folder}: the weights '{min(missing)}' are missing; {REMEDY}")
-    if unknown := stored - wanted:
-        raise InputError(f"{folder}: config.json implies no weights '{min(unknown)}'; {REMEDY}")
+@dataclass(frozen=True)
+class StoredWeights:
+    """The opened weights of a checkpoint: for each tensor its file's path, and the file."""
+
+    folder: Path
+    file_of: dict[str, tuple[Path, Any]]
+
+    @classmethod
+    def of(cls, folder: Path, stack: ExitStack) -> Self:
+        """`stack` closes the files."""
+        opened = [(path, stack.enter_context(_open(path))) for path in _weight_files(folder)]
+        names = {name: (path, file) for path, file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+        return cls(folder, names)
+
+    def check_names(self, wanted: set[str]) -> None:
+        if missing := wanted - self.file_of.keys():
+            raise InputError(f"{self.folder}: the weights '{min(missing)}' are missing; {REMEDY}")
+        if unknown := self.file_of.keys() - wanted:
+            name = min(unknown)
+            raise InputError(f"{self.file_of[name][0]}: config.json implies no weights '{name}'; {REMEDY}")
+
+    def read(self, piece: Piece) -> Tensor:
+        return piece.join([self._read(part) for part in piece.parts])
+
+    def _read(self, part: Stored) -> Tensor:
+        path, file = self.file_of[part.name]
+        stored = file.get_slice(part.name)
+        if (found := stored.get_shape()) != list(part.shape):
+            raise InputError(
+                f"{path}: '{part.name}' has shape {found}, config.json implies {list(part.shape)}; {REMEDY}"
+            )
+        value: Tensor = file.get_tensor(part.name) if part.row is None else stored[part.row : part.row + 1][0]
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: the weights '{part.name}' hold NaN or infinite values; {REMEDY}")
+        return value
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -2,14 +2,25 @@
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import NoneType
+from typing import Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from exflow.errors import InputError
 from exflow.files import read_json
 
 Model = TypeVar("Model", bound=BaseModel)
+
+OWN = "gpt-moe"
 
 
 class StrictModel(BaseModel):
@@ -18,13 +29,49 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Yarn(StrictModel):
+    """Positions stretched by `factor` (YaRN): slow rotations are interpolated, fast ones are kept.
+
+    Fast are those that turn more than `beta_fast` times in `original_positions`, slow those that turn less
+    than `beta_slow` times; between them is a ramp, whose ends are whole numbers if `truncate`.
+    attention_factor: by which the rotated queries and keys are scaled.
+    """
+
+    factor: PositiveFloat
+    original_positions: PositiveInt
+    attention_factor: PositiveFloat
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    truncate: bool = True
+
+
+class Rope(StrictModel):
+    """Rotary positions: pair i of a head's C numbers turns by theta ** (-2i / C) a position."""
+
+    theta: PositiveFloat
+    yarn: Yarn | None = None
+
+
 class ModelConfig(StrictModel):
     """A decoder-only Mixture-of-Experts transformer.
 
     `gpt-moe` is the model of the ExFlow paper (section II): pre-LayerNorm, learned positions, GELU experts,
     every `moe_every`-th layer a Mixture of Experts (the last layer of each such group), the others dense.
-    Published models are modelled by their shape alone (configs/shapes): `head_dim` is the width of a head,
-    if it is not hidden_size / num_attention_heads; a `swiglu` MLP has a gate beside its inner projection.
+    The other settings are what published models differ in (exflow/families); any of them may be combined.
+
+    head_dim            width of a head, if it is not hidden_size / num_attention_heads
+    activation          a `swiglu` MLP has a gate beside its inner projection; `clamped-swiglu` is gpt-oss's,
+                        with `swiglu_alpha` and `swiglu_limit` (kernels/reference.py)
+    dense_layers        layers without experts, whatever `moe_every` says; dense_intermediate_size: the inner
+                        width of dense layers, if it is not that of an expert
+    rope                rotary positions; without it they are learned
+    qk_norm             norms queries and keys: each `head` by itself, or the whole `width`; qkv_clip bounds
+                        queries, keys and values after it
+    windows             for each layer how many positions it sees, its own the last; None stands for all of
+                        them. Empty: every layer sees all
+    attention_sinks     every head has a number that joins its scores in the softmax, and adds no value
+    gate_softmax        gate weights are probabilities among `all` experts, or among the `chosen` ones. By
+                        default top-1 keeps its probability (Switch), top-k shares one (GShard)
     """
 
     model_type: Literal["gpt-moe"] = "gpt-moe"
@@ -37,10 +84,26 @@ class ModelConfig(StrictModel):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt = 0  # 0, which no file can say, is replaced below
     intermediate_size: PositiveInt
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "swiglu", "clamped-swiglu"] = "gelu"
     num_experts: PositiveInt
     top_k: PositiveInt = 1
     moe_every: PositiveInt = 1
+    dense_layers: tuple[NonNegativeInt, ...] = ()
+    dense_intermediate_size: PositiveInt = 0  # as head_dim
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: PositiveFloat = 1e-5
+    rope: Rope | None = None
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_clip: PositiveFloat | None = None
+    windows: tuple[PositiveInt | None, ...] = ()
+    attention_bias: bool = False
+    attention_sinks: bool = False
+    gate_softmax: Literal["all", "chosen"] | None = None
+    gate_bias: bool = False
+    expert_bias: bool = False
+    swiglu_alpha: PositiveFloat = 1.702
+    swiglu_limit: PositiveFloat = 7.0
+    tied_head: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -51,21 +114,30 @@ class ModelConfig(StrictModel):
                     f"{self.num_attention_heads}; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if not self.dense_intermediate_size:
+            object.__setattr__(self, "dense_intermediate_size", self.intermediate_size)
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads "
                 f"{self.num_kv_heads}"
             )
-        for name in ("hidden_size", "intermediate_size"):
+        for name in ("hidden_size", "intermediate_size", "dense_intermediate_size"):
             width = getattr(self, name)
             if width % 8:
                 raise ValueError(f"{name} {width} is not a multiple of 8, as grouped matrix products need")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
         if not self.moe_layer_ids:
+            dense = f" and dense_layers {list(self.dense_layers)}" if self.dense_layers else ""
             raise ValueError(
-                f"moe_every {self.moe_every} leaves no MoE layer among {self.num_hidden_layers} layers"
+                f"moe_every {self.moe_every}{dense} leaves no MoE layer among {self.num_hidden_layers} layers"
             )
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries for num_hidden_layers {self.num_hidden_layers}"
+            )
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
         return self
 
     @property
@@ -74,10 +146,24 @@ class ModelConfig(StrictModel):
         return self.num_attention_heads * self.head_dim
 
     @property
+    def gate_among_all(self) -> bool:
+        """Whether gate weights are probabilities among all experts, rather than among the chosen ones."""
+        return self.top_k == 1 if self.gate_softmax is None else self.gate_softmax == "all"
+
+    @property
+    def products(self) -> int:
+        """Matrices in an expert, or in the MLP of a layer without experts."""
+        return 2 if self.activation == "gelu" else 3
+
+    @property
     def expert_weights(self) -> int:
-        """Numbers in one expert, or in the MLP of a layer without experts."""
-        products = 3 if self.activation == "swiglu" else 2
-        return products * self.hidden_size * self.intermediate_size
+        """Numbers in the matrices of one expert."""
+        return self.products * self.hidden_size * self.intermediate_size
+
+    @property
+    def dense_mlp_weights(self) -> int:
+        """Numbers in the MLP of a layer without experts."""
+        return self.products * self.hidden_size * self.dense_intermediate_size
 
     @property
     def kv_width(self) -> int:
@@ -87,7 +173,8 @@ class ModelConfig(StrictModel):
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Hidden-layer index of each MoE layer."""
-        return tuple(range(self.moe_every - 1, self.num_hidden_layers, self.moe_every))
+        every = range(self.moe_every - 1, self.num_hidden_layers, self.moe_every)
+        return tuple(layer for layer in every if layer not in self.dense_layers)
 
 
 def validated(kind: type[Model], value: Any, source: Path) -> Model:
@@ -108,6 +195,7 @@ def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
         found_in: Any = kind
         for part in first["loc"][:-1]:
             found_in = found_in.model_fields[str(part)].annotation
+            found_in = next((each for each in get_args(found_in) if each is not NoneType), found_in)
         return f"unknown key {key!r}; remove it (known: {', '.join(found_in.model_fields)})"
     if first["type"] == "missing":
         return f"the key {key!r} is missing; add it"
@@ -118,7 +206,28 @@ def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def load_model_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of a checkpoint folder."""
+    """Read `config.json` of a checkpoint folder: our own, or that of a Hugging Face model of a known family.
+
+    Raises InputError for a file that is missing or wrong, or whose `model_type` is not known.
+    """
+    value, model_type = read_config(folder)
     path = folder / "config.json"
+    if model_type == OWN:
+        return validated(ModelConfig, value, path)
+    from exflow.families import FAMILIES  # with torch, which our own configurations do without
+
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(
+            f"{path}: model_type {model_type!r} is not supported; give a model of {known}, or one of our own "
+            f"({OWN})"
+        )
+    published = validated(FAMILIES[model_type].config, value, path)
+    return validated(ModelConfig, published.settings(path.absolute().parent.name), path)
+
+
+def read_config(folder: Path) -> tuple[Any, Any]:
+    """What `config.json` of a checkpoint folder holds, and its `model_type`."""
     remedy = "give the folder of a checkpoint (config.json, model.safetensors, tokenizer.json)"
-    return validated(ModelConfig, read_json(path, "model configuration", remedy), path)
+    value = read_json(folder / "config.json", "model configuration", remedy)
+    return value, value.get("model_type", OWN) if isinstance(value, dict) else OWN

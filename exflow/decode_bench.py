@@ -40,7 +40,7 @@ def stand_in_decode(
     capture: Capture, batch: int, context: int, steps: int, kind: type[DecodeStep] = DecodeStep
 ) -> CapturedDecode:
     """A captured step with `batch` sequences that have `context` tokens each. Collective."""
-    captured = capture.make(batch, context + steps + 1, GREEDY, None, kind)
+    captured = capture.make(batch, context + steps + 1, GREEDY, (), kind)
     captured.cache.normal_()
     begin_stand_in(captured, batch, context)
     return captured

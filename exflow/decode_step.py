@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
 from exflow.config import ModelConfig
-from exflow.decoder import Block, Decoder, MoE
+from exflow.decoder import Block, Decoder, MoE, Norm
 from exflow.kernels.decode_attention import decode_attention, merge_splits
 from exflow.kernels.gate import gate_and_put
 from exflow.kernels.grouped_mlp import expert_down, expert_up
@@ -85,7 +85,7 @@ class DecodeStep:
         mail: Mail,
         caches: list[int],
         sampling: Sampling,
-        end_token: int | None,
+        end_tokens: tuple[int, ...],
         replay: ReplayedRouting | None = None,
         one_sided: bool = True,
         share: "Callable[[DecodeStep], None] | None" = None,
@@ -93,7 +93,7 @@ class DecodeStep:
         config = decoder.config
         self.decoder, self.shape, self.mail, self.share = decoder, shape, mail, share
         self.patience = PATIENCE
-        self.sampling, self.end_token, self.replay, self.one_sided = sampling, end_token, replay, one_sided
+        self.sampling, self.end_tokens, self.replay, self.one_sided = sampling, end_tokens, replay, one_sided
         weight = decoder.embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.layers = len(config.moe_layer_ids)
@@ -187,7 +187,7 @@ class DecodeStep:
         decoder = self.decoder
         if self.replay is not None:
             self.dictated_row.copy_(self.replay.row_of(self.sequence, self.position))
-        self.hidden.copy_(decoder.embedding(self.token) + decoder.positions(self.position))
+        self.hidden.copy_(decoder.embed(self.token, self.position))
         blocks = cast(list[Block], list(decoder.blocks))
         norms = [*(block.attention.norm for block in blocks), decoder.norm]
         self.normed.copy_(norms[0](self.hidden))
@@ -251,7 +251,7 @@ class DecodeStep:
             )
         torch.addmm(self.hidden, self.attended_out.flatten(1), block.attention.out.weight.T, out=self.hidden)
 
-    def _moe(self, layer: MoE, following: nn.LayerNorm) -> Iterator[None]:
+    def _moe(self, layer: MoE, following: Norm) -> Iterator[None]:
         """One MoE layer; `following` norms its result for what comes next."""
         yield from self._dispatch(layer)
         self._experts(layer)
@@ -322,7 +322,7 @@ class DecodeStep:
             **words,
         )
 
-    def _combine(self, index: int, following: nn.LayerNorm) -> Iterator[None]:
+    def _combine(self, index: int, following: Norm) -> Iterator[None]:
         """Bring the experts' sums to the tokens' next owners, who add them to the residual stream."""
         shape, returns = self.shape, self.mail.returns
         if returns is not None:
@@ -420,8 +420,8 @@ class DecodeStep:
         """Note the tokens chosen for the owned rows; what has ended is owned by nobody from now on."""
         owned = self.owned != 0
         self.chosen.index_copy_(0, self.done, token_M.where(owned, -1)[None])
-        if self.end_token is not None:
-            self.owned.mul_(token_M != self.end_token)
+        for end in self.end_tokens:
+            self.owned.mul_(token_M != end)
         self.token.copy_(token_M)
         self.position += 1
         self.done += 1

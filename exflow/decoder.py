@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from exflow.config import ModelConfig
 from exflow.kernels.experts import Backend, expert_mlp
-from exflow.kernels.reference import Activation, rows_of_w_in, swiglu
+from exflow.kernels.reference import Activation, ClampedSwiglu, rows_of_w_in, swiglu
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.record import RoutingListener
 from exflow.replay import ReplayedRouting
+from exflow.rotary import Rotary
 
-ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "swiglu": swiglu}
+Norm = nn.LayerNorm | nn.RMSNorm
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ class Routing:
 
 
 class AttentionContext(Protocol):
-    def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        """Store the new keys and values, return the attention output [T, H, C]."""
+    def attend(self, layer: "Attention", q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
+        """Store the new keys and values of layer `layer.index`, return the attention output [T, H, C].
+
+        A token sees `layer.window` positions, itself the last (all without one); `layer.sinks` [H], where
+        there are any, join the scores.
+        """
 
 
 class MoELayout(Protocol):
@@ -54,26 +59,56 @@ class MoELayout(Protocol):
         """Add the layer's output to the residual stream; the rows returned are those now at hand."""
 
 
+def _norm(config: ModelConfig, width: int) -> Norm:
+    kind = nn.LayerNorm if config.norm == "layernorm" else nn.RMSNorm
+    return kind(width, eps=config.norm_eps)
+
+
+def _activation(config: ModelConfig) -> Activation:
+    if config.activation == "clamped-swiglu":
+        return ClampedSwiglu(config.swiglu_alpha, config.swiglu_limit)
+    return F.gelu if config.activation == "gelu" else swiglu
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """Norm, projections and positions of hidden layer `index`; an AttentionContext does the attending."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
+        self.index = index
+        self.head_dim, self.clip = config.head_dim, config.qkv_clip
+        self.window = config.windows[index] if config.windows else None
+        self.rotary = None if config.rope is None else Rotary(config.rope, config.head_dim)
         self.widths = [config.attention_width, config.kv_width // 2, config.kv_width // 2]
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.out = nn.Linear(config.attention_width, config.hidden_size, bias=False)
+        self.norm = _norm(config, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
+        self.out = nn.Linear(config.attention_width, config.hidden_size, bias=config.attention_bias)
+        normed = [self.head_dim] * 2 if config.qk_norm == "head" else self.widths[:2]
+        self.q_norm, self.k_norm = (_norm(config, width) if config.qk_norm else None for width in normed)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
 
     def forward(self, hidden_TD: Tensor, rows: Rows, context: AttentionContext) -> Tensor:
-        parts = self.qkv(self.norm(hidden_TD)).split(self.widths, dim=-1)
-        q_THC, k_TJC, v_TJC = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        attended_THC = context.attend(self.layer, q_THC, k_TJC, v_TJC, rows)
+        q, k, v = self.qkv(self.norm(hidden_TD)).split(self.widths, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _norm_parts(self.q_norm, q), _norm_parts(self.k_norm, k)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        q_THC, k_TJC, v_TJC = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.rotary is not None:
+            q_THC, k_TJC = self.rotary(rows.position_T, q_THC, k_TJC)
+        attended_THC = context.attend(self, q_THC, k_TJC, v_TJC, rows)
         out_TD: Tensor = self.out(attended_THC.flatten(1))
         return hidden_TD + out_TD
 
 
+def _norm_parts(norm: Norm, values: Tensor) -> Tensor:
+    """The rows of `values`, each in as many parts as the norm is narrower than they are."""
+    normed: Tensor = norm(values.unflatten(-1, (-1, *norm.normalized_shape)))
+    return normed.flatten(-2)
+
+
 class Router(nn.Module):
-    """Top-1 keeps its softmax probability as weight (Switch); top-k shares one among the chosen (GShard).
+    """The likeliest experts of each token, and their weights: probabilities among all, or among the chosen.
 
     Where experts are dictated the gate still weighs them.
     """
@@ -81,15 +116,17 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.top_k = config.top_k
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.among_all = config.gate_among_all
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=config.gate_bias)
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor | None = None) -> Routing:
         """expert_TK: the experts to take [T, K] int64; None means the likeliest."""
-        logits_TE = F.linear(hidden_TD.float(), self.gate.weight.float())
+        bias_E = None if self.gate.bias is None else self.gate.bias.float()
+        logits_TE = F.linear(hidden_TD.float(), self.gate.weight.float(), bias_E)
         probability_TE = logits_TE.softmax(dim=-1)
         if expert_TK is None:
             expert_TK = probability_TE.topk(self.top_k, dim=-1).indices
-        if self.top_k == 1:
+        if self.among_all:
             weight_TK = probability_TE.gather(1, expert_TK)
         else:  # not a quotient of probabilities: those of dictated experts may all have vanished
             weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
@@ -102,15 +139,23 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, num_slots: int) -> None:
         super().__init__()
         self.backend: Backend = "grouped_mm"
-        self.activation = ACTIVATIONS[config.activation]
-        rows = rows_of_w_in(config.intermediate_size, self.activation)
-        self.w_in = nn.Parameter(torch.empty(num_slots, rows, config.hidden_size))
-        self.w_out = nn.Parameter(torch.empty(num_slots, config.hidden_size, config.intermediate_size))
+        self.activation = _activation(config)
+        rows, hidden = rows_of_w_in(config.intermediate_size, self.activation), config.hidden_size
+        self.w_in = nn.Parameter(torch.empty(num_slots, rows, hidden))
+        self.w_out = nn.Parameter(torch.empty(num_slots, hidden, config.intermediate_size))
+        self.b_in = nn.Parameter(torch.empty(num_slots, rows)) if config.expert_bias else None
+        self.b_out = nn.Parameter(torch.empty(num_slots, hidden)) if config.expert_bias else None
 
     def forward(self, hidden_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum over the slots held here; -1 stands for an expert held elsewhere."""
-        w_in, w_out = self.w_in.to(hidden_TD.dtype), self.w_out.to(hidden_TD.dtype)
-        return expert_mlp(hidden_TD, slots_TK, weights_TK, w_in, w_out, self.activation, self.backend)
+        w_in, w_out, b_in, b_out = (
+            None if each is None else each.to(hidden_TD.dtype)
+            for each in (self.w_in, self.w_out, self.b_in, self.b_out)
+        )
+        assert w_in is not None and w_out is not None
+        return expert_mlp(
+            hidden_TD, slots_TK, weights_TK, w_in, w_out, self.activation, self.backend, b_in, b_out
+        )
 
 
 class MoE(nn.Module):
@@ -121,7 +166,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.index = index
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = _norm(config, config.hidden_size)
         self.router = Router(config)
         self.experts = Experts(config, num_slots)
         self.listeners = listeners
@@ -148,11 +193,11 @@ class MoE(nn.Module):
 class DenseMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.activation = ACTIVATIONS[config.activation]
-        rows = rows_of_w_in(config.intermediate_size, self.activation)
+        self.norm = _norm(config, config.hidden_size)
+        self.activation = _activation(config)
+        rows = rows_of_w_in(config.dense_intermediate_size, self.activation)
         self.w_in = nn.Linear(config.hidden_size, rows, bias=False)
-        self.w_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w_out = nn.Linear(config.dense_intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         out_TD: Tensor = self.w_out(self.activation(self.w_in(self.norm(hidden_TD))))
@@ -186,7 +231,7 @@ class Decoder(nn.Module):
         self.listeners: list[RoutingListener] = []
         slots = config.num_experts if num_slots is None else num_slots
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
-        self.positions = _embedding(config.max_positions, config.hidden_size)
+        self.positions = None if config.rope else _embedding(config.max_positions, config.hidden_size)
         moe_index = {layer: index for index, layer in enumerate(config.moe_layer_ids)}
         self.blocks = nn.ModuleList(
             Block(
@@ -198,20 +243,27 @@ class Decoder(nn.Module):
             )
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = _norm(config, config.hidden_size)
+        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.replay = None
 
     def forward(
         self, token_T: Tensor, rows: Rows, context: AttentionContext, layout: MoELayout
     ) -> tuple[Tensor, Rows]:
-        hidden_TD = self.embedding(token_T) + self.positions(rows.position_T)
+        hidden_TD = self.embed(token_T, rows.position_T)
         for block in self.blocks:
             hidden_TD, rows = block(hidden_TD, rows, context, layout)
         return self.norm(hidden_TD), rows
 
+    def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
+        """What the first layer is given [T, D]: tokens, and their positions where these are learned."""
+        hidden_TD: Tensor = self.embedding(token_T)
+        return hidden_TD if self.positions is None else hidden_TD + self.positions(position_T)
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Vocabulary scores [T, V] in float32; the output matrix is the embedding (tied)."""
-        return F.linear(hidden_TD, self.embedding.weight.to(hidden_TD.dtype)).float()
+        """Vocabulary scores [T, V] in float32; without a head of its own the embedding is the matrix."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(hidden_TD, weight.to(hidden_TD.dtype)).float()
 
     def routing_layout(self) -> RoutingLayout:
         """What a trace says about the model (profiling.record.Recordable)."""
@@ -249,9 +301,17 @@ def _embedding(entries: int, width: int) -> nn.Embedding:
 
 def initialise(decoder: Decoder, generator: torch.Generator) -> None:
     """Draw every matrix from Normal(0, initial_std)."""
+    reset_vectors(decoder)
     for name, parameter in decoder.named_parameters():
-        if parameter.dim() >= 2:  # norms keep their ones and zeros
+        if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=initial_std(name, decoder.config), generator=generator)
+
+
+def reset_vectors(decoder: Decoder) -> None:
+    """Norms scale by one; biases and sinks are zero."""
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

@@ -127,7 +127,7 @@ def _capture(
     decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: str
 ) -> "Capture | None":
     """How to make this rank's captured steps; None where they are run eagerly. Collective."""
-    chosen = choose_transport(transport, cluster)
+    chosen = choose_transport(transport, cluster, decoder.config)
     if chosen == "eager":
         return None
     from exflow.captured import Capture

@@ -37,12 +37,12 @@ Observer = Callable[[Rows, Tensor], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: token ids of each prompt, how many new tokens, how to choose them, what ends one."""
+    """What to generate: token ids of each prompt, how many new tokens, how to choose them, which end one."""
 
     prompts: list[list[int]]
     max_new_tokens: int
     sampling: Sampling = GREEDY
-    end_token: int | None = None
+    end_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Engine:
         assert self.capture is not None
         positions = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
         sequences = self.first_sequence % self.capture.cluster.num_ranks + len(request.prompts)
-        wanted = (sequences, positions, request.sampling, request.end_token)
+        wanted = (sequences, positions, request.sampling, request.end_tokens)
         if self.captured is None or not self.captured.serves(*wanted):
             self.captured = None  # its memory first
             first = self.capture.cluster.rank == 0
@@ -164,6 +164,7 @@ class _Run:
         self.sequence_N = torch.arange(self.first, self.first + len(request.prompts), device=self.device)
         self.lengths = [len(prompt) for prompt in request.prompts]
         self.longest = max(self.lengths)
+        self.ends = torch.tensor(request.end_tokens, dtype=torch.int64, device=self.device)
         self.cache = self._cache(engine)
         self.chosen: dict[tuple[int, int], int] = {}
         self.steps = 0
@@ -212,8 +213,7 @@ class _Run:
         token_T = choose_tokens(logits_TV, self.request.sampling, rows.sequence_T - self.first, next_T)
         places = zip((rows.sequence_T - self.first).tolist(), next_T.tolist(), strict=True)
         self.chosen.update(zip(places, token_T.tolist(), strict=True))
-        end = self.request.end_token
-        alive_T = torch.ones_like(token_T, dtype=torch.bool) if end is None else token_T != end
+        alive_T = torch.isin(token_T, self.ends, invert=True)
         self.token_T = token_T[alive_T]
         self.rows = Rows(rows.sequence_T[alive_T], next_T[alive_T], DECODE)
 
@@ -246,7 +246,7 @@ class _CapturedRun(_Run):
                 captured.report(self.observe, self.decoder.listeners)
             if taken % LOOK_EVERY == 0:
                 captured.check()
-                if self.request.end_token is not None and captured.all_ended():
+                if self.request.end_tokens and captured.all_ended():
                     break
         captured.check()
         chosen = captured.chosen(taken)

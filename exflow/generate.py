@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from exflow.checkpoint import load_tokenizer
+from exflow.checkpoint import end_tokens, load_tokenizer
 from exflow.config import load_model_config
 from exflow.console import say
-from exflow.corpus import END_OF_TEXT, read_text
+from exflow.corpus import read_text
 from exflow.cost_model import Load
 from exflow.deploy import Deployment, deploy, load_model, plan_for
 from exflow.device import choose_device
@@ -51,18 +51,19 @@ class GenerateJob:
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
         tokenizer = load_tokenizer(self.model)
-        end = None if self.ignore_end else tokenizer.token_to_id(END_OF_TEXT)
+        ends = () if self.ignore_end else end_tokens(self.model, tokenizer)
         prompts = [encoding.ids for encoding in tokenizer.encode_batch(self.prompts)]
-        request = Request(prompts, self.max_new_tokens, self.sampling, end)
+        request = Request(prompts, self.max_new_tokens, self.sampling, ends)
         check_request(request, load_model_config(self.model))
         return request
 
     def deployment(self, topology: Topology) -> Deployment:
         """What the ranks of `topology` are to run. Raises InputError if they cannot."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
-        transport = transport_named(self.transport, choose_device(self.device).type)
+        config = load_model_config(self.model)
+        transport = transport_named(self.transport, choose_device(self.device).type, config)
         if self.hierarchical:
-            transport = check_relays(topology, load_model_config(self.model).top_k, strategy, transport)
+            transport = check_relays(topology, config.top_k, strategy, transport)
         return Deployment(
             self.model,
             strategy,
@@ -111,7 +112,7 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
     """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
     device = choose_device(job.device)
     if torchrun_place() is None:
-        transport = transport_named(job.transport, device.type)
+        transport = transport_named(job.transport, device.type, load_model_config(job.model))
         engine = load_model(job.model, device, dtype_named(job.dtype), transport)
         engine.decoder.replay = job.replayed(device)
         return run(job, engine, job.request())
@@ -136,14 +137,15 @@ def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Depl
 
     assert isinstance(deployment.weights, Path)
     positions = max(map(len, request.prompts)) + request.max_new_tokens
+    config = load_model_config(deployment.weights)
     load = Load.of(
-        load_model_config(deployment.weights),
+        config,
         deployment.plan,
         len(request.prompts),
         positions,
         deployment.dtype.itemsize,
     )
-    transport = choose_transport(deployment.transport, cluster)
+    transport = choose_transport(deployment.transport, cluster, config)
     strategy, why = choose_strategy(load, deployment.plan, cluster, transport)
     if cluster.rank == 0:
         say(why)

@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from exflow.attention import scaled_dot_product
+from exflow.attention import causal_attention, scaled_dot_product, seen_from
 from exflow.config import ModelConfig
-from exflow.decoder import Rows
+from exflow.decoder import Attention, Rows
 from exflow.distributed import CoherenceGroup
 from exflow.exchange import Exchange, PendingGather, pack, unpack
 
@@ -110,13 +110,13 @@ class PrefillAttention:
     sharing: KVSharing | None = None
     group_tokens: list[int] = field(default_factory=list)
 
-    def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        new = self.cache.append(layer, k_TJC, v_TJC, rows)
+    def attend(self, layer: Attention, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
+        new = self.cache.append(layer.index, k_TJC, v_TJC, rows)
         if self.sharing is not None:
             self.sharing.start([new], self.group_tokens)
+        q, k, v = (part.transpose(0, 1).split(self.lengths, dim=1) for part in (q_THC, k_TJC, v_TJC))
         attended = [
-            scaled_dot_product(*(part.transpose(0, 1) for part in parts)).transpose(0, 1)
-            for parts in zip(*(part.split(self.lengths) for part in (q_THC, k_TJC, v_TJC)), strict=True)
+            causal_attention(*of_sequence, layer).transpose(0, 1) for of_sequence in zip(q, k, v, strict=True)
         ]
         return torch.cat(attended) if attended else q_THC
 
@@ -134,9 +134,11 @@ class DecodeAttention:
     before: Callable[[int], None] = field(default=lambda layer: None)
     born: list[NewKV] = field(default_factory=list)
 
-    def attend(self, layer: int, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        self.before(layer)
-        self.born.append(self.cache.append(layer, k_TJC, v_TJC, rows))
-        keys, values = self.cache.read(layer, rows.sequence_T, self.length)
-        seen_T1P = torch.arange(self.length, device=keys.device) <= rows.position_T[:, None, None]
-        return scaled_dot_product(q_THC[:, :, None], keys, values, seen_T1P[:, None])[:, :, 0]
+    def attend(self, layer: Attention, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
+        self.before(layer.index)
+        self.born.append(self.cache.append(layer.index, k_TJC, v_TJC, rows))
+        keys, values = self.cache.read(layer.index, rows.sequence_T, self.length)
+        seen_TP = seen_from(rows.position_T, self.length, layer.window)
+        return scaled_dot_product(q_THC[:, :, None], keys, values, seen_TP[:, None, None], layer.sinks)[
+            :, :, 0
+        ]

@@ -4,11 +4,11 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from exflow.checkpoint import expert_rows
 from exflow.config import ModelConfig
-from exflow.decoder import Decoder, initial_std
+from exflow.decoder import Decoder, initial_std, reset_vectors
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ def random_decoder(
     with torch.device("meta"):
         decoder = Decoder(config, len(experts_here[0])).to(dtype).eval().requires_grad_(False)
     decoder.to_empty(device=device)
-    for module in decoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+    reset_vectors(decoder)
 
     generator = torch.Generator(device)
 

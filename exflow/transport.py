@@ -7,33 +7,63 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from exflow.config import ModelConfig
 from exflow.console import say
 from exflow.distributed import Cluster
 from exflow.errors import InputError
 
 Transport = Literal["one-sided", "collective", "eager"]
 NAMES: tuple[Transport, ...] = ("one-sided", "collective", "eager")
+UNKNOWN_TO_CAPTURED_STEPS = (  # settings that must be as in a model of our own
+    "norm",
+    "rope",
+    "qk_norm",
+    "qkv_clip",
+    "windows",
+    "attention_bias",
+    "attention_sinks",
+    "gate_bias",
+    "expert_bias",
+)
 
 
-def transport_named(name: str, device_type: str) -> str:
-    """`name` if it can be used on such devices, `auto` included. Raises InputError otherwise."""
+def transport_named(name: str, device_type: str, config: ModelConfig) -> str:
+    """`name` if it can be used for such a model on such devices, `auto` included. Else raises InputError."""
     if name not in ("auto", *NAMES):
         raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
+    if name not in ("auto", "eager") and (unknown := unknown_to_captured_steps(config)):
+        raise InputError(f"--transport {name}: {unknown}; give eager")
     if name not in ("auto", "eager") and not _runs_on(device_type, name):
         raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
     return name
 
 
-def choose_transport(name: str, cluster: Cluster) -> Transport:
+def unknown_to_captured_steps(config: ModelConfig) -> str:
+    """Why captured steps cannot run such a model; empty if they can."""
+    known = ModelConfig.model_fields
+    unknown = [key for key in UNKNOWN_TO_CAPTURED_STEPS if getattr(config, key) != known[key].default]
+    if config.gate_among_all != (config.top_k == 1):
+        unknown.append("gate_softmax")
+    if config.activation == "clamped-swiglu":
+        unknown.append("activation")
+    return f"captured decode steps do not know the model's {', '.join(unknown)}" if unknown else ""
+
+
+def choose_transport(name: str, cluster: Cluster, config: ModelConfig) -> Transport:
     """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
 
     Collective. Raises InputError where what was asked for by name does not work.
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
         return "eager"
+    unknown = unknown_to_captured_steps(config)
+    if unknown and name == "auto":
+        if cluster.rank == 0:
+            say(f"decode steps are eager: {unknown}")
+        return "eager"
     wanted: tuple[Transport, ...] = ("one-sided", "collective") if name == "auto" else (name,)  # type: ignore[assignment]
     for transport in wanted:
-        fault = _fault(transport, cluster)
+        fault = unknown or _fault(transport, cluster)
         if not fault:
             return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":

@@ -21,6 +21,8 @@ def expert_mlp(
     w_out_SDF: Tensor,
     activation: Activation,
     backend: Backend,
+    b_in_SW: Tensor | None = None,
+    b_out_SD: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum over each token's experts that live here -> [T, D].
 
@@ -40,13 +42,24 @@ def expert_mlp(
             f"w_in {tuple(w_in_SWD.shape)} must be [S, W, D] = {expected}, as w_out [S, D, F] = "
             f"{tuple(w_out_SDF.shape)} implies, with the D of hidden {tuple(hidden_TD.shape)}"
         )
+    for name, bias, size in (("b_in", b_in_SW, expected[:2]), ("b_out", b_out_SD, (num_slots, hidden))):
+        if bias is not None and bias.shape != size:
+            raise ValueError(f"{name} {tuple(bias.shape)} must be {size}, as the matrices imply")
     rows = reference.dispatch(slots_TK, weights_TK, num_slots)
-    out_RD = BACKENDS[backend](hidden_TD[rows.token_R], rows.counts_S, w_in_SWD, w_out_SDF, activation)
+    out_RD = BACKENDS[backend](
+        hidden_TD[rows.token_R], rows.counts_S, w_in_SWD, w_out_SDF, activation, b_in_SW, b_out_SD
+    )
     return reference.combine(out_RD, rows, num_tokens=len(hidden_TD))
 
 
 def grouped_experts(
-    rows_RD: Tensor, counts_S: Tensor, w_in_SWD: Tensor, w_out_SDF: Tensor, activation: Activation
+    rows_RD: Tensor,
+    counts_S: Tensor,
+    w_in_SWD: Tensor,
+    w_out_SDF: Tensor,
+    activation: Activation,
+    b_in_SW: Tensor | None = None,
+    b_out_SD: Tensor | None = None,
 ) -> Tensor:
     """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later.
 
@@ -58,11 +71,15 @@ def grouped_experts(
                 f"a width of {width} is not a multiple of 16 bytes in {rows_RD.dtype}, which grouped_mm needs"
             )
     ends_S = counts_S.cumsum(0).to(torch.int32)
-    inner_RF = activation(grouped_mm(rows_RD, w_in_SWD.mT, offs=ends_S))
-    return grouped_mm(inner_RF, w_out_SDF.mT, offs=ends_S)
+
+    def product(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+        out = grouped_mm(rows, matrices.mT, offs=ends_S)
+        if biases is None:
+            return out
+        return out + biases.repeat_interleave(counts_S, dim=0, output_size=len(rows))
+
+    return product(activation(product(rows_RD, w_in_SWD, b_in_SW)), w_out_SDF, b_out_SD)
 
 
-BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Tensor, Activation], Tensor]] = {
-    "reference": reference.experts,
-    "grouped_mm": grouped_experts,
-}
+ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation, Tensor | None, Tensor | None], Tensor]
+BACKENDS: dict[Backend, ExpertsBackend] = {"reference": reference.experts, "grouped_mm": grouped_experts}

@@ -1,7 +1,7 @@
 """Dispatch, experts and combine in plain torch: the oracle every faster back end is tested against.
 
 Shapes: T tokens, K choices a token, R = rows (token, choice) computed here, S slots, D hidden, F inner width,
-W the rows of an expert's w_in: F, or 2F where the activation is `swiglu`.
+W the rows of an expert's w_in: F, or 2F where the activation is gated.
 """
 
 from collections.abc import Callable
@@ -46,22 +46,44 @@ def swiglu(gate_up_RW: Tensor) -> Tensor:
     return F.silu(gate_RF) * up_RF
 
 
+@dataclass(frozen=True)
+class ClampedSwiglu:
+    """gpt-oss's: (up + 1) * gate * sigmoid(alpha * gate), the gate at most `limit`, up within +-limit."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate_up_RW: Tensor) -> Tensor:
+        """As `swiglu` the first half of a row is the gate, the second is up."""
+        gate_RF, up_RF = gate_up_RW.chunk(2, dim=-1)
+        gate_RF, up_RF = gate_RF.clamp(max=self.limit), up_RF.clamp(-self.limit, self.limit)
+        return (up_RF + 1) * gate_RF * torch.sigmoid(self.alpha * gate_RF)
+
+
 def rows_of_w_in(inner: int, activation: Activation) -> int:
     """W of an expert whose inner width is F."""
-    return 2 * inner if activation is swiglu else inner
+    return 2 * inner if activation is swiglu or isinstance(activation, ClampedSwiglu) else inner
 
 
 def experts(
-    rows_RD: Tensor, counts_S: Tensor, w_in_SWD: Tensor, w_out_SDF: Tensor, activation: Activation
+    rows_RD: Tensor,
+    counts_S: Tensor,
+    w_in_SWD: Tensor,
+    w_out_SDF: Tensor,
+    activation: Activation,
+    b_in_SW: Tensor | None = None,
+    b_out_SD: Tensor | None = None,
 ) -> Tensor:
-    """Apply expert s to its counts_S[s] consecutive rows: activation(rows @ w_in.T) @ w_out.T -> [R, D]."""
-    parts = [
-        activation(rows @ w_in_WD.T) @ w_out_DF.T
-        for rows, w_in_WD, w_out_DF in zip(
-            torch.split(rows_RD, counts_S.tolist()), w_in_SWD, w_out_SDF, strict=True
-        )
-        if len(rows)
-    ]
+    """Apply expert s to its counts_S[s] consecutive rows -> [R, D].
+
+    activation(rows @ w_in.T + b_in) @ w_out.T + b_out
+    """
+    parts = []
+    for slot, rows in enumerate(torch.split(rows_RD, counts_S.tolist())):
+        if len(rows):
+            b_in_W, b_out_D = (None if bias is None else bias[slot] for bias in (b_in_SW, b_out_SD))
+            inner = activation(F.linear(rows, w_in_SWD[slot], b_in_W))
+            parts.append(F.linear(inner, w_out_SDF[slot], b_out_D))
     return torch.cat(parts) if parts else rows_RD
 
 

@@ -1,6 +1,7 @@
 """Tiny models that the tests of the runtime share. Every fixture here is a factory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,78 @@ def _tiny_decoder(config: ModelConfig | None = None, seed: int = 0) -> Decoder:
             if parameter.dim() >= 2:
                 parameter *= 8  # as large as after training: gates decide, and attention looks somewhere
     return decoder.eval().requires_grad_(False)
+
+
+# what each family has and others have not; windows are shorter than the texts of the tests
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "sliding_window": 5},
+    "olmoe": {"num_experts": 8, "clip_qkv": 1.5, "norm_topk_prob": False},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "head_dim": 16,
+        "moe_intermediate_size": 8,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "head_dim": 16,
+        "sliding_window": 5,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "beta_fast": 8.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A model of transformers and the folder that it was saved to."""
+
+    folder: Path
+    model: Any
+
+
+def _hugging_face_model(family: str, folder: Path, **changes: Any) -> HuggingFaceModel:
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    settings = {
+        "vocab_size": SMALLEST_VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 2,
+        "eos_token_id": SMALLEST_VOCABULARY - 1,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    config = transformers.AutoConfig.for_model(family, **(settings | _FAMILIES[family] | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.named_parameters():  # as large as after training
+        noise = torch.randn(value.shape, generator=generator)
+        value.copy_(1 + 0.1 * noise if "norm" in name else 0.25 * noise)
+    model.save_pretrained(folder)
+    return HuggingFaceModel(folder, model)
+
+
+@pytest.fixture(scope="session")
+def hugging_face_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HuggingFaceModel]:
+    """hugging_face_model(family, **settings): random weights, 8 experts, saved to a folder of its own."""
+
+    def make(family: str, **changes: Any) -> HuggingFaceModel:
+        return _hugging_face_model(family, tmp_path_factory.mktemp("hugging-face") / family, **changes)
+
+    return make
 
 
 @pytest.fixture(scope="session")

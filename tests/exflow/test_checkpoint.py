@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from exflow import checkpoint
-from exflow.checkpoint import load_decoder, load_tokenizer, save_checkpoint
+from exflow.checkpoint import end_tokens, load_decoder, load_tokenizer, save_checkpoint
 from exflow.config import ModelConfig
 from exflow.corpus import train_tokenizer
 from exflow.decoder import Decoder
@@ -125,7 +125,7 @@ def test_only_the_experts_wanted_are_read(folder: Path) -> None:
     poisoned[[0, 1, 2, 4, 5, 7]] = torch.nan
     rewrite(folder, **{W_IN: poisoned})
     assert load(folder, [[3, 6]] * 4).blocks[2].mlp.experts.w_in.isfinite().all()
-    expected = f"{folder}: the weights '{W_IN}' hold NaN or infinite values; {AGAIN}"
+    expected = f"{folder}/model.safetensors: the weights '{W_IN}' hold NaN or infinite values; {AGAIN}"
     assert message(folder, [[3, 7]] * 4) == expected
     assert message(folder) == expected
 
@@ -179,7 +179,9 @@ def test_no_more_rows_are_read_than_wanted(folder: Path, monkeypatch: pytest.Mon
 
 def test_infinite_weights(folder: Path) -> None:
     rewrite(folder, **{"norm.weight": torch.full((32,), torch.inf)})
-    assert message(folder) == f"{folder}: the weights 'norm.weight' hold NaN or infinite values; {AGAIN}"
+    assert message(folder) == (
+        f"{folder}/model.safetensors: the weights 'norm.weight' hold NaN or infinite values; {AGAIN}"
+    )
 
 
 def test_missing_weights(folder: Path) -> None:
@@ -197,12 +199,17 @@ def test_weights_of_a_deeper_model(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     name = "blocks.3.attention.norm.bias"
-    assert message(folder) == f"{folder}: config.json implies no weights '{name}'; {AGAIN}"
+    assert message(folder) == (
+        f"{folder}/model.safetensors: config.json implies no weights '{name}'; {AGAIN}"
+    )
 
 
 def test_weights_of_another_shape(folder: Path) -> None:
     rewrite(folder, **{W_IN: torch.zeros(4, 16, 32)})
-    expected = f"{folder}: '{W_IN}' has shape [4, 16, 32], config.json implies [8, 16, 32]; {AGAIN}"
+    expected = (
+        f"{folder}/model.safetensors: '{W_IN}' has shape [4, 16, 32], config.json implies [8, 16, 32]; "
+        f"{AGAIN}"
+    )
     assert message(folder) == expected
     assert message(folder, [[0, 1]] * 4) == expected
 
@@ -252,6 +259,24 @@ def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError) as error:
         load_tokenizer(folder)
     assert str(error.value) == f"{path}: no such tokenizer; {AGAIN}"
+
+
+def test_the_tokens_that_end_a_text(tmp_path: Path, folder: Path, byte_tokenizer: Tokenizer) -> None:
+    """Our own models have one; a Hugging Face folder says it in generation_config.json, or in config.json."""
+    assert end_tokens(folder, byte_tokenizer) == (byte_tokenizer.token_to_id("<|endoftext|>"),)
+    config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    config.write_text('{"model_type": "mixtral", "eos_token_id": 2}')
+    assert end_tokens(tmp_path, byte_tokenizer) == (2,)
+    generation.write_text('{"eos_token_id": [7, 9]}')
+    assert end_tokens(tmp_path, byte_tokenizer) == (7, 9)
+    generation.write_text("{}")
+    assert end_tokens(tmp_path, byte_tokenizer) == (2,)
+    config.write_text('{"model_type": "mixtral", "eos_token_id": null}')
+    assert end_tokens(tmp_path, byte_tokenizer) == ()
+    generation.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError) as error:
+        end_tokens(tmp_path, byte_tokenizer)
+    assert str(error.value) == f"{generation}: eos_token_id ['</s>'] is no list of token ids; {AGAIN}"
 
 
 def test_an_earlier_checkpoint_is_replaced_whole(

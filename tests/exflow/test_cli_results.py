@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from exflow import cli
 from exflow.checkpoint import load_tokenizer
@@ -98,6 +100,23 @@ def test_profile_then_generate(run: Run, tmp_path: Path, tiny_checkpoint: Callab
     assert json.loads(run(f"generate {model} --prompt Rain --max-new-tokens 5 --ignore-end --json"))[
         "tokens"
     ] == [result["tokens"][0]]
+
+
+def test_a_hugging_face_model_generates(
+    run: Run, tmp_path: Path, hugging_face_model: Callable[..., Any], byte_tokenizer: Tokenizer
+) -> None:
+    """A whole run ends at the tokens that generation_config.json names, or not if told so."""
+    model = hugging_face_model("gpt_oss").folder
+    byte_tokenizer.save(str(model / "tokenizer.json"))
+    generate = f"generate {model} --prompt Rain --max-new-tokens 8 --json"
+    whole = json.loads(run(f"{generate} --ignore-end"))["tokens"][0]
+    assert whole == load_model(model).generate(Request([byte_tokenizer.encode("Rain").ids], 8)).tokens[0]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, whole[2]]}))
+    result = json.loads(run(generate))
+    assert result["tokens"] == [whole[: whole.index(whole[2]) + 1]]
+    assert result["text"] == [byte_tokenizer.decode(result["tokens"][0])]
+    run(f"{generate} --ignore-end --trace own")
+    assert RoutingTrace.load(tmp_path / "own").model == "gpt_oss"
 
 
 def test_a_run_replays_a_trace(run: Run, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -12,8 +12,11 @@ from exflow.errors import InputError
 
 KEYS = (
     "model_type, name, vocab_size, max_positions, num_hidden_layers, hidden_size, num_attention_heads, "
-    "num_kv_heads, head_dim, intermediate_size, activation, num_experts, top_k, moe_every"
+    "num_kv_heads, head_dim, intermediate_size, activation, num_experts, top_k, moe_every, dense_layers, "
+    "dense_intermediate_size, norm, norm_eps, rope, qk_norm, qkv_clip, windows, attention_bias, "
+    "attention_sinks, gate_softmax, gate_bias, expert_bias, swiglu_alpha, swiglu_limit, tied_head"
 )
+FAMILIES = "give a model of gpt_oss, mixtral, olmoe, qwen3_moe, or one of our own (gpt-moe)"
 
 
 def write(folder: Path, content: Any) -> Path:
@@ -65,9 +68,16 @@ def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfi
             {"num_experts": "eight"},
             "num_experts = 'eight': Input should be a valid integer, unable to parse string as an integer",
         ),
-        ({"model_type": "bert"}, "model_type = 'bert': Input should be 'gpt-moe'"),
+        (
+            {"model_type": "bert"},
+            f"model_type 'bert' is not supported; {FAMILIES}",
+        ),
+        (
+            {"model_type": 3},
+            f"model_type 3 is not supported; {FAMILIES}",
+        ),
         ({"head_dim": 0}, "head_dim = 0: Input should be greater than 0"),
-        ({"activation": "relu"}, "activation = 'relu': Input should be 'gelu' or 'swiglu'"),
+        ({"activation": "relu"}, "activation = 'relu': Input should be 'gelu', 'swiglu' or 'clamped-swiglu'"),
         ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
         (
             {"intermediate_size": 12},
@@ -75,6 +85,17 @@ def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfi
         ),
         ({"top_k": 9}, "top_k 9 is more than num_experts 8"),
         ({"moe_every": 5}, "moe_every 5 leaves no MoE layer among 4 layers"),
+        (
+            {"moe_every": 2, "dense_layers": [1, 3]},
+            "moe_every 2 and dense_layers [1, 3] leaves no MoE layer among 4 layers",
+        ),
+        ({"windows": [4, None]}, "windows has 2 entries for num_hidden_layers 4"),
+        ({"head_dim": 7, "rope": {"theta": 1e4}}, "head_dim 7 is odd; rotary positions turn pairs"),
+        (
+            {"rope": {"theta": 1e4, "scaling": 2}},
+            "unknown key 'rope.scaling'; remove it (known: theta, yarn)",
+        ),
+        ({"rope": {"yarn": None}}, "the key 'rope.theta' is missing; add it"),
     ],
 )
 def test_a_wrong_value_is_named(

@@ -170,7 +170,7 @@ def job(
             mail,
             [caches[member].data_ptr() for member in members],
             request.sampling,
-            request.end_token,
+            request.end_tokens,
             one_sided=collective is None,
         )
         number = shape.sequence_of_rows() - offset

@@ -141,6 +141,23 @@ def test_a_sequence_does_not_depend_on_its_neighbours(
         torch.testing.assert_close(together[number], run(decoder, token_NS[number : number + 1])[0])
 
 
+def test_every_parameter_of_a_model_with_all_parts_is_trained(
+    tiny_config: Callable[..., ModelConfig],
+) -> None:
+    parts = {"norm": "rmsnorm", "rope": {"theta": 1e4}, "qk_norm": "head", "windows": [3, None, 3, None]}
+    biases = {"attention_bias": True, "attention_sinks": True, "gate_bias": True, "expert_bias": True}
+    mlps = {"activation": "clamped-swiglu", "moe_every": 2, "dense_intermediate_size": 24, "tied_head": False}
+    decoder = Decoder(tiny_config(top_k=2, **parts, **biases, **mlps))
+    initialise(decoder, torch.Generator().manual_seed(0))
+    assert decoder.blocks[0].mlp.w_out.weight.shape == (32, 24)
+    for block in decoder.blocks:
+        assert not block.attention.sinks.any() and not block.attention.qkv.bias.any()
+        assert block.attention.q_norm.weight.tolist() == [1.0] * 8
+    run(decoder, random_tokens(8, 30)).log_softmax(dim=-1)[..., 0].mean().backward()
+    for name, value in decoder.named_parameters():
+        assert value.grad is not None and value.grad.isfinite().all() and value.grad.any(), name
+
+
 def test_the_order_of_words_matters(tiny_decoder: Callable[..., Decoder]) -> None:
     scores = run(tiny_decoder(), torch.tensor([[1, 2, 3], [2, 1, 3]]))
     assert (scores[0, 2] - scores[1, 2]).abs().max() > 1e-3

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from exflow.checkpoint import load_decoder, save_checkpoint
-from exflow.config import ModelConfig
+from exflow.config import ModelConfig, load_model_config
 from exflow.decoder import Decoder, MoE, Rows
 from exflow.deploy import Deployment, contiguous_plan, deploy, load_model
 from exflow.distributed import join_cluster
@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "top2-dense": {"top_k": 2, "moe_every": 2},
     "top2-swiglu": {"top_k": 2, "head_dim": 24, "activation": "swiglu"},
 }
+FAMILIES = ("gpt_oss", "mixtral", "olmoe", "qwen3_moe")  # Hugging Face checkpoints, top-2
 PROMPTS = [[65, 66, 67], [72, 69, 76, 76, 79, 32, 87, 79, 82, 76, 68], [42], [1, 2, 3, 4, 5, 6], [200] * 7]
 NEW = 8
 Made = TypeVar("Made")
@@ -99,6 +100,8 @@ def cases() -> list[Case]:
         *product([4], ["top2-dense"], ["node-coherent"], ["affinity"], ["mixed"]),
         *product([4], ["top2-swiglu"], ["coherent"], ["random"], ["mixed"]),
         *product([4], ["top1"], four, ["affinity"], ["some-end", "all-end"]),
+        *product([2], FAMILIES, two, ["random"], ["mixed"]),
+        *product([4], FAMILIES, four, ["random"], ["mixed"]),
         *product([4], ["top2"], grouped, ["replicas"], ["some-end"]),
         *product([4], ["top1"], ["coherent", "replicated"], ["affinity"], ["end-at-once", "second"]),
         *product([4], ["top1"], ["dispatch-combine", "node-coherent"], ["affinity"], ["lone"]),
@@ -133,6 +136,7 @@ class Bench:
     checkpoint: Callable[..., Path]
     config: Callable[..., ModelConfig]
     decoder: Callable[..., Decoder]
+    hugging_face: Callable[..., Any]
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
@@ -142,7 +146,15 @@ class Bench:
         return made
 
     def model(self, name: str) -> Path:
-        return self.once(("model", name), lambda: self.checkpoint(self.config(**MODELS[name])))
+        return self.once(("model", name), lambda: self._save(name))
+
+    def _save(self, name: str) -> Path:
+        if name in FAMILIES:
+            return Path(self.hugging_face(name).folder)
+        return self.checkpoint(self.config(**MODELS[name]))
+
+    def config_of(self, name: str) -> ModelConfig:
+        return load_model_config(self.model(name))
 
     def plan(self, case: Case) -> Path:
         path = self.folder / f"{case.model}-{case.ranks}-{case.placement}.json"
@@ -151,10 +163,12 @@ class Bench:
 
     def _place(self, case: Case) -> Plan:
         topology = Topology(num_nodes=case.ranks // 2, gpus_per_node=2)
-        config = self.config(**MODELS[case.model])
         if case.placement == "contiguous":  # as where no plan is given: nothing is known of next owners
-            return contiguous_plan(config, topology)
-        trace = self.once(("profiled", case.model), lambda: profiled(self.decoder(config)))
+            return contiguous_plan(self.config_of(case.model), topology)
+        trace = self.once(
+            ("profiled", case.model),
+            lambda: profiled(load_decoder(self.model(case.model), torch.device("cpu"), torch.float32)),
+        )
         match case.placement:
             case "random":
                 return random_plan(trace, topology, trace.num_experts)
@@ -174,11 +188,11 @@ class Bench:
             case "second":
                 return [Request(PROMPTS[:3], max_new_tokens=2), MIXED]
             case "some-end":  # the sequences 0, 2 and 4: of 4 ranks the homes 0 and 2 become empty
-                return [replace(TRIPLE, end_token=self.run(model, [TRIPLE]).generation.tokens[0][-1])]
+                return [replace(TRIPLE, end_tokens=(self.run(model, [TRIPLE]).generation.tokens[0][-1],))]
             case "all-end":
-                return [replace(LONE, end_token=self.run(model, [LONE]).generation.tokens[0][2])]
+                return [replace(LONE, end_tokens=(self.run(model, [LONE]).generation.tokens[0][2],))]
             case "end-at-once":
-                return [replace(LONE, end_token=self.run(model, [LONE]).generation.tokens[0][0])]
+                return [replace(LONE, end_tokens=(self.run(model, [LONE]).generation.tokens[0][0],))]
         raise AssertionError(name)
 
     def replay(self, case: Case) -> Path | None:
@@ -272,8 +286,10 @@ def bench(
     tiny_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
     tiny_decoder: Callable[..., Decoder],
+    hugging_face_model: Callable[..., Any],
 ) -> Bench:
-    return Bench(tmp_path_factory.mktemp("plans"), tiny_checkpoint, tiny_config, tiny_decoder)
+    folder = tmp_path_factory.mktemp("plans")
+    return Bench(folder, tiny_checkpoint, tiny_config, tiny_decoder, hugging_face_model)
 
 
 def stored(case: Case, bench: Bench) -> dict[str, Any]:
@@ -391,7 +407,7 @@ def test_a_replayed_trace_dictates_the_routing(case: Case, job: Job) -> None:
 @every_case
 def test_the_collectives_of_a_step(case: Case, bench: Bench, job: Job) -> None:
     """As torch saw them: a coherent top-1 step is one all-to-all a MoE layer and a gather in either half."""
-    config = bench.config(**MODELS[case.model])
+    config = bench.config_of(case.model)
     layers = len(config.moe_layer_ids)
     exchanges = exchanges_per_step(layers, config.top_k, case.group_size, case.ranks)
     step = ["all_reduce"] * layers if case.strategy == "replicated" else ["all_to_all"] * exchanges
@@ -421,7 +437,7 @@ def test_the_counters_are_what_the_routing_foretells(case: Case, bench: Bench, j
     plan, trace, config = (
         Plan.load(bench.plan(case)),
         bench.reference(case).trace,
-        bench.config(**MODELS[case.model]),
+        bench.config_of(case.model),
     )
     (counted,) = {json.dumps(without_times(seen["generation"])) for seen in job.of(case)}
     for phase, name, messages_group in ((PREFILL, "prefill", 1), (DECODE, "decode", case.group_size)):
@@ -463,7 +479,7 @@ def test_each_choice_is_computed_once_and_where_the_plan_says(case: Case, bench:
 @every_case
 def test_the_rows_in_the_buffers_are_the_messages(case: Case, bench: Bench, job: Job) -> None:
     """Nothing but messages is sent, nothing to oneself, and a second exchange carries only the returns."""
-    seen, config = job.of(case), bench.config(**MODELS[case.model])
+    seen, config = job.of(case), bench.config_of(case.model)
     sent, late, size = (
         np.array([[chunk[what] for chunk in each["chunks"]] for each in seen], np.int64).reshape(
             case.ranks, -1, case.ranks
@@ -516,7 +532,8 @@ def test_a_rank_reads_and_holds_its_own_experts_alone(
 
 def test_what_one_rank_finds_wrong_ends_all_of_them_alike(job_of_4: Job) -> None:
     (fault,) = {seen["one-damaged"]["fault"] for seen in job_of_4.seen}
-    assert fault.startswith(f"{job_of_4.folder / 'one'}: the weights 'blocks.2.mlp.experts.w_in' hold NaN")
+    weights = job_of_4.folder / "one" / "model.safetensors"
+    assert fault.startswith(f"{weights}: the weights 'blocks.2.mlp.experts.w_in' hold NaN")
 
 
 @pytest.fixture
@@ -530,10 +547,10 @@ def lone_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("model", ["top1", "top2"])
+@pytest.mark.parametrize("model", ["top1", "top2", *FAMILIES])
 @pytest.mark.parametrize("strategy", ["dispatch-combine", "coherent", "replicated"])
 def test_a_job_of_one_rank(bench: Bench, lone_rank: None, model: str, strategy: Name) -> None:
-    plan = contiguous_plan(bench.config(**MODELS[model]), Topology(gpus_per_node=1))
+    plan = contiguous_plan(bench.config_of(model), Topology(gpus_per_node=1))
     with join_cluster("cpu") as cluster:
         generation = deploy(Deployment(bench.model(model), strategy, plan), cluster).generate(MIXED)
     assert generation.tokens == bench.run(model, [MIXED]).generation.tokens

@@ -90,12 +90,12 @@ def test_an_end_token_ends_its_sequence_and_no_other(decoder: Decoder) -> None:
     cut = [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in whole]
     assert cut != whole
     assert (
-        engine_of(decoder).generate(replace(request, end_token=end)).tokens == cut
+        engine_of(decoder).generate(replace(request, end_tokens=(end,))).tokens == cut
     )  # the end token included
 
     first = {tokens[0] for tokens in whole}
     if len(first) == 1:
-        at_once = engine_of(decoder).generate(replace(request, end_token=first.pop()))
+        at_once = engine_of(decoder).generate(replace(request, end_tokens=(first.pop(),)))
         assert at_once.steps == 0
 
 

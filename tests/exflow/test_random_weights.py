@@ -41,6 +41,16 @@ def test_an_expert_is_the_same_in_any_slot(
         assert torch.equal(value, expected), name
 
 
+def test_biases_and_sinks_are_drawn_or_zero(tiny_config: Callable[..., ModelConfig]) -> None:
+    parts = {"norm": "rmsnorm", "rope": {"theta": 1e4}, "attention_sinks": True, "attention_bias": True}
+    decoder = random(tiny_config(expert_bias=True, gate_bias=True, **parts), here=[[3, 1]] * 4)
+    block = decoder.blocks[1]
+    assert block.mlp.experts.b_in.std() > 0 and block.mlp.experts.b_out.std() > 0
+    for zero in (block.attention.sinks, block.attention.out.bias, block.mlp.router.gate.bias):
+        assert not zero.any()
+    assert decoder.norm.weight.tolist() == [1.0] * 32
+
+
 def test_no_two_tensors_nor_experts_nor_seeds_are_alike(tiny_config: Callable[..., ModelConfig]) -> None:
     config = tiny_config(moe_every=2)
     seen: set[float] = set()

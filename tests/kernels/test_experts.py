@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from exflow.kernels.experts import BACKENDS, Backend, expert_mlp
-from exflow.kernels.reference import Activation, swiglu
+from exflow.kernels.reference import Activation, ClampedSwiglu, swiglu
 
 torch.set_num_threads(1)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-each_activation = pytest.mark.parametrize("activation", [F.gelu, swiglu])
+CLAMPED = ClampedSwiglu(alpha=1.7, limit=2.0)
+each_activation = pytest.mark.parametrize("activation", [F.gelu, swiglu, CLAMPED])
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @dataclass
 class Case:
-    """Random inputs of an expert MLP: D = 8, F = 16, and W = 32 for swiglu."""
+    """Random inputs of an expert MLP: D = 8, F = 16, and W = 32 where it is gated, with biases or without."""
 
     hidden_TD: Tensor
     slots_TK: Tensor
@@ -28,19 +29,30 @@ class Case:
     w_in_SWD: Tensor
     w_out_SDF: Tensor
     activation: Activation
+    b_in_SW: Tensor | None = None
+    b_out_SD: Tensor | None = None
 
     @classmethod
     def random(
-        cls, num_tokens: int, top_k: int, num_slots: int, activation: Activation = F.gelu, seed: int = 0
+        cls,
+        num_tokens: int,
+        top_k: int,
+        num_slots: int,
+        activation: Activation = F.gelu,
+        seed: int = 0,
+        biases: bool = False,
     ) -> "Case":
         generator = torch.Generator().manual_seed(seed)
+        rows = 16 if activation is F.gelu else 32
         return cls(
             torch.randn(num_tokens, 8, generator=generator),
             torch.randint(-1, num_slots, (num_tokens, top_k), generator=generator),
             torch.rand(num_tokens, top_k, generator=generator),
-            torch.randn(num_slots, 32 if activation is swiglu else 16, 8, generator=generator),
+            torch.randn(num_slots, rows, 8, generator=generator),
             torch.randn(num_slots, 8, 16, generator=generator),
             activation,
+            torch.randn(num_slots, rows, generator=generator) if biases else None,
+            torch.randn(num_slots, 8, generator=generator) if biases else None,
         )
 
     def run(self, backend: Backend) -> Tensor:
@@ -52,6 +64,8 @@ class Case:
             self.w_out_SDF,
             self.activation,
             backend,
+            self.b_in_SW,
+            self.b_out_SD,
         )
 
     def naive(self) -> Tensor:
@@ -61,21 +75,29 @@ class Case:
             total_D = torch.zeros_like(hidden_D)
             for slot, weight in zip(self.slots_TK[token].tolist(), self.weights_TK[token], strict=True):
                 if slot != -1:
-                    inner_F = self.naive_inner(self.w_in_SWD[slot] @ hidden_D)
-                    total_D = total_D + weight * (self.w_out_SDF[slot] @ inner_F)
+                    b_in_W = 0 if self.b_in_SW is None else self.b_in_SW[slot]
+                    b_out_D = 0 if self.b_out_SD is None else self.b_out_SD[slot]
+                    inner_F = self.naive_inner(self.w_in_SWD[slot] @ hidden_D + b_in_W)
+                    total_D = total_D + weight * (self.w_out_SDF[slot] @ inner_F + b_out_D)
             out.append(total_D)
         return torch.stack(out) if out else self.hidden_TD
 
     def naive_inner(self, x_W: Tensor) -> Tensor:
-        if self.activation is not swiglu:
+        if self.activation is F.gelu:
             return self.activation(x_W)
+        if self.activation is CLAMPED:
+            gates, ups = x_W[:16].clip(max=2.0), x_W[16:].clip(-2.0, 2.0)
+            return torch.stack(
+                [(up + 1) * gate / (1 + torch.exp(-1.7 * gate)) for gate, up in zip(gates, ups, strict=True)]
+            )
         return torch.stack([x_W[i] / (1 + torch.exp(-x_W[i])) * x_W[16 + i] for i in range(16)])
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     shape = draw(st.tuples(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4)))
-    return Case.random(*shape, draw(st.sampled_from([F.gelu, swiglu])), draw(st.integers(0, 2**32)))
+    activation = draw(st.sampled_from([F.gelu, swiglu, CLAMPED]))
+    return Case.random(*shape, activation, draw(st.integers(0, 2**32)), draw(st.booleans()))
 
 
 @each_backend
@@ -109,9 +131,10 @@ def test_partial_sums_of_the_ranks_add_up_to_the_layer(backend: Backend) -> None
 @each_backend
 @each_activation
 def test_gradients_are_those_of_the_loop(backend: Backend, activation: Activation) -> None:
-    case = Case.random(num_tokens=10, top_k=2, num_slots=5, activation=activation)
+    case = Case.random(num_tokens=10, top_k=2, num_slots=5, activation=activation, biases=True)
     case.slots_TK[case.slots_TK == 3] = -1  # an expert without a token has gradient zero, not none
-    inputs = [case.hidden_TD, case.weights_TK, case.w_in_SWD, case.w_out_SDF]
+    assert case.b_in_SW is not None and case.b_out_SD is not None
+    inputs = [case.hidden_TD, case.weights_TK, case.w_in_SWD, case.w_out_SDF, case.b_in_SW, case.b_out_SD]
     for value in inputs:
         value.requires_grad_()
     mix_TD = torch.randn(10, 8, generator=torch.Generator().manual_seed(1))
@@ -177,6 +200,10 @@ def test_shapes_that_do_not_fit_are_named(backend: Backend) -> None:
     case = Case.random(num_tokens=4, top_k=2, num_slots=3)
     case.activation = swiglu
     with pytest.raises(ValueError, match=r"w_in \(3, 16, 8\) must be \[S, W, D\] = \(3, 32, 8\), as w_out"):
+        case.run(backend)
+    case = Case.random(num_tokens=4, top_k=2, num_slots=3, biases=True)
+    case.b_out_SD = torch.zeros(3, 16)
+    with pytest.raises(ValueError, match=r"b_out \(3, 16\) must be \(3, 8\), as the matrices imply"):
         case.run(backend)
     case = Case.random(num_tokens=4, top_k=2, num_slots=3)
     case.hidden_TD = case.hidden_TD[:, :6]

@@ -1,0 +1,81 @@
+"""Which models captured decode steps know, and what is said of the others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from exflow.config import ModelConfig
+from exflow.distributed import Cluster
+from exflow.errors import InputError
+from exflow.transport import choose_transport, transport_named, unknown_to_captured_steps
+
+GPUS = Cluster(0, 2, 2, torch.device("cuda"))  # which need not be there
+
+
+@pytest.fixture
+def rotary(tiny_config: Callable[..., ModelConfig]) -> ModelConfig:
+    return tiny_config(norm="rmsnorm", rope={"theta": 1e4})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"top_k": 2},
+        {"activation": "swiglu", "head_dim": 24},
+        {"tied_head": False, "norm_eps": 1e-6},
+        {"dense_layers": [1], "dense_intermediate_size": 24},
+        {"gate_softmax": "all"},
+        {"top_k": 2, "gate_softmax": "chosen"},
+    ],
+)
+def test_models_that_captured_steps_know(
+    tiny_config: Callable[..., ModelConfig], changes: dict[str, Any]
+) -> None:
+    assert unknown_to_captured_steps(tiny_config(**changes)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "rmsnorm"}, "norm"),
+        ({"rope": {"theta": 1e4}}, "rope"),
+        ({"qk_norm": "head"}, "qk_norm"),
+        ({"qkv_clip": 2.0}, "qkv_clip"),
+        ({"windows": [None, 3, None, 3]}, "windows"),
+        ({"attention_bias": True, "attention_sinks": True}, "attention_bias, attention_sinks"),
+        ({"gate_bias": True, "expert_bias": True}, "gate_bias, expert_bias"),
+        ({"top_k": 2, "gate_softmax": "all"}, "gate_softmax"),
+        ({"gate_softmax": "chosen"}, "gate_softmax"),
+        ({"activation": "clamped-swiglu"}, "activation"),
+    ],
+)
+def test_settings_that_they_do_not_know(
+    tiny_config: Callable[..., ModelConfig], changes: dict[str, Any], named: str
+) -> None:
+    unknown = unknown_to_captured_steps(tiny_config(**changes))
+    assert unknown == f"captured decode steps do not know the model's {named}"
+
+
+def test_auto_falls_back_to_eager_and_says_why(
+    rotary: ModelConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert choose_transport("auto", GPUS, rotary) == "eager"
+    reason = "captured decode steps do not know the model's norm, rope"
+    assert capsys.readouterr().err == f"exflow: decode steps are eager: {reason}\n"
+    assert transport_named("auto", "cuda", rotary) == "auto"
+    assert choose_transport("eager", GPUS, rotary) == transport_named("eager", "cuda", rotary) == "eager"
+
+
+@pytest.mark.parametrize("name", ["one-sided", "collective"])
+def test_what_was_asked_for_by_name_is_refused(rotary: ModelConfig, name: str) -> None:
+    expected = f"--transport {name}: captured decode steps do not know the model's norm, rope"
+    for refused in (
+        lambda: transport_named(name, "cuda", rotary),
+        lambda: choose_transport(name, GPUS, rotary),
+    ):
+        with pytest.raises(InputError) as error:
+            refused()
+        assert str(error.value).startswith(expected)
