@@ -34,7 +34,7 @@ class HostSyncedDecode:
     @torch.inference_mode()
     def advance(self) -> None:
         decoder, position = self.decoder, torch.full_like(self.sequence, self.position)
-        hidden = decoder.embedding(self.token) + decoder.positions(position)
+        hidden = decoder.embed(self.token, position)
         for layer, block in enumerate(decoder.blocks):
             hidden = self.attend(layer, block.attention, hidden)
             assert isinstance(block.mlp, MoE)

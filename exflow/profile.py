@@ -24,7 +24,7 @@ from exflow.profiling.trace import RoutingTrace
 Advance = Callable[[int, int], None]
 """Is told the tokens done and the tokens in all, after each batch."""
 
-DEFAULT_LENGTH = 2048  # of a Hugging Face model's sequences: many have room for 100 times as much
+DEFAULT_LENGTH = 2048  # of a sequence, where the model has room for more: some have 100 times as much
 
 
 def profile_text(
@@ -56,7 +56,7 @@ def profile_text(
     own_tokenizer = load_tokenizer(Path(model))
     decoder = load_decoder(Path(model), on, torch.float32)
     longest = decoder.config.max_positions
-    windows = windows_of_text(own_tokenizer, contents, _length(length, longest, longest), max_tokens)
+    windows = windows_of_text(own_tokenizer, contents, _length(length, longest, DEFAULT_LENGTH), max_tokens)
     return profile(decoder, windows, output, weights, advance=advance)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -42,15 +43,17 @@ class Run:
         """The step and state to go on from. Raises InputError if there is none, or it is another run's."""
         latest = read_json(self.latest, "run to resume", REMEDY)
         try:
-            self._check_same_run(latest["config"], config)
+            # what the run did not know yet had its default
+            self._check_same_run(TrainConfig.model_validate(latest["config"]), config)
             return latest["step"], load_file(self.latest.with_name(latest["optimiser"]))
-        except (KeyError, TypeError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, OSError, SafetensorError, ValidationError) as error:
             raise InputError(f"{self.latest}: the state cannot be read ({error!r}); {REMEDY}") from error
 
-    def _check_same_run(self, earlier: dict[str, dict[str, object]], config: TrainConfig) -> None:
+    def _check_same_run(self, earlier: TrainConfig, config: TrainConfig) -> None:
+        before = earlier.model_dump(mode="json")
         for part, values in config.model_dump(mode="json", exclude={"checkpoint_steps"}).items():
             for key, value in values.items():
-                began = earlier[part][key]
+                began = before[part][key]
                 if began != value:
                     raise InputError(
                         f"{self.latest}: the run began with {part}.{key} = {began!r}, now it is {value!r}; "
