@@ -276,6 +276,28 @@ def place(
     print_placement(result, output, as_json)
 
 
+@app.command(
+    epilog="Example: exflow balance expert_distribution_recorder_*.pt --gpus 8 --nodes 2 -o plan.json"
+)
+def balance(
+    files: Annotated[list[Path], typer.Argument(help="SGLang's stat files, or JSON.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")],
+    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1)],
+    nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
+    redundant_experts: Annotated[
+        int, typer.Option(help="Slots of a layer beyond one for each expert.", min=0)
+    ] = 0,
+    model: Annotated[str, typer.Option(help="The model's name, for the plan.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Place by loads alone, for engines that count and do not record; affinity needs import and place."""
+    from exflow.balance import run_balance
+    from exflow.placement.topology import topology_of
+
+    check_writable(output)
+    print_figures(run_balance(files, topology_of(gpus, nodes), redundant_experts, model, output), as_json)
+
+
 @app.command(epilog="Example: exflow evaluate plan.json trace/ --json")
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)],

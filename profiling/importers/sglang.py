@@ -83,8 +83,8 @@ def _load(path: Path) -> dict[str, Any]:
     dump = load_torch(path, _REMEDY)
     if isinstance(dump, dict) and "logical_count" in dump:
         raise InputError(
-            f"{path}: holds loads (mode stat), which say nothing of affinity between layers; {_AGAIN}. "
-            "SGLang itself balances loads: --init-expert-location FILE"
+            f"{path}: holds loads (mode stat), which say nothing of affinity between layers; "
+            f"place by them alone with exflow balance, or {_AGAIN}"
         )
     if not isinstance(dump, dict) or not isinstance(dump.get("records"), list):
         raise InputError(f"{path}: holds {shown(dump)}, no records; {_REMEDY}")
