@@ -1,6 +1,7 @@
 """The expert MLP over the slots of one rank, with interchangeable back ends for its two products."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import grouped_mm
 from exflow.kernels import reference
 from exflow.kernels.reference import Activation
 
-Backend = Literal["reference", "grouped_mm"]
+Backend = Literal["reference", "grouped_mm", "megablocks"]
 
 
 def expert_mlp(
@@ -81,5 +82,40 @@ def grouped_experts(
     return product(activation(product(rows_RD, w_in_SWD, b_in_SW)), w_out_SDF, b_out_SD)
 
 
+def megablocks_experts(
+    rows_RD: Tensor,
+    counts_S: Tensor,
+    w_in_SWD: Tensor,
+    w_out_SDF: Tensor,
+    activation: Activation,
+    b_in_SW: Tensor | None = None,
+    b_out_SD: Tensor | None = None,
+) -> Tensor:
+    """`reference.experts` by the grouped products of megablocks (0.10), which have the counts on the host.
+
+    Raises ValueError for anything but bfloat16 on a GPU.
+    """
+    from megablocks import grouped_gemm_util
+
+    if rows_RD.dtype != torch.bfloat16 or not rows_RD.is_cuda:
+        raise ValueError(f"megablocks multiplies bfloat16 on GPUs, not {rows_RD.dtype} on {rows_RD.device}")
+    sizes_S = counts_S.to("cpu", torch.int64)
+
+    def product(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
+        out: Tensor = grouped_gemm_util.ops.gmm(rows, matrices, sizes_S, trans_b=True)
+        if biases is None:
+            return out
+        return out + biases.repeat_interleave(counts_S, dim=0, output_size=len(rows))
+
+    return product(activation(product(rows_RD, w_in_SWD, b_in_SW)), w_out_SDF, b_out_SD)
+
+
+def _has_megablocks() -> bool:
+    """megablocks alone is not enough: what it multiplies with is a package of its own."""
+    return all(find_spec(name) is not None for name in ("megablocks", "grouped_gemm"))
+
+
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Activation, Tensor | None, Tensor | None], Tensor]
 BACKENDS: dict[Backend, ExpertsBackend] = {"reference": reference.experts, "grouped_mm": grouped_experts}
+if _has_megablocks():
+    BACKENDS["megablocks"] = megablocks_experts
