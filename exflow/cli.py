@@ -48,6 +48,7 @@ bench = typer.Typer(no_args_is_help=True, help="Time variants side by side in on
 app.add_typer(bench, name="bench")
 
 _WHERE, _WHAT, _HOW, _TRUST = "Where experts can live", "What is good", "How to search", "How far to trust it"
+_TIMES = "Predicted times"
 Model = Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)]
 Trace = Annotated[Path, typer.Argument(help="Folder of a routing trace.", show_default=False)]
 Texts = Annotated[
@@ -311,6 +312,66 @@ def evaluate(
     from exflow.profiling.trace import RoutingTrace
 
     print_evaluation(evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase)), as_json)
+
+
+@app.command(
+    epilog="Examples: exflow report trace/ plan.json -o report.html   "
+    "exflow report trace/ plan.json other.json --model configs/shapes/gpt-oss-20b -o report.html"
+)
+def report(
+    trace: Trace,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the page.")],
+    plans: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of plans, beside the contiguous one.", show_default=False),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to write each drawing to as well, as SVG (there is no PNG).")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs to judge by, instead of the plans' own; or without plans.", min=1)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)] = 1,
+    topology: Annotated[
+        Path | None, typer.Option(help="YAML file of GPUs and links, instead of --gpus.")
+    ] = None,
+    phase: Annotated[str, typer.Option(help="Which tokens to count: all, prefill or decode.")] = "all",
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a checkpoint, or of a config.json alone: to predict times of decode steps.",
+            rich_help_panel=_TIMES,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of the job.", min=1, rich_help_panel=_TIMES)] = 64,
+    context: Annotated[
+        int, typer.Option(help="Positions that each has already.", min=1, rich_help_panel=_TIMES)
+    ] = 1024,
+    machine: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of the machine, by default of H200s.", rich_help_panel=_TIMES),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained page about a trace and plans for it, to look at before deploying."""
+    from exflow.place import Where
+    from exflow.report.run import ReportJob, run_report
+
+    check_writable(output)
+    if figures is not None:
+        check_writable(figures / "drawing.svg")
+    where = Where(gpus, nodes, topology)
+    job = ReportJob(trace, plans or [], output, phase, where, figures, model, batch, context, machine)
+    with progress_bar() as bar:
+        task = bar.add_task("reporting", total=None)
+        written = run_report(
+            job,
+            advance=lambda what, done, total: bar.update(
+                task, description=f"reporting: {what}", completed=done, total=total
+            ),
+        )
+    summary = {"report": str(output), "bytes": written.page_bytes, "figures": written.figures}
+    print_figures(summary | written.report.as_json() if as_json else summary, as_json)
 
 
 @app.command(epilog="Example: exflow export plan.json --format sglang -o placement.json")

@@ -73,13 +73,11 @@ def grouped_experts(
             )
     ends_S = counts_S.cumsum(0).to(torch.int32)
 
-    def product(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
-        out = grouped_mm(rows, matrices.mT, offs=ends_S)
-        if biases is None:
-            return out
-        return out + biases.repeat_interleave(counts_S, dim=0, output_size=len(rows))
+    def multiply(rows: Tensor, matrices: Tensor) -> Tensor:
+        return grouped_mm(rows, matrices.mT, offs=ends_S)
 
-    return product(activation(product(rows_RD, w_in_SWD, b_in_SW)), w_out_SDF, b_out_SD)
+    inner_RF = activation(_with_biases(multiply(rows_RD, w_in_SWD), counts_S, b_in_SW))
+    return _with_biases(multiply(inner_RF, w_out_SDF), counts_S, b_out_SD)
 
 
 def megablocks_experts(
@@ -99,15 +97,17 @@ def megablocks_experts(
 
     if rows_RD.dtype != torch.bfloat16 or not rows_RD.is_cuda:
         raise ValueError(f"megablocks multiplies bfloat16 on GPUs, not {rows_RD.dtype} on {rows_RD.device}")
-    sizes_S = counts_S.to("cpu", torch.int64)
+    multiply, sizes_S = grouped_gemm_util.ops.gmm, counts_S.to("cpu", torch.int64)
+    inner_RW = multiply(rows_RD, w_in_SWD, sizes_S, trans_b=True)
+    inner_RF = activation(_with_biases(inner_RW, counts_S, b_in_SW))
+    return _with_biases(multiply(inner_RF, w_out_SDF, sizes_S, trans_b=True), counts_S, b_out_SD)
 
-    def product(rows: Tensor, matrices: Tensor, biases: Tensor | None) -> Tensor:
-        out: Tensor = grouped_gemm_util.ops.gmm(rows, matrices, sizes_S, trans_b=True)
-        if biases is None:
-            return out
-        return out + biases.repeat_interleave(counts_S, dim=0, output_size=len(rows))
 
-    return product(activation(product(rows_RD, w_in_SWD, b_in_SW)), w_out_SDF, b_out_SD)
+def _with_biases(rows_RN: Tensor, counts_S: Tensor, biases_SN: Tensor | None) -> Tensor:
+    """Each slot's bias added to its rows."""
+    if biases_SN is None:
+        return rows_RN
+    return rows_RN + biases_SN.repeat_interleave(counts_S, dim=0, output_size=len(rows_RN))
 
 
 def _has_megablocks() -> bool:

@@ -210,8 +210,8 @@ def _follow(
         for layer in range(num_layers):
             owned[layer, owner] += 1
             chosen = experts[token, layer]
-            present = hosts[: _distinct_hosts(chosen, serving[owner, layer], held[layer], hosts)]
-            before, owner = owner, _choose_owner(owner, present, chosen, next_owner[layer], group_size)
+            present = hosts[: distinct_hosts(chosen, serving[owner, layer], held[layer], hosts)]
+            before, owner = owner, choose_owner(owner, present, chosen, next_owner[layer], group_size)
             if relays:
                 remote[of] += _send_by_relays(before, owner, present, relays, messages[of])
             else:
@@ -223,7 +223,7 @@ def _follow(
 
 
 @njit(cache=True, nogil=True)
-def _distinct_hosts(chosen: IntArray, serving: IntArray, load: IntArray, hosts: IntArray) -> int:
+def distinct_hosts(chosen: IntArray, serving: IntArray, load: IntArray, hosts: IntArray) -> int:
     """Write the ranks that serve the `chosen` experts [K], each once, to the front of `hosts` [K]; count
     them."""
     count = 0
@@ -287,7 +287,7 @@ def _send_by_relays(before: int, owner: int, hosts: IntArray, per_node: int, mes
 
 
 @njit(cache=True, nogil=True)
-def _choose_owner(
+def choose_owner(
     owner: int, hosts: IntArray, chosen: IntArray, next_owner: IntArray, group_size: int
 ) -> int:
     """The host in the owner's group with the largest score, ties to the lowest rank; else the owner stays."""

@@ -1,0 +1,58 @@
+"""The words of the page: a link with its meaning as a tooltip, and the list that it leads to."""
+
+from html import escape
+
+MEANINGS = {
+    "MoE layer": "A layer whose MLP is many experts, of which every token uses a few.",
+    "expert": "One of the MLPs of a MoE layer. A gate selects top_k of them for each token.",
+    "top_k": "How many experts a token uses in a MoE layer.",
+    "sequence": "A prompt and what the model wrote to it. Its home is the GPU that admitted it: its number "
+    "modulo the GPUs.",
+    "phase": "Prefill: the tokens of prompts. Decode: tokens that the model wrote, one a step.",
+    "affinity": "How much more often than by chance an expert of a layer and one of the next serve the "
+    "same tokens.",
+    "placement": "Which GPU holds which expert; a plan is a file of it.",
+    "contiguous": "The first experts of every layer on the first GPU, and so on: what engines do unless told "
+    "otherwise. The baseline.",
+    "owner": "The GPU that holds a token's hidden state now, and runs its attention.",
+    "dispatch-combine": "Two all-to-alls a layer: a token goes to its experts and always comes home.",
+    "coherent": "Every GPU keeps the context of all sequences, so a token stays where one of its experts "
+    "is. With top_k 1 the second all-to-all is gone.",
+    "node-coherent": "Coherent among the GPUs of a node; between nodes tokens come home.",
+    "replicated": "Every GPU runs attention for every token, and an all-reduce a layer sums what experts "
+    "made of it.",
+    "message": "One hidden state of one token that goes from one GPU to another, to an expert or back. "
+    "Given per token and MoE layer.",
+    "inside a node": "Messages between GPUs of one node, over fast links.",
+    "between nodes": "Messages between GPUs of different nodes, over the network.",
+    "K/V copies": "Copies of a token's new keys and values that other GPUs of its group get in the "
+    "background, per token and attention layer.",
+    "exchanges a step": "Synchronous collectives of a decode step: what latency is paid for.",
+    "local fraction": "Share of the transitions between a token's first choices in adjacent MoE layers "
+    "that stay on a GPU.",
+    "imbalance": "Load of the busiest GPU over the mean load; 1 is level. The mean over layers, load being "
+    "pairs of a token and a selected expert.",
+    "owners' imbalance": "The same of the tokens that GPUs own.",
+    "objective": "What placing minimised: prices of pairs of experts, see docs/placement.md.",
+    "gap": "How far the objective may be above the least possible one.",
+    "interval": "Holds the figure of endless tokens of the same kind with 95% probability, about; by the "
+    "bootstrap over sequences.",
+}
+
+
+def term(name: str, shown: str | None = None) -> str:
+    """The word as a link; it can be reached by keyboard, and its meaning is read out."""
+    meaning = escape(MEANINGS[name], quote=True)
+    return f'<a class="term" href="#{_anchor(name)}" title="{meaning}">{escape(shown or name)}</a>'
+
+
+def glossary() -> str:
+    entries = (
+        f'<dt id="{_anchor(name)}">{escape(name)}</dt><dd>{escape(meaning)}</dd>'
+        for name, meaning in sorted(MEANINGS.items(), key=lambda entry: entry[0].lower())
+    )
+    return f'<dl class="glossary">{"".join(entries)}</dl>'
+
+
+def _anchor(name: str) -> str:
+    return "word-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower())

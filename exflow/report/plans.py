@@ -1,0 +1,89 @@
+"""Which plans a report compares: those that are given, and the contiguous placement on the same GPUs."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exflow.errors import InputError
+from exflow.placement.baselines import contiguous_slots
+from exflow.placement.plan import Plan, Strategy
+from exflow.placement.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+
+BASELINE = "contiguous"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A plan under the name that the report calls it by; `slug` is one for links and files, its own too."""
+
+    name: str
+    slug: str
+    plan: Plan
+    baseline: bool = False
+
+
+def candidates(trace: RoutingTrace, paths: Sequence[Path], topology: Topology | None) -> list[Candidate]:
+    """The baseline of each set of GPUs, with the plans for these GPUs behind it.
+
+    `topology`, where it is given, is where all plans are judged, whatever they were made for. Raises
+    InputError where a file is no plan, or a plan is not for the trace's model or not for so many GPUs.
+    """
+    named = [(name, _load(path, trace, topology)) for name, path in _names(paths)]
+    shapes = list(dict.fromkeys(plan.topology for _, plan in named)) or ([topology] if topology else [])
+    found: list[tuple[str, Plan, bool]] = []
+    for shape in shapes:
+        ours = [(name, plan, False) for name, plan in named if plan.topology == shape]
+        name = BASELINE if len(shapes) == 1 else f"{BASELINE}, {shape}"
+        strategy = ours[0][1].strategy if ours else "coherent"
+        found += [(name, contiguous_plan(trace, shape, strategy), True), *ours]
+    slugs = _slugs([name for name, _, _ in found])
+    return [
+        Candidate(name, slug, plan, baseline)
+        for slug, (name, plan, baseline) in zip(slugs, found, strict=True)
+    ]
+
+
+def contiguous_plan(trace: RoutingTrace, topology: Topology, strategy: Strategy) -> Plan:
+    """The first experts of every layer on the first GPU, and so on: what engines do unless told otherwise."""
+    num_slots = -(-trace.num_experts // topology.num_ranks) * topology.num_ranks
+    slots = contiguous_slots(trace.experts_per_layer, num_slots)
+    return Plan.of_slots(slots, topology, trace, method=BASELINE, strategy=strategy)
+
+
+def _slugs(names: Sequence[str]) -> list[str]:
+    """Letters, digits and dashes alone, and more of these where two names come out the same."""
+    slugs: list[str] = []
+    for name in names:
+        parts = re.findall("[a-z0-9]+", name.lower())
+        slug = "-".join(parts)[-60:] or "plan"
+        while slug in slugs:
+            slug += "-2"
+        slugs.append(slug)
+    return slugs
+
+
+def _names(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Each file with its name, or the whole path where two files have the same one."""
+    stems = Counter(path.stem for path in paths)
+    names = [path.stem if stems[path.stem] == 1 and path.stem != BASELINE else str(path) for path in paths]
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise InputError(f"{twice[0]}: this plan is given twice; give each once")
+    return list(zip(names, paths, strict=True))
+
+
+def _load(path: Path, trace: RoutingTrace, topology: Topology | None) -> Plan:
+    plan = Plan.load(path)
+    try:
+        plan.check_trace(trace)
+        if topology is not None and topology.num_ranks != plan.num_ranks:
+            raise InputError(
+                f"the plan is for {plan.topology}, to be judged on {topology}; give as many GPUs, or "
+                "another plan"
+            )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return plan if topology is None else replace(plan, topology=topology)
