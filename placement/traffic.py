@@ -287,9 +287,7 @@ def _send_by_relays(before: int, owner: int, hosts: IntArray, per_node: int, mes
 
 
 @njit(cache=True, nogil=True)
-def choose_owner(
-    owner: int, hosts: IntArray, chosen: IntArray, next_owner: IntArray, group_size: int
-) -> int:
+def choose_owner(owner: int, hosts: IntArray, chosen: IntArray, next_owner: IntArray, group_size: int) -> int:
     """The host in the owner's group with the largest score, ties to the lowest rank; else the owner stays."""
     best, best_score = owner, -1
     for host in hosts:
