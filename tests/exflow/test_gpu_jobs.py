@@ -108,7 +108,7 @@ def test_tokens_are_those_of_one_process(outcome: tuple[dict[str, Any], list[Any
     assert found[case]["tokens"] == tokens
 
 
-@pytest.mark.parametrize(("strategy", "plan"), product(STRATEGIES[:2], PLANS))
+@pytest.mark.parametrize(("strategy", "plan"), list(product(STRATEGIES[:2], PLANS)))
 def test_captured_steps_count_the_traffic_of_eager_ones(
     outcome: tuple[dict[str, Any], list[Any]], strategy: str, plan: str
 ) -> None:

@@ -13,12 +13,10 @@ not there skips its tests.
 """
 
 import ast
-import importlib.util
 import json
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,50 +52,7 @@ def plan() -> Plan:
     )
 
 
-def source(name: str) -> Path:
-    """A file of an engine's source; skips the test if it is nowhere."""
-    package, _, inside = name.partition("/")
-    folder = Path(os.environ.get("EXFLOW_ENGINES", ""), package)
-    if not folder.is_dir() or "EXFLOW_ENGINES" not in os.environ:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            pytest.skip(f"{package} is neither installed nor in the folder that EXFLOW_ENGINES names")
-        folder = Path(next(iter(spec.submodule_search_locations)))
-    path = folder / inside
-    if not path.exists():
-        pytest.skip(f"{path} is not there: another version of {package}?")
-    return path
-
-
-def run_file(path: Path, monkeypatch: pytest.MonkeyPatch, **stubs: dict[str, Any]) -> Any:
-    """Run a file as a module; `stubs` are the modules it imports, dots written as __, and what they hold."""
-    for name, content in stubs.items():
-        parts = name.split("__")
-        for end in range(1, len(parts) + 1):
-            module = ModuleType(".".join(parts[:end]))
-            module.__path__ = []
-            if module.__name__ not in sys.modules or end == len(parts):
-                monkeypatch.setitem(sys.modules, module.__name__, module)
-        vars(module).update(content)
-    spec = importlib.util.spec_from_file_location(f"engine_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_definition(path: Path, name: str, **names: Any) -> Any:
-    """Run one class or function of a file, with `names` for what it uses."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    (found,) = (
-        node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
-    )
-    exec(compile(ast.Module([found], []), str(path), "exec"), names)
-    return names[name]
-
-
-def sglang(path: Path, monkeypatch: pytest.MonkeyPatch, redundant: int, a2a: str) -> Any:
+def sglang(path: Path, run_engine_file: Callable[..., Any], redundant: int, a2a: str) -> Any:
     """The metadata that SGLang makes of the file, on rank 1."""
     dispatch = "dynamic" if a2a == "none" else "static"
     moe = SimpleNamespace(
@@ -108,9 +63,8 @@ def sglang(path: Path, monkeypatch: pytest.MonkeyPatch, redundant: int, a2a: str
         ep_join_mode=None,
     )
     parallel = SimpleNamespace(ep_size=RANKS, nnodes=2, elastic_ep_initial_size=None)
-    module = run_file(
-        source("sglang/srt/eplb/expert_location.py"),
-        monkeypatch,
+    module = run_engine_file(
+        "sglang/srt/eplb/expert_location.py",
         sglang__srt__runtime_context={
             "get_device": lambda: SimpleNamespace(device="cpu"),
             "get_exec": lambda: SimpleNamespace(moe=moe),
@@ -126,10 +80,10 @@ def sglang(path: Path, monkeypatch: pytest.MonkeyPatch, redundant: int, a2a: str
     return module.compute_initial_expert_location_metadata(config, moe_ep_rank=1)
 
 
-def test_sglang_reads_the_map(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sglang_reads_the_map(plan: Plan, tmp_path: Path, run_engine_file: Callable[..., Any]) -> None:
     path = tmp_path / "map.json"
     export_plan(plan, "sglang", path)
-    read = sglang(path, monkeypatch, REDUNDANT, "none")
+    read = sglang(path, run_engine_file, REDUNDANT, "none")
     assert read.physical_to_logical_map[list(LAYERS)].tolist() == plan.physical_to_logical_map.tolist()
     physical, count = logical_maps(plan.physical_to_logical_map, EXPERTS)
     width = physical.shape[2]
@@ -138,32 +92,36 @@ def test_sglang_reads_the_map(plan: Plan, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_sglang_serves_from_the_nearest_replica(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, tmp_path: Path, run_engine_file: Callable[..., Any]
 ) -> None:
     """Where rank 1 has a replica itself, SGLang takes the slot that we count."""
     path = tmp_path / "map.json"
     export_plan(plan, "sglang", path)
-    chosen = sglang(path, monkeypatch, REDUNDANT, "deepep").logical_to_rank_dispatch_physical_map
+    chosen = sglang(path, run_engine_file, REDUNDANT, "deepep").logical_to_rank_dispatch_physical_map
     here = plan.hosts[:, :, 1]
     assert here.any()
     assert (chosen[list(LAYERS)].numpy()[here] == plan.serving_slot[1][here]).all()
 
 
-def test_sglang_refuses_a_further_key(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sglang_refuses_a_further_key(
+    plan: Plan, tmp_path: Path, run_engine_file: Callable[..., Any]
+) -> None:
     """Why the rest is in a sidecar."""
     path = tmp_path / "map.json"
     export_plan(plan, "sglang", path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "small"}))
     with pytest.raises(TypeError, match="unexpected keyword argument 'model'"):
-        sglang(path, monkeypatch, REDUNDANT, "deepep")
+        sglang(path, run_engine_file, REDUNDANT, "deepep")
 
 
-def test_tensorrt_llm_reads_the_map(plan: Plan, tmp_path: Path) -> None:
+def test_tensorrt_llm_reads_the_map(
+    plan: Plan, tmp_path: Path, run_engine_definition: Callable[..., Any]
+) -> None:
     class StrictBaseModel(pydantic.BaseModel):
         model_config = pydantic.ConfigDict(extra="forbid")
 
-    config_class = run_definition(
-        source("tensorrt_llm/llmapi/llm_args.py"),
+    config_class = run_engine_definition(
+        "tensorrt_llm/llmapi/llm_args.py",
         "MoeLoadBalancerConfig",
         StrictBaseModel=StrictBaseModel,
         Field=pydantic.Field,
@@ -184,12 +142,13 @@ def test_tensorrt_llm_reads_the_map(plan: Plan, tmp_path: Path) -> None:
         config.get_layer_initial_global_assignments(6)  # what an MTP layer would ask for
 
 
-def vllm_ascend(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def vllm_ascend(
+    path: Path, run_engine_file: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
     """What the engine makes of the file on rank 1, for each MoE layer."""
     monkeypatch.setattr(torch.Tensor, "npu", lambda self: self, raising=False)
-    module = run_file(
-        source("vllm_ascend/eplb/core/eplb_utils.py"),
-        monkeypatch,
+    module = run_engine_file(
+        "vllm_ascend/eplb/core/eplb_utils.py",
         vllm__logger={"logger": SimpleNamespace(warning=print)},
         vllm__model_executor__layers__fused_moe__expert_map_manager={"determine_expert_map": None},
     )
@@ -198,11 +157,13 @@ def vllm_ascend(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return [module.init_eplb_config(settings, layer, model) for layer in range(len(LAYERS))]
 
 
-def test_vllm_ascend_reads_the_map(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_ascend_reads_the_map(
+    plan: Plan, tmp_path: Path, run_engine_file: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "map.json"
     export_plan(plan, "vllm-ascend", path)
     for row, (maps, mine, logical_to_physical, redundant) in zip(
-        plan.physical_to_logical_map, vllm_ascend(path, monkeypatch), strict=True
+        plan.physical_to_logical_map, vllm_ascend(path, run_engine_file, monkeypatch), strict=True
     ):
         assert redundant == REDUNDANT
         for slot, expert in enumerate(row):
@@ -213,20 +174,22 @@ def test_vllm_ascend_reads_the_map(plan: Plan, tmp_path: Path, monkeypatch: pyte
         assert row[logical_to_physical.numpy()].tolist() == list(range(EXPERTS))
 
 
-def test_vllm_releases_read_no_map_yet() -> None:
+def test_vllm_releases_read_no_map_yet(engine_file: Callable[[str], Path]) -> None:
     """Once this fails there is a map to write: see what it looks like."""
-    tree = ast.parse(source("vllm/config/parallel.py").read_text(encoding="utf-8"))
+    tree = ast.parse(engine_file("vllm/config/parallel.py").read_text(encoding="utf-8"))
     (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EPLBConfig")
     names = {ast.unparse(node.target) for node in config.body if isinstance(node, ast.AnnAssign)}
     assert "num_redundant_experts" in names
     assert not {name for name in names if name.endswith(("path", "file", "map"))}
 
 
-def test_vllm_makes_the_same_tensors_of_the_map(plan: Plan, tmp_path: Path) -> None:
+def test_vllm_makes_the_same_tensors_of_the_map(
+    plan: Plan, tmp_path: Path, run_engine_definition: Callable[..., Any]
+) -> None:
     path = tmp_path / "map.json"
     export_plan(plan, "vllm", path)
-    compute = run_definition(
-        source("vllm/distributed/eplb/eplb_state.py"), "compute_logical_maps", torch=torch
+    compute = run_engine_definition(
+        "vllm/distributed/eplb/eplb_state.py", "compute_logical_maps", torch=torch
     )
     physical, count = compute(torch.tensor(json.loads(path.read_text())), EXPERTS)
     ours = logical_maps(plan.physical_to_logical_map, EXPERTS)
@@ -236,9 +199,9 @@ def test_vllm_makes_the_same_tensors_of_the_map(plan: Plan, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "shape", [(12, 16, 4, 2, 8), (256, 288, 8, 4, 32), (64, 64, 1, 1, 8), (60, 64, 3, 2, 8)]
 )
-def test_deepseek_eplb_is_matched(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepseek_eplb_is_matched(shape: tuple[int, ...], run_engine_file: Callable[..., Any]) -> None:
     """The same forms of results, and loads as level as its own, within 2% on average."""
-    original = run_file(source("EPLB/eplb.py"), monkeypatch).rebalance_experts
+    original = run_engine_file("EPLB/eplb.py").rebalance_experts
     num_experts, num_replicas, num_groups, num_nodes, num_gpus = shape
     weight = torch.from_numpy(np.random.default_rng(1).zipf(1.6, (8, num_experts)).clip(max=1000))
     busiest = []
@@ -256,9 +219,9 @@ def test_deepseek_eplb_is_matched(shape: tuple[int, ...], monkeypatch: pytest.Mo
     assert ours <= theirs * 1.02
 
 
-def test_solutions_of_the_original_exflow() -> None:
+def test_solutions_of_the_original_exflow(engine_file: Callable[[str], Path]) -> None:
     """Its own files, of layers of 8 experts on 4 and on 8 GPUs, are read as plans."""
-    files = sorted(source("ExFlow/solutions").glob("*.csv"))
+    files = sorted(engine_file("ExFlow/solutions").glob("*.csv"))
     assert files
     for path in files:
         text = path.read_bytes()

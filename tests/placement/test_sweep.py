@@ -126,10 +126,12 @@ def test_no_step_makes_it_dearer_or_breaks_a_limit(
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_equal_distances_of_any_length_change_nothing(random_problem: ProblemFactory, seed: int) -> None:
-    problem = random_problem((3, 6, 3), seed)
+    """Where no two ways cost the same, which the two might break apart differently."""
+    whole = random_problem((3, 6, 3), seed)
+    problem = replace(whole, inter=whole.inter + np.random.default_rng(seed).random(whole.inter.shape))
     farther = replace(problem, distance=2 * problem.distances)
     start = random(3, 6, 3, seed)
-    assert farther.cost(sweep(farther, start)) == 2 * problem.cost(sweep(problem, start))
+    assert farther.cost(sweep(farther, start)) == pytest.approx(2 * problem.cost(sweep(problem, start)))
 
 
 @pytest.mark.parametrize("anchor", [0, 4])
