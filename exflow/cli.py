@@ -590,6 +590,18 @@ def train(
     print(final)
 
 
+@app.command(epilog="Example: exflow doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, and what is missing for what."""
+    from exflow.doctor import examine
+    from exflow.show import print_findings
+
+    findings = examine()
+    print_findings(findings, as_json)
+    if any(each.missing and each.required for each in findings):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: exflow demo --text README.md")
 def demo(
     model: Annotated[

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from exflow.doctor import Finding
     from exflow.place import Placement
     from exflow.placement.plan import Plan
     from exflow.profiling.trace import RoutingTrace
@@ -96,6 +97,22 @@ _CURVE_COLUMNS = {
     "from": "low",
     "to": "high",
 }
+
+
+def print_findings(findings: "list[Finding]", as_json: bool) -> None:
+    """What was found, line by line; then what is missing, for what, and how to get it."""
+    if as_json:
+        from exflow.doctor import as_json as in_json
+
+        print_json(in_json(findings))
+        return
+    there = [each for each in findings if not each.missing]
+    width = max(len(each.name) for each in there)
+    for each in there:
+        print(f"{each.name:{width}}  {each.found}")
+    for each in findings:
+        if each.missing:
+            print(f"missing: {each.name}, for {each.needed_for}: {each.remedy}")
 
 
 def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
