@@ -4,6 +4,7 @@ Ours, whose expert weights are stacked, or a Hugging Face model of a known famil
 rank reads its own and nothing else.
 """
 
+import re
 from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, which leads to no other folder
 REMEDY = "copy the checkpoint again, or give another"
 
 
@@ -212,9 +214,10 @@ def _weight_files(folder: Path) -> list[Path]:
     path = folder / INDEX
     index = read_json(path, "weights", f"a checkpoint has {WEIGHTS}, or shards and {INDEX}")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    files = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files):  # beside the index
         raise InputError(f"{path}: the key 'weight_map' does not name a file for each tensor; {REMEDY}")
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    return [folder / file for file in sorted(set(files))]
 
 
 def _open(path: Path) -> Any:

@@ -17,6 +17,17 @@ from pydantic import (
 
 from exflow.errors import InputError
 from exflow.files import read_json
+from exflow.limits import (
+    MAX_EXPERTS_IN_ALL,
+    ExpertCount,
+    HeadCount,
+    LayerCount,
+    PositionCount,
+    Theta,
+    TokenCount,
+    Turns,
+    Width,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,17 +49,17 @@ class Yarn(StrictModel):
     """
 
     factor: PositiveFloat
-    original_positions: PositiveInt
+    original_positions: PositionCount
     attention_factor: PositiveFloat
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
+    beta_fast: Turns = 32.0
+    beta_slow: Turns = 1.0
     truncate: bool = True
 
 
 class Rope(StrictModel):
     """Rotary positions: pair i of a head's C numbers turns by theta ** (-2i / C) a position."""
 
-    theta: PositiveFloat
+    theta: Theta
     yarn: Yarn | None = None
 
 
@@ -76,26 +87,26 @@ class ModelConfig(StrictModel):
 
     model_type: Literal["gpt-moe"] = "gpt-moe"
     name: str = "gpt-moe"
-    vocab_size: PositiveInt
-    max_positions: PositiveInt
-    num_hidden_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt = 0  # 0, which no file can say, is replaced below
-    intermediate_size: PositiveInt
+    vocab_size: TokenCount
+    max_positions: PositionCount
+    num_hidden_layers: LayerCount
+    hidden_size: Width
+    num_attention_heads: HeadCount
+    num_kv_heads: HeadCount
+    head_dim: HeadCount = 0  # 0, which no file can say, is replaced below
+    intermediate_size: Width
     activation: Literal["gelu", "swiglu", "clamped-swiglu"] = "gelu"
-    num_experts: PositiveInt
+    num_experts: ExpertCount
     top_k: PositiveInt = 1
     moe_every: PositiveInt = 1
     dense_layers: tuple[NonNegativeInt, ...] = ()
-    dense_intermediate_size: PositiveInt = 0  # as head_dim
+    dense_intermediate_size: Width = 0  # as head_dim
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: PositiveFloat = 1e-5
     rope: Rope | None = None
     qk_norm: Literal["head", "width"] | None = None
     qkv_clip: PositiveFloat | None = None
-    windows: tuple[PositiveInt | None, ...] = ()
+    windows: tuple[PositionCount | None, ...] = ()
     attention_bias: bool = False
     attention_sinks: bool = False
     gate_softmax: Literal["all", "chosen"] | None = None
@@ -127,6 +138,11 @@ class ModelConfig(StrictModel):
                 raise ValueError(f"{name} {width} is not a multiple of 8, as grouped matrix products need")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if self.num_experts * self.num_hidden_layers > MAX_EXPERTS_IN_ALL:
+            raise ValueError(
+                f"num_experts {self.num_experts} in each of num_hidden_layers {self.num_hidden_layers} are "
+                f"more than {MAX_EXPERTS_IN_ALL} in all"
+            )
         if not self.moe_layer_ids:
             dense = f" and dense_layers {list(self.dense_layers)}" if self.dense_layers else ""
             raise ValueError(

@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from exflow.errors import InputError
+
+MAX_YAML_BYTES = 1 << 20
 
 
 @contextmanager
@@ -81,8 +85,34 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: no such {what}; {remedy}") from error
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); {remedy}") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise InputError(f"{path}: the {what} is not valid JSON ({error}); {remedy}") from error
+
+
+def read_yaml(path: Path, what: str, remedy: str) -> Any:
+    """As read_json, of YAML without anchors, aliases and tags: a small file could grow large by them."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+        if len(content) > MAX_YAML_BYTES:
+            raise InputError(f"{path}: the {what} is longer than {MAX_YAML_BYTES} bytes; {remedy}")
+        return yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); {remedy}") from error
+    except Exception as error:  # PyYAML lets pass what int(), datetime and others say of a scalar
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: the {what} is not YAML ({reason}); {remedy}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
+            problem = "anchors, aliases and tags are not for this file"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def _umask() -> int:

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Self
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from exflow.config import ModelConfig, StrictModel, validated
 from exflow.corpus import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
-from exflow.errors import InputError
+from exflow.files import read_yaml
 
 
 class DataConfig(StrictModel):
@@ -61,13 +60,4 @@ class TrainConfig(StrictModel):
 
 def load_train_config(path: Path) -> TrainConfig:
     """Read the YAML file of a training run."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: the configuration cannot be read ({error.strerror}); see configs/"
-        ) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the configuration is not YAML ({reason}); see configs/") from error
-    return validated(TrainConfig, value, path)
+    return validated(TrainConfig, read_yaml(path, "configuration", "see configs/"), path)

@@ -19,7 +19,7 @@ VERSION = 2
 _REMEDY = "make the plan again with exflow place"
 _TABLES = ("physical_to_logical_map", "next_owner")  # written with one line a layer
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 Index = Annotated[int, Field(ge=0, lt=1 << 16)]
 PerMille = Annotated[int, Field(ge=0, le=1000)]
 

@@ -86,7 +86,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
         raise InputError(f"{path}: is truncated ({size} bytes end inside the header); {_REMEDY}")
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the header is not JSON ({error}); {_REMEDY}") from error
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object; {_REMEDY}")
@@ -107,7 +107,7 @@ def _checked_begin(
     try:
         code, found = header[name]["dtype"], list(header[name]["shape"])
         begin, end = (int(offset) for offset in header[name]["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: the header's entry for {name} is malformed; {_REMEDY}") from error
     wanted = _TYPE_CODE[dtype.name]
     if code != wanted or found != list(shape):

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from exflow.limits import LayerCount, PositionCount
+
 
 class RopeParameters(BaseModel):
     """`rope_parameters` of transformers 5; before that `rope_scaling`, with `rope_theta` beside it."""
@@ -17,7 +19,7 @@ class RopeParameters(BaseModel):
     rope_theta: PositiveFloat | None = None
     partial_rotary_factor: float = Field(default=1.0, ge=1.0, le=1.0)
     factor: PositiveFloat | None = None
-    original_max_position_embeddings: PositiveInt | None = None
+    original_max_position_embeddings: PositionCount | None = None
     attention_factor: PositiveFloat | None = None
     beta_fast: PositiveFloat | None = None
     beta_slow: PositiveFloat | None = None
@@ -36,12 +38,12 @@ class HuggingFaceConfig(BaseModel):
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: LayerCount
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
     hidden_act: Literal["silu"] = "silu"
-    max_position_embeddings: PositiveInt
+    max_position_embeddings: PositionCount
     rms_norm_eps: PositiveFloat
     num_experts: PositiveInt = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
     num_experts_per_tok: PositiveInt

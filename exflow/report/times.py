@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from exflow.config import ModelConfig, load_model_config
 from exflow.cost_model import Link, Load, Machine, Moved, Prediction, predict
 from exflow.errors import InputError
 from exflow.expectation import ROUND_BYTES
+from exflow.files import read_yaml
 from exflow.placement.plan import Plan
 from exflow.profiling.trace import RoutingTrace
 from exflow.strategies import NAMES
@@ -107,16 +107,12 @@ def load_setting(
 
 def load_machine(path: Path) -> Machine:
     """A YAML file with the fields of `cost_model.Machine`; see docs/report.md."""
+    content = read_yaml(path, "file of a machine", "see docs/report.md")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
         _check_keys(path, content, Machine)
         for link in ("inside", "between"):
             _check_keys(path, content.get(link, {}), Link)
         return TypeAdapter(Machine).validate_python(content)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the file of a machine") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML ({str(error).splitlines()[0]}); see docs/report.md") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -84,6 +84,8 @@ def _sequence(
 ) -> ForeignRows:
     ids, captured = layers.split_zeros(path, experts)
     start = 0 if routing.tokens is None else routing.tokens - 1 - len(experts)
+    if start >= 1 << 31:
+        raise InputError(f"{path}: {routing.place}: counts {routing.tokens} tokens; give the response whole")
     if start < 0 and not routing.billed:
         raise InputError(
             f"{path}: {routing.place}: routed_experts: has rows for {len(experts)} tokens, the response has "

@@ -240,6 +240,16 @@ def test_an_index_that_names_no_files(folder: Path, content: str) -> None:
     assert message(folder) == (f"{index}: the key 'weight_map' does not name a file for each tensor; {AGAIN}")
 
 
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/model.safetensors", "..", "a/b", "a\nb", "\ud800", ""]
+)
+def test_an_index_leads_to_no_other_folder(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm.weight": name}}))
+    assert message(folder) == (f"{index}: the key 'weight_map' does not name a file for each tensor; {AGAIN}")
+
+
 def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:
     assert load_tokenizer(folder).to_str() == byte_tokenizer.to_str()
 

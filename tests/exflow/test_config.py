@@ -78,6 +78,15 @@ def test_a_configuration_cannot_be_changed(tiny_config: Callable[..., ModelConfi
         ),
         ({"head_dim": 0}, "head_dim = 0: Input should be greater than 0"),
         ({"activation": "relu"}, "activation = 'relu': Input should be 'gelu', 'swiglu' or 'clamped-swiglu'"),
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers = 1000000000000: Input should be less than or equal to 512",
+        ),
+        (
+            {"num_hidden_layers": 500, "num_experts": 1000},
+            "num_experts 1000 in each of num_hidden_layers 500 are more than 65536 in all",
+        ),
+        ({"rope": {"theta": 1}}, "rope.theta = 1: Input should be greater than 1"),
         ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
         (
             {"intermediate_size": 12},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from exflow.errors import InputError
-from exflow.files import atomic_folder, atomic_path, read_json, write_json
+from exflow.files import atomic_folder, atomic_path, read_json, read_yaml, write_json
 
 
 class Stop(Exception):
@@ -138,3 +138,33 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_json(tmp_path, "plan", "make it again")
     assert str(error.value) == f"{tmp_path}: the plan cannot be read (Is a directory); make it again"
+
+    path.write_text("[" * 20_000)
+    with pytest.raises(InputError, match=r"the plan is not valid JSON \(.*recursion.*\); make it again"):
+        read_json(path, "plan", "make it again")
+
+
+def test_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: [1, 2.5, null]\nb: {c: élan}")
+    assert read_yaml(path, "plan", "make it") == {"a": [1, 2.5, None], "b": {"c": "élan"}}
+    for text in (
+        "a: &a 1",
+        "a: !!int 1",
+        "a: !!python/name:os.system",
+        "a: 2001-13-45",
+        "[" * 20_000,
+        "a: [1",
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"a.yaml: the plan is not YAML \(.+\); make it$"):
+            read_yaml(path, "plan", "make it")
+    path.write_bytes(b" " * (1 << 21))
+    with pytest.raises(InputError, match=r"the plan is longer than 1048576 bytes; make it$"):
+        read_yaml(path, "plan", "make it")
+    with pytest.raises(InputError, match=r"the plan cannot be read \(Is a directory\); make it$"):
+        read_yaml(tmp_path, "plan", "make it")
+
+
+def test_a_message_is_one_line_that_steers_no_terminal() -> None:
+    assert str(InputError("a\nb\r\x1b[2J\u2028 é \ud800")) == r"a\nb\r\x1b[2J\u2028 é \ud800"

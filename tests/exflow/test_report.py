@@ -282,6 +282,10 @@ def test_times_are_predicted_for_a_model_that_is_given(run: Run) -> None:
     slow = json.loads(run(f"{command} --machine slow.yaml --json"))["plans"][1]["predicted"]
     assert slow[0]["step_s"] > 8
     assert not slow[0]["fits"]
+    Path("date.yaml").write_text("inside: 2001-13-45")
+    assert "date.yaml: the file of a machine is not YAML (month" in run(
+        f"{command} --machine date.yaml", code=2
+    )
     Path("typo.yaml").write_text(machine + "memory: 1.0}")
     assert "typo.yaml: unknown 'memory'" in run(f"{command} --machine typo.yaml", code=2)
     Path("model/config.json").write_text(json.dumps(config | {"top_k": 1}))

@@ -368,7 +368,13 @@ def test_a_wrong_setting_is_named(
     assert str(error.value) == f"{path}: {message}"
 
 
-@pytest.mark.parametrize("content", [b"model: {a: [1}", b"model:\n\t- 1", b"\xff\xfe", b"a: \x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"model: {a: [1}", b"model:\n\t- 1", b"\xff\xfe", b"a: \x00", b"a: 2001-13-45", b"[" * 20_000),
+        *(b"a: &a {b: 1}\nc: *a", b"a: &a 1", b"!!python/object:os.system {}", b"a: " + b"9" * 5000),
+    ],
+)
 def test_a_file_that_is_not_yaml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)

@@ -252,6 +252,11 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
             f"experts_per_layer[1]: input should be greater than or equal to 1 (found 0); {AGAIN}",
         ),
         (
+            put("experts_per_layer", 1, 1 << 64),
+            "experts_per_layer[1]: input should be less than 9223372036854775808 "
+            f"(found 18446744073709551616); {AGAIN}",
+        ),
+        (
             put("experts_per_layer", [4, 5]),
             "experts_per_layer: is [4, 5]; "
             "give a number for each of the 2 MoE layers, 4 at most and at least once",

@@ -473,6 +473,16 @@ MALFORMED = [
         ),
         r"has rows for 4 tokens, the response has 2; give the right --hidden-layers and --top-k",
     ),
+    (
+        "responses",
+        json_file(
+            {
+                "meta_info": {"prompt_tokens": 10**30, "completion_tokens": 1}
+                | {"routed_experts": npy_text(all_layers(IDS, 0, np.uint8))}
+            }
+        ),
+        r"line 1: counts 10{29}1 tokens; give the response whole",
+    ),
     ("npy", raw(npy_header((10**9, 27, 4))), r"cannot be read \(the header declares 108000000000 bytes of"),
     ("npy", raw(npy_header((-4, -2))), r"cannot be read \(the header declares the shape \(-4, -2\)\); give"),
     ("npy", raw(b"\x93NUMPY\x09\x00"), r"cannot be read \(.*version.*\); give an \.npy"),

@@ -199,6 +199,12 @@ DAMAGED = "; the file is damaged: restore the trace from a copy, or record it ag
         (shard_bytes(SHARD[:-1]), None, ": is truncated (phase ends at byte 39 of 38)" + DAMAGED),
         (shard_bytes(b"\xff" * 300), None, ": is truncated (300 bytes end inside the header)" + DAMAGED),
         (header_bytes("\x00"), None, ": the header is not JSON"),
+        (header_bytes("[" * 20_000), None, ": the header is not JSON"),
+        (
+            header_bytes(HEADER.replace("[36,39]", "[36,Infinity]")),
+            None,
+            ": the header's entry for phase is malformed" + DAMAGED,
+        ),
         (header_bytes("[]"), None, ": the header is not a JSON object"),
         (header_bytes('{"experts": 1}'), None, ": the header's entry for experts is malformed" + DAMAGED),
         (
