@@ -96,7 +96,7 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
             content = file.read(MAX_YAML_BYTES + 1)
         if len(content) > MAX_YAML_BYTES:
             raise InputError(f"{path}: the {what} is longer than {MAX_YAML_BYTES} bytes; {remedy}")
-        return yaml.load(content.decode("utf-8"), Loader=_PlainLoader)
+        return yaml.load(content.decode("utf-8"), Loader=PlainLoader)
     except InputError:
         raise
     except OSError as error:
@@ -106,7 +106,9 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: the {what} is not YAML ({reason}); {remedy}") from error
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
+    """SafeLoader without what makes a small file large."""
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scipy.sparse.csgraph import dijkstra
 
 from exflow.errors import InputError
+from exflow.files import PlainLoader
 from exflow.placement.topology import Topology
 
 MAX_BYTES = 1 << 20
@@ -253,18 +254,14 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path}: the topology is not YAML ({reason}); {remedy}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without what makes a small file large, and without keys that overwrite one another."""
+class _Loader(PlainLoader):
+    """Also without long scalars, and without keys that overwrite one another."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        problem = None
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
-            problem = "anchors, aliases and tags are not for this file"
-        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
             problem = f"a name or number has more than {MAX_SCALAR} characters"
-        if problem is not None:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
