@@ -72,14 +72,15 @@ def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
     group_sizes = {"dispatch_combine": 1, "coherent": ranks}
     if plan.topology.num_nodes > 1 or plan.strategy == "node-coherent":
         group_sizes["node_coherent"] = plan.topology.gpus_per_node
+    may_relay = 1 < plan.topology.num_nodes < ranks
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        followed = dict(
-            zip(
-                group_sizes,
-                pool.map(lambda size: follow(trace, plan, size), group_sizes.values()),
-                strict=True,
-            )
+        direct = pool.map(lambda size: follow(trace, plan, size), group_sizes.values())
+        by_relays = pool.map(
+            lambda size: count_traffic(trace, plan, size, hierarchical=True),
+            group_sizes.values() if may_relay else (),
         )
+        followed = dict(zip(group_sizes, direct, strict=True))
+        relayed = dict(zip(group_sizes, by_relays, strict=False))
     figures: dict[str, dict[str, Any]] = {}
     for name, size in group_sizes.items():
         traffic = total(followed[name], plan, size)
@@ -88,11 +89,10 @@ def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
             "imbalance": _imbalance(followed[name].load.sum(axis=0)),
             "owner_imbalance": _imbalance(followed[name].owned),
         }
-        if 1 < plan.topology.num_nodes < ranks:
-            relayed = count_traffic(trace, plan, size, hierarchical=True)
+        if name in relayed:
             figures[name]["hierarchical"] = {
-                "intra_node": relayed.per_token_layer(relayed.intra_node),
-                "inter_node": relayed.per_token_layer(relayed.inter_node),
+                "intra_node": relayed[name].per_token_layer(relayed[name].intra_node),
+                "inter_node": relayed[name].per_token_layer(relayed[name].inter_node),
             }
     silent = Traffic(trace.num_tokens, layers, plan.num_hidden_layers, 0, 0, 0, 0, 0, 0)
     figures["replicated"] = _figures(silent, layers) | {

@@ -242,12 +242,7 @@ class Plan:
 
     @classmethod
     def _of(cls, document: PlanDocument) -> Self:
-        cost = document.topology.link_cost
-        topology = Topology(
-            num_nodes=document.topology.num_nodes,
-            gpus_per_node=document.topology.gpus_per_node,
-            link_cost=None if cost is None else tuple(map(tuple, cost)),
-        )
+        topology = document.topology.topology()
         layers, rows, owners = (
             len(document.moe_layer_ids),
             document.physical_to_logical_map,
@@ -284,13 +279,7 @@ class Plan:
             moe_layer_ids=[int(layer) for layer in self.moe_layer_ids],
             num_experts=self.num_experts,
             experts_per_layer=[int(count) for count in self.experts_per_layer],
-            topology=TopologyDocument(
-                num_nodes=self.topology.num_nodes,
-                gpus_per_node=self.topology.gpus_per_node,
-                link_cost=None
-                if self.topology.link_cost is None
-                else [list(row) for row in self.topology.link_cost],
-            ),
+            topology=TopologyDocument.of(self.topology),
             strategy=self.strategy,
             method=self.method,
             objective=self.objective,

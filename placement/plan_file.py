@@ -6,7 +6,7 @@ The format is specified in docs/plan-format.md.
 import json
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
+from exflow.placement.topology import Topology
 
 VERSION = 2
 _REMEDY = "make the plan again with exflow place"
@@ -30,6 +31,20 @@ class TopologyDocument(BaseModel):
     num_nodes: Count
     gpus_per_node: Count
     link_cost: list[list[FiniteFloat]] | None
+
+    @classmethod
+    def of(cls, topology: Topology) -> Self:
+        cost = topology.link_cost
+        return cls(
+            num_nodes=topology.num_nodes,
+            gpus_per_node=topology.gpus_per_node,
+            link_cost=None if cost is None else [list(row) for row in cost],
+        )
+
+    def topology(self) -> Topology:
+        """Raises InputError where the numbers contradict each other."""
+        cost = None if self.link_cost is None else tuple(map(tuple, self.link_cost))
+        return Topology(num_nodes=self.num_nodes, gpus_per_node=self.gpus_per_node, link_cost=cost)
 
 
 class PlanDocument(BaseModel):

@@ -89,7 +89,6 @@ def sidecar_path(path: Path) -> Path:
 
 def write_sidecar(path: Path, plan: Plan) -> None:
     """Write what `path`, an exported file, does not say of the plan; atomically, one line a key."""
-    cost = plan.topology.link_cost
     document = _Document(
         format="exflow-placement",
         version=1,
@@ -98,11 +97,7 @@ def write_sidecar(path: Path, plan: Plan) -> None:
         moe_layer_ids=[int(layer) for layer in plan.moe_layer_ids],
         num_experts=plan.num_experts,
         experts_per_layer=[int(count) for count in plan.experts_per_layer],
-        topology=TopologyDocument(
-            num_nodes=plan.topology.num_nodes,
-            gpus_per_node=plan.topology.gpus_per_node,
-            link_cost=None if cost is None else [list(row) for row in cost],
-        ),
+        topology=TopologyDocument.of(plan.topology),
         strategy=plan.strategy,
         method=plan.method,
     )
@@ -119,12 +114,7 @@ def read_sidecar(path: Path) -> Sidecar | None:
     content = read_json(sidecar, "sidecar file", _REMEDY)
     try:
         document = _Document.model_validate(content)
-        cost = document.topology.link_cost
-        topology = Topology(
-            num_nodes=document.topology.num_nodes,
-            gpus_per_node=document.topology.gpus_per_node,
-            link_cost=None if cost is None else tuple(map(tuple, cost)),
-        )
+        topology = document.topology.topology()
         model = ModelShape(
             document.model,
             document.num_hidden_layers,

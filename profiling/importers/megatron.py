@@ -17,7 +17,6 @@ from exflow.errors import InputError
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
 from exflow.profiling.importers.json_values import json_values, shown
 from exflow.profiling.importers.passes import RowSequences, SeenPasses
-from exflow.profiling.trace import DECODE
 
 _REMEDY = "give the router_trace_rank*.jsonl that Megatron-Core wrote"
 _Layers = dict[int, list[IntArray]]  # layer -> the ids of each of its calls in a step
@@ -40,16 +39,7 @@ def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
             for call, experts in enumerate(_calls(path, step, layers)):
                 if seen.is_repeated((step, call), experts):
                     continue
-                sequence, position = sequences.place(path, len(experts))
-                yield ForeignRows(
-                    path=path,
-                    layers=tuple(sorted(layers)),
-                    experts=experts,
-                    sequence=sequence,
-                    position=position,
-                    phase=np.full(len(experts), DECODE),
-                    num_bytes=size if call == 0 else 0,
-                )
+                yield sequences.rows(path, layers, experts, size if call == 0 else 0)
 
 
 def _steps(path: Path, kept: tuple[int, ...] | None) -> Iterator[tuple[int, _Layers, int]]:

@@ -4,12 +4,14 @@ Under tensor parallelism all ranks see the same tokens and record them all; unde
 each sees its own. The files do not say which it was, the rows do.
 """
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from exflow.profiling.importers.foreign import IntArray
+from exflow.profiling.importers.foreign import ForeignRows, IntArray
+from exflow.profiling.trace import DECODE
 
 _CHUNK = 1 << 13  # rows hashed at a time
 
@@ -49,6 +51,19 @@ class RowSequences:
         self._numbers: dict[Hashable, npt.NDArray[np.int64]] = {}
         self._passes: dict[Hashable, int] = {}
         self._next = 0
+
+    def rows(self, path: Path, layers: Collection[int], experts: IntArray, num_bytes: int) -> ForeignRows:
+        """The next pass of the rank whose file it is; experts [tokens, layers in ascending order, top_k]."""
+        sequence, position = self.place(path, len(experts))
+        return ForeignRows(
+            path=path,
+            layers=tuple(sorted(layers)),
+            experts=experts,
+            sequence=sequence,
+            position=position,
+            phase=np.full(len(experts), DECODE),
+            num_bytes=num_bytes,
+        )
 
     def place(self, rank: Hashable, tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Sequence and position [tokens] of the rows of the rank's next pass."""

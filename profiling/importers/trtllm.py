@@ -18,7 +18,6 @@ from exflow.profiling.importers.agreement import agreed
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
 from exflow.profiling.importers.passes import RowSequences, SeenPasses
 from exflow.profiling.importers.safetensors_file import TensorPlace, tensor_places
-from exflow.profiling.trace import DECODE
 
 _REMEDY = "give the rank*_raw.safetensors that TensorRT-LLM wrote"
 _KEY = re.compile(r"(\d{1,9})_(\d{1,9})")
@@ -49,16 +48,7 @@ def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
                 experts = np.stack(ids, axis=1)
                 if seen.is_repeated(iteration, experts):
                     continue
-                sequence, position = sequences.place(path, len(experts))
-                yield ForeignRows(
-                    path=path,
-                    layers=tuple(sorted(layers)),
-                    experts=experts,
-                    sequence=sequence,
-                    position=position,
-                    phase=np.full(len(experts), DECODE),
-                    num_bytes=experts.nbytes,
-                )
+                yield sequences.rows(path, layers, experts, experts.nbytes)
 
 
 def _iterations(path: Path, kept: tuple[int, ...] | None) -> dict[int, dict[int, TensorPlace]]:
