@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,13 +113,6 @@ class ExchangeOnly(DecodeStep):
         self.step += 1
 
 
-def use_placement(captured: CapturedDecode, tables: PlanTables) -> None:
-    """Other tables in the captured step's memory: the graph stays as it is."""
-    captured.capture = replace(captured.capture, tables=tables)
-    captured.step.serving.copy_(tables.serving_slot.transpose(0, 1))
-    captured.step.next_owner.copy_(tables.next_owner)
-
-
 def captured_rows(
     case: Case,
     cluster: Cluster,
@@ -136,7 +129,7 @@ def captured_rows(
     )
     captured = stand_in_decode(capture, batch, context, len(PLACEMENTS) * (STEPS + WARM_UP + 1))
     for placement in PLACEMENTS:
-        use_placement(captured, case.tables[placement])
+        captured.use_tables(case.tables[placement])
         begin_stand_in(captured, batch, context)
         times = time_steps(captured, STEPS)
         moved = step_bytes(captured, STEPS + WARM_UP)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from exflow.bench_report import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
 from exflow.bench_setting import WARM_UP, BenchJob, Setting
-from exflow.checkpoint import load_decoder
 from exflow.console import say, status
-from exflow.cost_model import Load, Machine
+from exflow.cost_model import Load, Machine, memory_bytes
 from exflow.decoder import Decoder, Rows
+from exflow.deploy import decoder_of, experts_of
 from exflow.device import choose_device
 from exflow.distributed import Cluster, alike_on_all_ranks, join_cluster, of_all
 from exflow.engine import Engine, Request, _Run
@@ -30,10 +30,8 @@ from exflow.exchange import Counters, Exchange
 from exflow.launch import torchrun_place
 from exflow.measure import free_bytes, measure
 from exflow.moe import PlanTables
-from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import DECODE
-from exflow.random_weights import RandomWeights, random_decoder
 from exflow.replay import ReplayedRouting
 from exflow.strategies import Strategy, group_size, make_strategy, single_process, strategy_named
 from exflow.transport import Transport, alone, choose_transport
@@ -146,8 +144,8 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
     """Load what is in the slots of the first one's placement, and time them all. Collective."""
     setting, cluster = bench.setting, bench.cluster
     bench.say(f"loading the weights ({cases[0].placement})")
-    held = experts_here(setting.plans[cases[0].placement], cluster.rank)
-    decoder = allocated(cluster, lambda: load(setting, cluster.device, held))
+    held = experts_of(setting.plans[cases[0].placement], cluster.rank)
+    decoder = allocated(cluster, lambda: decoder_of(setting.weights, cluster.device, setting.dtype, held))
     if isinstance(decoder, str):
         yield from ((case, decoder) for case in cases)
         return
@@ -163,19 +161,6 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
             yield case, eager_result(bench, decoder, case)
 
 
-def load(setting: Setting, device: torch.device, experts: list[list[int]]) -> Decoder:
-    if isinstance(setting.weights, RandomWeights):
-        return random_decoder(setting.weights, device, setting.dtype, experts)
-    return load_decoder(setting.weights, device, setting.dtype, experts)
-
-
-def experts_here(plan: Plan, rank: int) -> list[list[int]]:
-    """For each MoE layer the expert in each slot of a rank."""
-    first = rank * plan.slots_per_rank
-    experts: list[list[int]] = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
-    return experts
-
-
 class MidDecode(_Run):
     """An eager run that is in the middle of its decode from the beginning: `prefill`, then `advance`."""
 
@@ -189,14 +174,6 @@ class MidDecode(_Run):
         here = self.sequence_N[self.strategy.admits(self.sequence_N)]
         self.token_T = here % self.decoder.config.vocab_size
         self.rows = Rows(here, torch.full_like(here, self.longest), DECODE)
-
-    def advance(self) -> None:
-        """One step; it ends when the host knows the new tokens."""
-        self.steps += 1
-        attention, layout = self.strategy.step(self.cache, self.longest + self.steps)
-        hidden_TD, rows = self.decoder(self.token_T, self.rows, attention, layout)
-        self.strategy.share(attention)
-        self._choose(hidden_TD, rows)
 
 
 def fill_with_noise(cache: Tensor, sequences: Tensor, context: int) -> None:
@@ -268,9 +245,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
     fill_with_noise(captured.cache, captured.shape.sequence_of_rows(), setting.context)
     for case, table in zip(cases, tables, strict=True):
         bench.say(case)
-        captured.capture = replace(capture, tables=table)
-        captured.step.serving.copy_(table.serving_slot.transpose(0, 1))
-        captured.step.next_owner.copy_(table.next_owner)
+        captured.use_tables(table)
         begin_stand_in(captured, batch, setting.context)
         times = time_steps(captured, setting.steps)
         sent = bytes_per_step(cluster, captured.counters(setting.counted), setting.counted)
@@ -314,8 +289,7 @@ def does_not_fit(bench: Bench, case: Case) -> str:
     here = setting.topology or plan.topology
     group = {"dispatch-combine": 1, "node-coherent": here.gpus_per_node}.get(case.strategy, here.num_ranks)
     held = batch if group == here.num_ranks else load.tokens_per_rank * group
-    weights = load.dense_bytes + load.moe_layers * load.slots_per_rank * load.expert_bytes
-    needed = weights + held * positions * load.layers * load.kv_bytes
+    needed = memory_bytes(load, held)
     if needed <= bench.free:
         return ""
     return (

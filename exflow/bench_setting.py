@@ -21,7 +21,7 @@ from exflow.strategies import strategy_named
 from exflow.transport import NAMES as TRANSPORTS
 from exflow.transport import Transport
 
-WARM_UP = 3  # steps that are run and counted, but not timed; as decode_bench has them
+WARM_UP = 3  # steps that are run and counted, but not timed
 CONTEXT = 512
 ONE_PROCESS = "single-process"
 CONTIGUOUS = "contiguous"

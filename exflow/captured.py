@@ -5,7 +5,7 @@ On a CPU the same step runs without a graph, in Triton's interpreter: slow, for 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -165,6 +165,12 @@ class CapturedDecode:
         with torch.cuda.graph(graph):
             self.run()
         return graph
+
+    def use_tables(self, tables: PlanTables) -> None:
+        """Those of another placement with as many slots, in the step's memory: the graph stays as it is."""
+        self.capture = replace(self.capture, tables=tables)
+        self.step.serving.copy_(tables.serving_slot.transpose(0, 1))
+        self.step.next_owner.copy_(tables.next_owner)
 
     def run(self) -> None:
         """The step without the graph."""

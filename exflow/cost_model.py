@@ -173,12 +173,20 @@ def predict(strategy: Name, load: Load, moved: Moved, machine: Machine) -> Predi
         tokens = load.tokens_per_rank * moved.group_size * load.layers
     background_s = _slower([tokens * copies * load.kv_bytes for copies in moved.kv], machine)
     held = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
-    kv_held = held * load.context * load.layers * load.kv_bytes
-    weights = load.dense_bytes + load.moe_layers * load.slots_per_rank * load.expert_bytes
     exchange_s = _all_reduces_s(load, moved, machine) + _exchanges_s(load, moved, machine)
     return Prediction(
-        strategy, exchange_s, compute_s, max(0.0, background_s - machine.hides * compute_s), weights + kv_held
+        strategy,
+        exchange_s,
+        compute_s,
+        max(0.0, background_s - machine.hides * compute_s),
+        memory_bytes(load, held),
     )
+
+
+def memory_bytes(load: Load, sequences: int) -> int:
+    """Of a rank's weights, and of the keys and values of so many sequences."""
+    weights = load.dense_bytes + load.moe_layers * load.slots_per_rank * load.expert_bytes
+    return weights + sequences * load.context * load.layers * load.kv_bytes
 
 
 def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, str]:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from exflow.bench_setting import WARM_UP
 from exflow.captured import Capture, CapturedDecode
 from exflow.decode_step import DecodeStep
 from exflow.decoder import Decoder, Rows
 from exflow.profiling.trace import DECODE
 from exflow.sampling import GREEDY
-
-WARM_UP = 3
 
 
 @dataclass(frozen=True)

@@ -51,19 +51,20 @@ def load_model(
     Raises InputError for bad files.
     """
     source = weights if isinstance(weights, RandomWeights) else Path(weights)
-    decoder = _decoder(source, torch.device(device), dtype)
+    decoder = decoder_of(source, torch.device(device), dtype)
     cluster = alone(decoder.embedding.weight.device)
     plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
     tables = PlanTables.of(plan, cluster.device)
     return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", transport))
 
 
-def _decoder(
+def decoder_of(
     weights: Path | RandomWeights,
     device: torch.device,
     dtype: torch.dtype,
     experts_here: list[list[int]] | None = None,
 ) -> Decoder:
+    """The model with a rank's experts, all of them by default. Raises InputError for bad files."""
     if isinstance(weights, RandomWeights):
         return random_decoder(weights, device, dtype, experts_here)
     return load_decoder(weights, device, dtype, experts_here)
@@ -97,16 +98,22 @@ def plan_for(model: Path, plan: Path | None, topology: Topology) -> Plan:
     return loaded
 
 
+def experts_of(plan: Plan, rank: int) -> list[list[int]]:
+    """For each MoE layer the expert in each slot of a rank."""
+    first = rank * plan.slots_per_rank
+    experts: list[list[int]] = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
+    return experts
+
+
 def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     """This rank's engine: it reads (or draws) and holds the experts of its own slots alone. Collective.
 
     Raises InputError on every rank alike if any rank finds a file at fault.
     """
     plan = deployment.plan
-    first = cluster.rank * plan.slots_per_rank
-    experts_here = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
+    experts_here = experts_of(plan, cluster.rank)
     decoder = alike_on_all_ranks(
-        cluster, lambda: _decoder(deployment.weights, cluster.device, deployment.dtype, experts_here)
+        cluster, lambda: decoder_of(deployment.weights, cluster.device, deployment.dtype, experts_here)
     )
     tables = PlanTables.of(plan, cluster.device)
     config = decoder.config

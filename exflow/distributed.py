@@ -98,9 +98,7 @@ def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
         result.append(work())
     except InputError as error:
         fault = str(error)
-    faults: list[str | None] = [None] * cluster.num_ranks
-    dist.all_gather_object(faults, fault)
-    for message in faults:
+    for message in of_all(cluster, fault):
         if message is not None:
             raise InputError(message)
     return result[0]

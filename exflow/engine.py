@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from exflow.config import ModelConfig
 from exflow.console import say, status
 from exflow.decoder import Decoder, Rows
+from exflow.distributed import of_all
 from exflow.errors import InputError
 from exflow.exchange import Counters, total
 from exflow.kv_cache import KVCache
@@ -143,9 +143,7 @@ class Engine:
         """Every rank's `mine`, by rank; collective, and not counted."""
         if self.strategy.exchange is None:
             return [mine]
-        gathered: list[Item | None] = [None] * self.strategy.exchange.cluster.num_ranks
-        dist.all_gather_object(gathered, mine)
-        return [item for item in gathered if item is not None]
+        return of_all(self.strategy.exchange.cluster, mine)
 
     def routing_layout(self) -> RoutingLayout:
         return self.decoder.routing_layout()
@@ -195,14 +193,20 @@ class _Run:
         self._choose(hidden_TD[last], Rows(rows.sequence_T[last], rows.position_T[last], PREFILL))
 
     def decode(self) -> None:
-        for step in range(1, self.request.max_new_tokens):
-            attention, layout = self.strategy.step(self.cache, self.longest + step)
-            hidden_TD, rows = self.decoder(self.token_T, self.rows, attention, layout)
-            if self.strategy.idle(rows):
+        for _ in range(1, self.request.max_new_tokens):
+            if not self.advance():
                 break
-            self.steps += 1
-            self.strategy.share(attention)
-            self._choose(hidden_TD, rows)
+
+    def advance(self) -> bool:
+        """One step; False, and no step, once no rank owns a token."""
+        attention, layout = self.strategy.step(self.cache, self.longest + self.steps + 1)
+        hidden_TD, rows = self.decoder(self.token_T, self.rows, attention, layout)
+        if self.strategy.idle(rows):
+            return False
+        self.steps += 1
+        self.strategy.share(attention)
+        self._choose(hidden_TD, rows)
+        return True
 
     def _choose(self, hidden_TD: Tensor, rows: Rows) -> None:
         """Choose the token after each row; what has not ended goes into the next step."""

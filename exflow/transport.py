@@ -5,11 +5,10 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from exflow.config import ModelConfig
 from exflow.console import say
-from exflow.distributed import Cluster
+from exflow.distributed import Cluster, of_all
 from exflow.errors import InputError
 
 Transport = Literal["one-sided", "collective", "eager"]
@@ -100,9 +99,7 @@ def _fault_of_symmetric_memory(cluster: Cluster) -> str:
         symmetric_memory(cluster)(4096)
     except (RuntimeError, ImportError) as error:
         mine = str(error).splitlines()[0]
-    faults: list[str] = [""] * cluster.num_ranks
-    dist.all_gather_object(faults, mine)
-    return next((fault for fault in faults if fault), "")
+    return next((fault for fault in of_all(cluster, mine) if fault), "")
 
 
 def alone(device: torch.device) -> Cluster:
