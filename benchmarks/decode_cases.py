@@ -75,11 +75,13 @@ def recorded(pattern: str, folder: Path, layers: int, choices: int) -> tuple[Rou
         raise SystemExit(f"{folder} has no {pattern}; give the folder of the traces")
     of_group, every = np.concatenate(groups), np.concatenate(experts)
     held_out = of_group % 4 == 3
-    # replayed in short sequences, so that a batch is of many places in the text
+    # replayed in short sequences, and mixed, so that a batch is of many texts, as requests of many users are
     replayed = every[held_out]
+    piece = np.arange(len(replayed)) // 32
+    mixed = np.random.default_rng(0).permutation(piece[-1] + 1)
     return (
         RoutingTrace.from_arrays(every[~held_out], num_experts=number, sequence=of_group[~held_out]),
-        RoutingTrace.from_arrays(replayed, num_experts=number, sequence=np.arange(len(replayed)) // 32),
+        RoutingTrace.from_arrays(replayed, num_experts=number, sequence=mixed[piece]),
     )
 
 

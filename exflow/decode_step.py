@@ -8,18 +8,20 @@ Shapes: B sequences of the batch, M rows of this rank, D hidden, K choices, S sl
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from exflow.config import ModelConfig
 from exflow.decoder import Block, Decoder, MoE, Norm
 from exflow.kernels.decode_attention import decode_attention, merge_splits
 from exflow.kernels.gate import gate_and_put
 from exflow.kernels.grouped_mlp import expert_down, expert_up
+from exflow.kernels.lined_up import activate, line_up, put_back
 from exflow.kernels.receive import receive
 from exflow.kernels.settle import put_partials, settle
 from exflow.mail import Mail, StepShape, words_of
@@ -27,6 +29,7 @@ from exflow.moe import PlanTables
 from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling, choose_tokens
 
+MANY_ROWS = 96  # of a slot, in the mean: torch's grouped products are faster than ours from there on
 PATIENCE = 20_000_000  # looks at another rank's flag before it is given up: 10 s and more
 
 
@@ -62,9 +65,18 @@ def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize
     return Tiles(rows, wide, max(16, deep), splits, stages, warps=8 if many else 4)
 
 
+def _has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped products run without reading sizes on the host."""
+    return device.type == "cpu" or (dtype == torch.bfloat16 and _is_sm90(device))
+
+
+def _is_sm90(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _programmatic_launch(device: torch.device) -> dict[str, Any]:
     """What a kernel is launched with, so that it is set up while the one before it still runs (wire.py)."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if _is_sm90(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -137,6 +149,11 @@ class DecodeStep:
         itemsize = self.dtype.itemsize
         self.up = tiles_for(per_slot, self.slots, inner, hidden, itemsize, gated)
         self.down = tiles_for(per_slot, self.slots, hidden, inner, itemsize, False)
+        self.lined_up = per_slot >= MANY_ROWS and _has_grouped_products(self.device, self.dtype)
+        if self.lined_up:
+            self.down = replace(self.down, splits=1)
+            self.in_order = zeros(pairs, hidden, dtype=self.dtype)
+            self.order, self.ends = zeros(pairs), zeros(self.slots)
         self.inner = zeros(pairs, inner, dtype=self.dtype)
         self.partials = zeros(self.down.splits, pairs, hidden, dtype=torch.float32)
         heads, width = config.num_attention_heads, config.head_dim
@@ -254,7 +271,10 @@ class DecodeStep:
     def _moe(self, layer: MoE, following: Norm) -> Iterator[None]:
         """One MoE layer; `following` norms its result for what comes next."""
         yield from self._dispatch(layer)
-        self._experts(layer)
+        if self.lined_up:
+            self._experts_in_order(layer)
+        else:
+            self._experts(layer)
         yield from self._combine(layer.index, following)
 
     def _dispatch(self, layer: MoE) -> Iterator[None]:
@@ -413,6 +433,48 @@ class DecodeStep:
             BLOCK_R=down.rows,
             num_warps=down.warps,
             num_stages=down.stages,
+            **self.overlap,
+        )
+
+    def _experts_in_order(self, layer: MoE) -> None:
+        """The same by torch's grouped products, for many rows a slot."""
+        inner, hidden = self.inner.shape[1], self.hidden.shape[1]
+        pairs = len(self.inner)
+        line_up[(pairs,)](
+            self.received,
+            self.pairs,
+            self.counts,
+            self.in_order,
+            self.order,
+            self.ends,
+            pairs,
+            D=hidden,
+            TOP_K=self.top_k,
+            SLOTS=self.slots,
+            BLOCK_S=triton.next_power_of_2(self.slots),
+            BLOCK_D=self.shapes["BLOCK_D"],
+            **self.overlap,
+        )
+        experts = layer.experts
+        activate[(pairs, triton.cdiv(inner, 1024))](
+            grouped_mm(self.in_order, experts.w_in.mT, offs=self.ends),
+            self.inner,
+            self.ends,
+            F=inner,
+            GATED=self.gated,
+            SLOTS=self.slots,
+            BLOCK_F=1024,
+            **self.overlap,
+        )
+        put_back[(pairs,)](
+            grouped_mm(self.inner, experts.w_out.mT, offs=self.ends),
+            self.order,
+            self.ends,
+            self.weights,
+            self.partials,
+            D=hidden,
+            SLOTS=self.slots,
+            BLOCK_D=self.shapes["BLOCK_D"],
             **self.overlap,
         )
 

@@ -63,39 +63,41 @@ def gate_and_put(
     [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in the
     buffers are numbered by sequence, else by row.
     """
-    after_earlier_kernels(PDL)
+    # everything whose address is known is read before anything is computed: latencies add up otherwise
     row = tl.program_id(0)
+    sequence = sequence_of(row, RANK, RANKS, GROUP)
+    home = sequence % RANKS
+    asks = home if REPLICATED else RANK
+    ranks = tl.arange(0, BLOCK_G)
+    e = tl.arange(0, BLOCK_E)
+    c = tl.arange(0, STRIP)
+    first = (e[:, None] < EXPERTS) & (c < D)[None, :]
+    strip = tl.load(gate + e[:, None] * D + c[None, :], mask=first, other=0.0)
+    w = tl.load(norm_weight + c, mask=c < D, other=0.0)
+    b = tl.load(norm_bias + c, mask=c < D, other=0.0)
+    slots = tl.load(serving + asks * EXPERTS + e, mask=e < EXPERTS, other=0)
+    both = (e[:, None] < EXPERTS) & (ranks < RANKS)[None, :]
+    likely_next = tl.load(next_owner + e[:, None] * RANKS + ranks[None, :], mask=both, other=0)
     number = number_of(step, layer, layers)
+    addresses = tl.load(buffers + number % 2 * RANKS + ranks, mask=ranks < RANKS, other=0)
+    after_earlier_kernels(PDL)
     if tl.load(owned + row) != 0:
-        # everything whose address is known is read before anything is computed: latencies add up otherwise
-        sequence = sequence_of(row, RANK, RANKS, GROUP)
-        home = sequence % RANKS
-        asks = home if REPLICATED else RANK
-        ranks = tl.arange(0, BLOCK_G)
-        e = tl.arange(0, BLOCK_E)
         d = tl.arange(0, BLOCK_D)
         in_row = d < D
         x = tl.load(hidden + row * D + d, mask=in_row, other=0.0)
-        c = tl.arange(0, STRIP)
-        first = (e[:, None] < EXPERTS) & (c < D)[None, :]
-        strip = tl.load(gate + e[:, None] * D + c[None, :], mask=first, other=0.0)
-        addresses = tl.load(buffers + number % 2 * RANKS + ranks, mask=ranks < RANKS, other=0)
-        slots = tl.load(serving + asks * EXPERTS + e, mask=e < EXPERTS, other=0)
-        both = (e[:, None] < EXPERTS) & (ranks < RANKS)[None, :]
-        likely_next = tl.load(next_owner + e[:, None] * RANKS + ranks[None, :], mask=both, other=0)
-
         mean, scale = moments(x.to(tl.float32), in_row, D, EPS)
-        logits = tl.zeros([BLOCK_E], tl.float32)
+        terms = tl.zeros([BLOCK_E, STRIP], tl.float32)
         for start in tl.static_range(0, D, STRIP):
             if start > 0:
                 c = start + tl.arange(0, STRIP)
                 rest = (e[:, None] < EXPERTS) & (c < D)[None, :]
                 strip = tl.load(gate + e[:, None] * D + c[None, :], mask=rest, other=0.0)
+                w = tl.load(norm_weight + c, mask=c < D, other=0.0)
+                b = tl.load(norm_bias + c, mask=c < D, other=0.0)
             part = tl.load(hidden + row * D + c, mask=c < D, other=0.0).to(tl.float32)
-            w = tl.load(norm_weight + c, mask=c < D, other=0.0).to(tl.float32)
-            b = tl.load(norm_bias + c, mask=c < D, other=0.0).to(tl.float32)
-            normed = ((part - mean) * scale * w + b).to(x.dtype).to(tl.float32)
-            logits += tl.sum(strip.to(tl.float32) * normed[None, :], 1)
+            normed = (part - mean) * scale * w.to(tl.float32) + b.to(tl.float32)
+            terms += strip.to(tl.float32) * normed.to(x.dtype).to(tl.float32)[None, :]
+        logits = tl.sum(terms, 1)
         logits = tl.where(e < EXPERTS, logits, float("-inf"))
         odds = tl.exp(logits - tl.max(logits, 0))
         probability = odds / tl.sum(odds, 0)

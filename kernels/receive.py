@@ -27,11 +27,11 @@ def chunk_of(base, sequence, source: tl.constexpr, CHUNK: tl.constexpr, RANKS: t
 
 
 @triton.jit
-def _take_row(base, sequence, number, norm_weight, norm_bias, normed, residual_at, owner_of, weights,
+def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, weights,
               D: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
               GROUP: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, WORDS: tl.constexpr,
-              HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr, EPS: tl.constexpr,
-              BLOCK_D: tl.constexpr):  # fmt: skip
+              HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr,
+              EPS: tl.constexpr):  # fmt: skip
     """One sequence's row, if one came: its norm, and what the kernels to come must know of it."""
     SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
     place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
@@ -48,10 +48,9 @@ def _take_row(base, sequence, number, norm_weight, norm_bias, normed, residual_a
     else:
         row_bytes: tl.constexpr = D * (normed.dtype.element_ty.primitive_bitwidth // 8)
         row_at = address + HIDDEN_AT + place * row_bytes
-        d = tl.arange(0, BLOCK_D)
         in_row = d < D
         x = tl.load(pointer_at(row_at, normed.dtype) + d, mask=in_row, other=0.0).to(tl.float32)
-        out = normalise(x, d, in_row, norm_weight, norm_bias, D, EPS)
+        out = normalise(x, in_row, w, b, D, EPS)
         tl.store(normed + sequence * D + d, out.to(normed.dtype.element_ty), mask=in_row)
         words = address.to(tl.pointer_type(tl.int32)) + place * WORDS
         tl.store(residual_at + sequence, row_at)
@@ -129,8 +128,11 @@ def receive(
     -1 if none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
     TOP_K] int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
     """
-    after_earlier_kernels(PDL)
     program = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    w = tl.load(norm_weight + d, mask=d < D, other=0.0)
+    b = tl.load(norm_bias + d, mask=d < D, other=0.0)
+    after_earlier_kernels(PDL)
     number = number_of(step, layer, layers)
     base = tl.load(buffers + number % 2)
     if WAIT:
@@ -138,9 +140,8 @@ def receive(
             signal(flag_addresses, number, RANKS, BLOCK_G)
         wait_for_all(flags, number, failed, patience, RANKS)
     if program < sequences:
-        _take_row(base, program, number, norm_weight, norm_bias, normed, residual_at, owner_of, weights, D,
-                  TOP_K, RANK, RANKS, GROUP, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE, EPS,
-                  BLOCK_D)  # fmt: skip
+        _take_row(base, program, number, d, w, b, normed, residual_at, owner_of, weights, D, TOP_K, RANK,
+                  RANKS, GROUP, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE, EPS)  # fmt: skip
     else:
         _list_slot(base, program - sequences, number, pairs, counts, sequences, TOP_K, RANK, RANKS,
                    GROUP, SLOTS_PER_RANK, WORDS, CHUNK, BY_SEQUENCE, BLOCK_B)  # fmt: skip

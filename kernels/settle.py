@@ -127,8 +127,12 @@ def settle(
     normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
     int64: where partial sums arrive, by the number's parity.
     """
-    after_earlier_kernels(PDL)
     row = tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    in_row = d < D
+    w = tl.load(norm_weight + d, mask=in_row, other=0.0)
+    b = tl.load(norm_bias + d, mask=in_row, other=0.0)
+    after_earlier_kernels(PDL)
     number = number_of(step, layer, layers)
     if RETURNS and WAIT:
         if row == 0:
@@ -138,8 +142,6 @@ def settle(
     mine = tl.load(owner_of + sequence) == RANK
     tl.store(owned + row, mine.to(tl.int32))
     if mine:
-        d = tl.arange(0, BLOCK_D)
-        in_row = d < D
         address = tl.load(residual_at + sequence)
         x = tl.load(pointer_at(address, hidden.dtype) + d, mask=in_row, other=0.0).to(tl.float32)
         pairs = sequences * TOP_K
@@ -155,5 +157,5 @@ def settle(
         rounded = x.to(hidden.dtype.element_ty)
         tl.store(hidden + row * D + d, rounded, mask=in_row)
         wide = tl.where(in_row, rounded.to(tl.float32), 0.0)
-        out = normalise(wide, d, in_row, norm_weight, norm_bias, D, EPS)
+        out = normalise(wide, in_row, w, b, D, EPS)
         tl.store(normed + row * D + d, out.to(normed.dtype.element_ty), mask=in_row)

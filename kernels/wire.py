@@ -24,10 +24,12 @@ def row_of(sequence, RANKS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def after_earlier_kernels(PDL: tl.constexpr):
-    """Wait until earlier kernels are done and what they wrote is seen; the first thing that a kernel does.
+    """Wait until earlier kernels are done and what they wrote is seen.
 
     PDL, programmatic dependent launch (SM90 and later): a kernel is set up while the one before it still
-    runs, and waits here instead of being launched late. Its own successor may be set up from here on.
+    runs, and waits here instead of being launched late. Its own successor may be set up from here on. What a
+    kernel reads before it calls this must be there already: weights and tables, and what any kernel but the
+    latest wrote, since that one has waited for the others.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -90,9 +92,7 @@ def moments(x, mask, D: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def normalise(x, d, mask, weight, bias, D: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm of one row in float32 [BLOCK]; x is zero where masked."""
+def normalise(x, mask, w, b, D: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm of one row in float32 [BLOCK], with weight w and bias b; x is zero where masked."""
     mean, scale = moments(x, mask, D, EPS)
-    w = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
-    return (x - mean) * scale * w + b
+    return (x - mean) * scale * w.to(tl.float32) + b.to(tl.float32)

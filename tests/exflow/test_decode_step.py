@@ -22,6 +22,7 @@ from exflow.mail import Allocate, Mailbox, PeerMemory, StepShape, collective_mai
 from exflow.moe import PlanTables
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
+from exflow.sampling import GREEDY
 from exflow.strategies import single_process
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,3 +262,37 @@ def test_mail_that_a_collective_moves_says_the_same(
     ours = job(decoder, request, plan, group_size, replicated, collective=exchange)
     ours.run(2)
     assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
+
+
+@pytest.mark.parametrize(("top_k", "activation"), [(1, "gelu"), (2, "swiglu")])
+@torch.inference_mode()
+def test_grouped_products_of_rows_in_order_say_the_same(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+    activation: str,
+) -> None:
+    """The products of many rows against those of few; slot 1 has no rows, some pairs are served elsewhere."""
+    monkeypatch.setattr("exflow.decode_step.MANY_ROWS", 0)
+    config = tiny_config(top_k, activation=activation, num_hidden_layers=1)
+    # torch's products take bfloat16 alone on GPUs, the interpreter knows no bfloat16
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    decoder = tiny_decoder(config).to(DEVICE, dtype)
+    shape = StepShape(0, 1, 1, 1, sequences=8, positions=16)
+    tables = PlanTables.of(contiguous_plan(config, Topology(gpus_per_node=1)), DEVICE)
+    mail = one_sided_mail(shape, top_k, dtype.itemsize * config.hidden_size, False, SimulatedMemory(1).of(0))
+    step = DecodeStep(decoder, shape, tables, mail, [0], GREEDY, ())
+    assert step.lined_up
+    pairs = torch.randperm(8 * top_k)[: 8 * top_k - 2].to(DEVICE, torch.int32)
+    step.pairs[0, :5], step.pairs[2, : len(pairs) - 5] = pairs[:5], pairs[5:]
+    step.counts[0], step.counts[2] = 5, len(pairs) - 5
+    step.received.normal_()
+    step.weights.uniform_(0.5, 1.0)
+    layer = decoder.blocks[0].mlp
+    assert isinstance(layer, MoE)
+    step._experts(layer)
+    few = step.partials[0, pairs.long()].clone()
+    step.partials.zero_()
+    step._experts_in_order(layer)
+    torch.testing.assert_close(step.partials[0, pairs.long()], few, rtol=0.02, atol=0.02 * few.std().item())

@@ -1,0 +1,96 @@
+"""Around torch's grouped products, for many rows a slot: rows in the order of slots, activated, and back.
+
+The three kernels skip what is beyond the rows that came; the products' shapes do not depend on how many did.
+"""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.wire import after_earlier_kernels
+
+
+@triton.jit
+def line_up(
+    normed,
+    pairs,
+    counts,
+    rows,
+    order,
+    ends,
+    pairs_per_slot,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (pairs,). rows[i] = normed[pair // TOP_K] for the pairs of slot 0, then of slot 1, ...
+
+    pairs [slots, pairs] int32 and counts [slots] int32 as `receive` writes them. order [pairs] int32: the
+    pair of each row; ends [slots] int32: where each slot's rows end.
+    """
+    after_earlier_kernels(PDL)
+    i = tl.program_id(0)
+    s = tl.arange(0, BLOCK_S)
+    count_of = tl.load(counts + s, mask=s < SLOTS, other=0)
+    end_of = tl.cumsum(count_of, 0)
+    if i == 0:
+        tl.store(ends + s, end_of, mask=s < SLOTS)
+    slot = tl.sum(((end_of <= i) & (s < SLOTS)).to(tl.int32), 0)
+    if slot < SLOTS:
+        within = i - tl.sum(tl.where(s < slot, count_of, 0), 0)
+        pair = tl.load(pairs + slot * pairs_per_slot + within)
+        d = tl.arange(0, BLOCK_D)
+        row = tl.load(normed + pair // TOP_K * D + d, mask=d < D)
+        tl.store(rows + i * D + d, row, mask=d < D)
+        tl.store(order + i, pair)
+
+
+@triton.jit
+def activate(
+    products,
+    inner,
+    ends,
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (pairs, F / BLOCK_F). inner [pairs, F] from products [pairs, F], or [pairs, 2 F] where GATED
+    (silu of the first half times the second); else GELU."""
+    after_earlier_kernels(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(ends + SLOTS - 1):
+        f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        if GATED:
+            x = tl.load(products + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+            up = tl.load(products + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
+            out = x / (1.0 + tl.exp(-x)) * up
+        else:
+            x = tl.load(products + row * F + f, mask=f < F, other=0.0).to(tl.float32)
+            out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        tl.store(inner + row * F + f, out.to(inner.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def put_back(
+    outputs,
+    order,
+    ends,
+    weight_of,
+    partials,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (pairs,). partials[pair] = weight_of[pair] * its row of outputs; partials [pairs, D] float32."""
+    after_earlier_kernels(PDL)
+    row = tl.program_id(0)
+    if row < tl.load(ends + SLOTS - 1):
+        pair = tl.load(order + row)
+        d = tl.arange(0, BLOCK_D)
+        out = tl.load(outputs + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(partials + pair * D + d, out * tl.load(weight_of + pair), mask=d < D)
