@@ -227,7 +227,12 @@ def predicted_us(case: Case, batch: int, context: int, machines: list[Machine]) 
 
 
 def rows_of(
-    case: Case, cluster: Cluster, batch: int, context: int, hardware: dict[str, float]
+    case: Case,
+    cluster: Cluster,
+    batch: int,
+    context: int,
+    hardware: dict[str, float],
+    strategies: list[str],
 ) -> Iterator[dict[str, Any]]:
     for placement in PLACEMENTS:
         yield baseline_row("host-synced", HostSyncedDecode, case, cluster, placement, batch, context)
@@ -236,7 +241,7 @@ def rows_of(
 
         if DeepSpeedDecode.serves(case.decoder):
             yield baseline_row("deepspeed.moe", DeepSpeedDecode, case, cluster, "contiguous", batch, context)
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         for transport in TRANSPORTS:
             torch.cuda.empty_cache()
             yield from captured_rows(case, cluster, strategy, transport, batch, context, hardware)
@@ -271,8 +276,12 @@ def show_auto(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> No
     """What `auto` would take with each transport and placement, and how much longer that is than the best."""
     taken = {(row["strategy"], row["transport"], row["placement"]): row["median_us"] for row in rows}
     for each in predicted:
-        here = {name: taken[name, each["transport"], each["placement"]] for name in each["step_us"]}
-        chosen = min(each["step_us"], key=each["step_us"].__getitem__)
+        here = {
+            name: taken[name, each["transport"], each["placement"]]
+            for name in each["step_us"]
+            if (name, each["transport"], each["placement"]) in taken
+        }
+        chosen = min(here, key=each["step_us"].__getitem__)
         print(
             f"auto, {each['transport']}, {each['placement']}: {chosen}, predicted "
             f"{each['step_us'][chosen]:.0f} us, x best {here[chosen] / min(here.values()):.3f}"
@@ -300,6 +309,7 @@ def setting(cluster: Cluster, hardware: dict[str, float], context: int) -> dict[
 def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
     hardware = bandwidths(cluster)
     machines = [measure(cluster, transport) for transport in TRANSPORTS]
+    strategies = arguments.strategy or list(STRATEGIES)
     document = {**setting(cluster, hardware, arguments.context), "cases": []}
     document["machines"] = [asdict(machine) for machine in machines]
     for folder in sorted(arguments.cases.iterdir()):
@@ -312,7 +322,7 @@ def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
             entry["predicted"] = predicted_us(case, batch, arguments.context, machines)
             document["cases"].append(entry)
             try:
-                rows.extend(rows_of(case, cluster, batch, arguments.context, hardware))
+                rows.extend(rows_of(case, cluster, batch, arguments.context, hardware, strategies))
                 entry["exchange_us_a_layer"] = exchange_us(case, cluster, batch, arguments.context)
             except torch.OutOfMemoryError as error:
                 entry["stopped"] = str(error).splitlines()[0]
@@ -333,6 +343,7 @@ def main() -> None:
     )
     parser.add_argument("cases", type=Path, help="folder that decode_cases.py wrote")
     parser.add_argument("--only", action="append", help="a case; repeatable")
+    parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="by default all; repeatable")
     parser.add_argument("--batch", type=int, action="append", help="repeatable")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("-o", "--output", type=Path, required=True)
