@@ -1,5 +1,6 @@
 """The balance command: a plan by loads alone, for engines that count and do not record."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,21 @@ from exflow.profiling.importers.loads import read_loads
 
 
 def run_balance(
-    files: list[Path], topology: Topology, redundant_experts: int, name: str, output: Path
+    files: list[Path],
+    topology: Topology,
+    redundant_experts: int,
+    name: str,
+    output: Path,
+    advance: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Place by the sum of the files' loads and save the plan; how level it is, for printing."""
-    loads = [read_loads(file) for file in files]
-    for file, load in zip(files, loads, strict=True):
+    """Place by the sum of the files' loads and save the plan; how level it is, for printing.
+
+    advance: called with the files read and the files in all.
+    """
+    loads = []
+    for file in files:
+        loads.append(load := read_loads(file))
+        advance(len(loads), len(files))
         if load.shape != loads[0].shape:
             raise InputError(
                 f"{file}: counts {load.shape[0]} layers of {load.shape[1]} experts, {files[0]} "

@@ -6,7 +6,6 @@ Every case is a batch in the middle of its decode: `context` positions of noise,
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from exflow.bench_report import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
 from exflow.bench_setting import WARM_UP, BenchJob, Setting
-from exflow.console import say, status
+from exflow.console import Work, note
 from exflow.cost_model import Load, Machine, memory_bytes
 from exflow.decoder import Decoder, Rows
 from exflow.deploy import decoder_of, experts_of
@@ -54,10 +53,10 @@ def bench_decode(job: BenchJob) -> dict[str, Any] | None:
 def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | None:
     """Every case, one after the other. Collective."""
     first = cluster.rank == 0
-    for note in setting.notes if first else []:
-        say(note)
+    for line in setting.notes if first else []:
+        note(line)
     setting = replace(setting, transports=working_transports(setting, cluster))
-    with status("measuring memory and links") if first else nullcontext() as line:
+    with Work("measuring memory and links", shown=first):
         free = min(of_all(cluster, free_bytes(cluster)))
         measured = setting.transports if setting.topology is not None else []
         machines = {transport: measure(cluster, transport) for transport in measured}
@@ -65,10 +64,12 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
         if first:  # compiled: of no use to the other ranks
             report.predicted = predicted(setting, machines)
             report.taken_by_auto = taken_by_auto(report.predicted, machines)
-        bench = Bench(setting, cluster, free, machines, None if line is None else line.update)
+    with Work("timing", "cases", shown=first) as work:
+        bench = Bench(setting, cluster, free, machines, work.tell)
         for case, result in results(bench):
             if first:
                 report.add(case, result)
+            work.advance(len(report.results), len(report.cases))
     return report.document() if first else None
 
 
@@ -82,12 +83,12 @@ def working_transports(setting: Setting, cluster: Cluster) -> list[Transport]:
     if setting.topology is None or cluster.device.type != "cuda":
         return [choose_transport("auto", cluster, setting.config)]
     working: list[Transport] = []
-    for transport in ("collective", "one-sided"):
+    for transport in ("collective", "one-sided" if cluster.num_nodes == 1 else "relayed"):
         try:
             working.append(choose_transport(transport, cluster, setting.config))
         except InputError as error:  # the same on all ranks
             if cluster.rank == 0:
-                say(f"left out: {error}")
+                note(f"left out: {error}")
     return working or ["eager"]
 
 
@@ -95,18 +96,14 @@ def working_transports(setting: Setting, cluster: Cluster) -> list[Transport]:
 class Bench:
     """What all cases share. free: bytes of memory that every rank has, before any weights.
 
-    tell: is told what is going on; None on all ranks but one.
+    tell: is told what is going on.
     """
 
     setting: Setting
     cluster: Cluster
     free: float
     machines: dict[Transport, Machine]
-    tell: Callable[[str], object] | None = None
-
-    def say(self, what: object) -> None:
-        if self.tell is not None:
-            self.tell(str(what))
+    tell: Callable[[str], object] = lambda what: None
 
 
 def results(bench: Bench) -> Iterator[tuple[Case, Result]]:
@@ -143,7 +140,7 @@ def sharing_weights(setting: Setting) -> list[list[str]]:
 def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
     """Load what is in the slots of the first one's placement, and time them all. Collective."""
     setting, cluster = bench.setting, bench.cluster
-    bench.say(f"loading the weights ({cases[0].placement})")
+    bench.tell(f"loading the weights ({cases[0].placement})")
     held = experts_of(setting.plans[cases[0].placement], cluster.rank)
     decoder = allocated(cluster, lambda: decoder_of(setting.weights, cluster.device, setting.dtype, held))
     if isinstance(decoder, str):
@@ -157,7 +154,7 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
             yield from captured_results(bench, decoder, together)
             continue
         for case in together:
-            bench.say(case)
+            bench.tell(str(case))
             yield case, eager_result(bench, decoder, case)
 
 
@@ -235,7 +232,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
     size = 1 if setting.topology is None else group_size(strategy_named(strategy, cluster.num_nodes), cluster)
     tables = [PlanTables.of(setting.plans[case.placement], cluster.device) for case in cases]
     capture = Capture(decoder, tables[0], cluster, size, strategy == "replicated", transport)
-    bench.say(f"{cases[0]}: capturing")
+    bench.tell(f"{cases[0]}: capturing")
     if cluster.device.type == "cuda":
         torch.cuda.empty_cache()  # a graph that is gone leaves its memory in a pool that no other uses
     captured = allocated(cluster, lambda: stand_in_decode(capture, batch, setting.context, setting.counted))
@@ -244,7 +241,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
         return
     fill_with_noise(captured.cache, captured.shape.sequence_of_rows(), setting.context)
     for case, table in zip(cases, tables, strict=True):
-        bench.say(case)
+        bench.tell(str(case))
         captured.use_tables(table)
         begin_stand_in(captured, batch, setting.context)
         times = time_steps(captured, setting.steps)
@@ -279,6 +276,8 @@ def bytes_per_step(cluster: Cluster, mine: Counters, steps: int) -> tuple[float,
 
 def does_not_fit(bench: Bench, case: Case) -> str:
     """Why a case is not even tried; empty if it may fit. The same on all ranks."""
+    if (case.strategy, case.transport) == ("replicated", "relayed"):
+        return "replicated has nothing to relay"
     setting, positions, batch = bench.setting, bench.setting.positions, case.batch
     if case.transport != "eager":
         from exflow.captured import POSITIONS, bucket

@@ -148,7 +148,7 @@ def _transports(names: list[str], device_type: str, topology: Topology | None) -
             raise InputError(f"--transport {name}: no such transport; give {', '.join(TRANSPORTS)}")
         if name != "eager" and device_type != "cuda":
             raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
-        if name == "collective" and topology is None:  # nor is there a process group
+        if name in ("collective", "relayed") and topology is None:  # nor is there a process group
             raise InputError(f"--transport {name}: one process exchanges nothing; give one-sided or eager")
     return [known for name in dict.fromkeys(names) for known in TRANSPORTS if known == name]
 

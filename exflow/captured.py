@@ -29,6 +29,7 @@ from exflow.mail import (
     collective_mail,
     local_memory,
     one_sided_mail,
+    relayed_mail,
     symmetric_memory,
     words_of,
 )
@@ -86,6 +87,7 @@ class Capture:
             bucket(sequences, cluster.num_ranks),
             -(-positions // POSITIONS) * POSITIONS,
             self.replicated,
+            self.transport == "relayed",
         )
         return CapturedDecode(self, shape, sampling, end_tokens, kind)
 
@@ -105,15 +107,16 @@ class CapturedDecode:
         self.capture, self.shape = capture, shape
         start, decoder, cluster = time.perf_counter(), capture.decoder, capture.cluster
         config, weight = decoder.config, decoder.embedding.weight
-        one_sided = capture.transport == "one-sided"
+        one_sided = capture.transport != "collective"
         shares = not shape.replicated and shape.group_size > 1
+        in_place = one_sided and shape.group_size <= len(shape.peers)  # the group's caches can be written to
         alone = local_memory(weight.device)
         peers = symmetric_memory(cluster) if one_sided and shape.num_ranks > 1 else alone
         size = torch.Size(cache_shape(config, shape.rows, shape.positions))
-        memory = (peers if one_sided and shares else alone)(size.numel() * weight.dtype.itemsize)
+        memory = (peers if in_place and shares else alone)(size.numel() * weight.dtype.itemsize)
         self.cache = memory.own.view(weight.dtype).view(size)
         share = None
-        if shares and not one_sided:
+        if shares and not in_place:
             # no method of this object: a cycle would keep the graph from being freed
             share = partial(_gather_born, coherence_group(cluster, shape.group_size), cluster)
         self.step = kind(
@@ -121,7 +124,7 @@ class CapturedDecode:
             shape,
             capture.tables,
             self._mail(config, one_sided, peers),
-            self._caches(memory.bases, one_sided and shares),
+            self._caches(memory.bases, in_place and shares),
             sampling,
             end_tokens,
             decoder.replay,
@@ -143,7 +146,8 @@ class CapturedDecode:
     def _mail(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> Mail:
         row = config.hidden_size * self.cache.dtype.itemsize
         if one_sided:
-            return one_sided_mail(self.shape, config.top_k, row, self.capture.returns, peers)
+            make = relayed_mail if self.shape.relayed else one_sided_mail
+            return make(self.shape, config.top_k, row, self.capture.returns, peers)
         return collective_mail(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
 
     def _caches(self, bases: list[int], shared: bool) -> list[int]:
@@ -265,13 +269,17 @@ class CapturedDecode:
             row = config.hidden_size * self.cache.dtype.itemsize + 4
             return Counters(all_reduces=steps * layers, wire_bytes=self._wire(steps, sums * row))
         dispatch, returned = step.dispatched.sum(0).tolist(), step.returned.sum(0).tolist()
+        dispatch[0] += int(step.passed.sum())
         near = min(shape.group_size, shape.ranks_per_node) - 1
         born = int(step.attended.sum())
         kv = born * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
         hidden = config.hidden_size * self.cache.dtype.itemsize
-        moved = sum(dispatch) * (hidden + 4 * words_of(config.top_k)) + sum(returned) * (hidden + 4) + kv
+        counted = slice(1 if shape.relayed else 2)  # between nodes chunks go, full or not
+        moved = sum(dispatch[counted]) * (hidden + 4 * words_of(config.top_k))
+        moved += sum(returned[counted]) * (hidden + 4) + (0 if step.share else kv)
+        exchanges = (2 if self.capture.returns else 1) * (2 if shape.relayed else 1)
         return Counters(
-            all_to_alls=steps * layers * (2 if self.capture.returns else 1),
+            all_to_alls=steps * layers * exchanges,
             gathers=steps if step.share is not None else 0,
             dispatch_intra=dispatch[0],
             dispatch_inter=dispatch[1],
@@ -285,15 +293,17 @@ class CapturedDecode:
         )
 
     def _wire(self, steps: int, moved: int) -> int:
-        """Bytes that left this rank: what moved, or what a collective carries whether it is filled or not."""
-        if self.capture.transport == "one-sided":
-            return moved
-        boxes = [box for box in (self.step.mail.dispatch, self.step.mail.returns) if box is not None]
+        """Bytes that left this rank: those of rows written to others, and what collectives carry, full or
+        not."""
+        boxes = self.step.mail.boxes
         if self.shape.replicated:
             boxes = boxes[1:]  # every rank gates every token
-        a_layer = sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
-        born = self.step.born.nbytes * (self.shape.group_size - 1)
-        return steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
+        if self.capture.transport == "collective":
+            moved, a_layer = 0, sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
+        else:
+            a_layer = sum(box.far.wire_bytes for box in boxes if box.far)
+        born = self.step.born.nbytes * (self.shape.group_size - 1)  # empty where caches are written to
+        return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
 
 
 def _gather_born(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from exflow.console import TrainingLog, progress_bar, say, status
-from exflow.errors import InputError
+from exflow.console import TimedWork, TrainingLog, Work, begin, say, say_error
+from exflow.errors import InputError, WrongResult
 from exflow.files import check_writable
 from exflow.launch import (
     BAD_INPUT,
@@ -25,6 +25,21 @@ from exflow.launch import (
     run_ranks,
     torchrun_place,
 )
+from exflow.options import (
+    DEVICES,
+    DTYPES,
+    METHODS,
+    OWNED,
+    PHASES,
+    PLAN_FORMATS,
+    STRATEGIES,
+    TRACE_FORMATS,
+    TRANSPORTS,
+    Verbs,
+    examples,
+    general,
+    one_of,
+)
 from exflow.show import (
     print_decode_bench,
     print_demo,
@@ -32,17 +47,22 @@ from exflow.show import (
     print_figures,
     print_generation,
     print_placement,
+    print_run,
+    print_simulation,
     trace_figures,
 )
 
 app = typer.Typer(
     name="exflow",
+    cls=Verbs,
+    callback=general,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Decide on which GPU each expert of a Mixture-of-Experts model lives, and decode with one "
     "all-to-all a layer.",
+    epilog="Results go to stdout; progress, notes and errors to stderr. NO_COLOR is heeded. Exit codes: 0 "
+    "success, 2 bad usage or bad input, 128 + N stopped by signal N, 1 anything else.",
 )
 bench = typer.Typer(no_args_is_help=True, help="Time variants side by side in one job.")
 app.add_typer(bench, name="bench")
@@ -55,13 +75,22 @@ Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="A file or folder of text; {stdlib} is Python's library. Repeatable."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda; by default cuda where there is one.", autocompletion=one_of(DEVICES)),
+]
+Phase = Annotated[
+    str,
+    typer.Option(help="Which tokens to count: all, prefill or decode.", autocompletion=one_of(PHASES)),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 @app.command(
-    epilog="Examples: exflow profile models/gpt-moe-demo --text book.txt -o trace/   "
-    "exflow profile hf:OLMoE-1B-7B/ --text book.txt --length 512 -o trace/"
+    epilog=examples(
+        "exflow profile models/gpt-moe-demo --text book.txt -o trace/",
+        "exflow profile hf:OLMoE-1B-7B/ --text book.txt --length 512 -o trace/",
+    )
 )
 def profile(
     model: Annotated[
@@ -88,8 +117,7 @@ def profile(
     """Run a model over text and record its routing."""
     from exflow.profile import profile_text
 
-    with progress_bar() as bar:
-        task = bar.add_task("profiling", total=None)
+    with Work("profiling", "tokens") as work:
         trace = profile_text(
             model,
             text or ["{stdlib}"],
@@ -98,12 +126,19 @@ def profile(
             length=length,
             weights=weights,
             device=device,
-            advance=lambda done, total: bar.update(task, completed=done, total=total),
+            advance=work.advance,
         )
     print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
 
 
-@app.command("import", epilog="Example: exflow import responses.jsonl --hidden-layers 27 --top-k 6 -o trace/")
+@app.command(
+    "import",
+    epilog=examples(
+        "exflow import responses.jsonl --hidden-layers 27 --top-k 6 -o trace/",
+        "exflow import expert_distribution_recorder_*.pt -o trace/",
+        "exflow import routing.npz -o trace/",
+    ),
+)
 def import_trace(
     files: Annotated[list[Path], typer.Argument(help="Files of one recording.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")],
@@ -111,7 +146,8 @@ def import_trace(
         str | None,
         typer.Option(
             help="responses (SGLang, vLLM), sglang (its recorder), trtllm, megatron, npz or npy; "
-            "by default told from the content."
+            "by default told from the content.",
+            autocompletion=one_of(TRACE_FORMATS),
         ),
     ] = None,
     num_experts: Annotated[int | None, typer.Option(help="Where the files do not say.", min=1)] = None,
@@ -131,22 +167,19 @@ def import_trace(
     from exflow.profiling.importers.foreign import Hints
 
     hints = Hints(num_experts, layer_numbers(moe_layers), hidden_layers, top_k)
-    with progress_bar() as bar:
-        task = bar.add_task("importing (MiB)", total=None)
+    with Work("importing", "MiB") as work:
         figures = run_import(
-            files,
-            output,
-            format,
-            hints,
-            advance=lambda done, total: bar.update(task, completed=done >> 20, total=total >> 20),
+            files, output, format, hints, lambda done, total: work.advance(done >> 20, total >> 20)
         )
     print_figures(figures, as_json)
 
 
 @app.command(
-    epilog="Examples: exflow place trace/ --gpus 8 --nodes 2 -o plan.json   "
-    "exflow place code/ law/ --worst-case --topology cluster.yaml --redundant-experts 8 -o plan.json   "
-    "exflow place new/ --gpus 8 --from plan.json --max-moves 64 -o next.json"
+    epilog=examples(
+        "exflow place trace/ --gpus 8 --nodes 2 -o plan.json",
+        "exflow place code/ law/ --worst-case --topology cluster.yaml --redundant-experts 8 -o plan.json",
+        "exflow place new/ --gpus 8 --from plan.json --max-moves 64 -o next.json",
+    )
 )
 def place(
     traces: Annotated[list[Path], typer.Argument(help="Folders of routing traces.", show_default=False)],
@@ -176,6 +209,7 @@ def place(
         str,
         typer.Option(
             help="Whose messages count: coherent, node-coherent, or dispatch-combine (other engines).",
+            autocompletion=one_of(OWNED),
             rich_help_panel=_WHAT,
         ),
     ] = "coherent",
@@ -221,7 +255,9 @@ def place(
     method: Annotated[
         str,
         typer.Option(
-            help="auto, exact, search, sweep, ilp; or contiguous, random, load-only.", rich_help_panel=_HOW
+            help="auto, exact, search, sweep, ilp; or contiguous, random, load-only.",
+            autocompletion=one_of(METHODS),
+            rich_help_panel=_HOW,
         ),
     ] = "auto",
     time_limit: Annotated[
@@ -255,7 +291,8 @@ def place(
         check_writable(output)
     elif not (pareto or learning_curve):
         raise InputError("--output is missing: name the file of the plan")
-    with status("placing") as line, ctrl_c_ends_the_search():
+    solves = 2 if learning_curve else 1  # each within the limit
+    with TimedWork("placing", solves * time_limit) as work, ctrl_c_ends_the_search():
         result = run_place(
             PlaceJob(
                 traces=traces,
@@ -270,7 +307,7 @@ def place(
                 pareto=pareto,
                 learning_curve=learning_curve,
             ),
-            line.update,
+            work.tell,
         )
         if output is not None:
             result.plan.save(output)
@@ -278,7 +315,9 @@ def place(
 
 
 @app.command(
-    epilog="Example: exflow balance expert_distribution_recorder_*.pt --gpus 8 --nodes 2 -o plan.json"
+    epilog=examples(
+        "exflow balance expert_distribution_recorder_*.pt --gpus 8 --nodes 2 -o plan.json",
+    )
 )
 def balance(
     files: Annotated[list[Path], typer.Argument(help="SGLang's stat files, or JSON.", show_default=False)],
@@ -296,14 +335,21 @@ def balance(
     from exflow.placement.topology import topology_of
 
     check_writable(output)
-    print_figures(run_balance(files, topology_of(gpus, nodes), redundant_experts, model, output), as_json)
+    with Work("balancing", "files") as work:
+        where = topology_of(gpus, nodes)
+        figures = run_balance(files, where, redundant_experts, model, output, work.advance)
+    print_figures(figures, as_json)
 
 
-@app.command(epilog="Example: exflow evaluate plan.json trace/ --json")
+@app.command(
+    epilog=examples(
+        "exflow evaluate plan.json trace/", "exflow evaluate plan.json run/ --phase decode --json"
+    )
+)
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)],
     trace: Trace,
-    phase: Annotated[str, typer.Option(help="Which tokens to count: all, prefill or decode.")] = "all",
+    phase: Phase = "all",
     as_json: Json = False,
 ) -> None:
     """Count what a plan moves on a trace, for every strategy."""
@@ -311,12 +357,16 @@ def evaluate(
     from exflow.placement.plan import Plan
     from exflow.profiling.trace import RoutingTrace
 
-    print_evaluation(evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase)), as_json)
+    with Work("counting"):
+        figures = evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase))
+    print_evaluation(figures, as_json)
 
 
 @app.command(
-    epilog="Examples: exflow report trace/ plan.json -o report.html   "
-    "exflow report trace/ plan.json other.json --model configs/shapes/gpt-oss-20b -o report.html"
+    epilog=examples(
+        "exflow report trace/ plan.json -o report.html",
+        "exflow report trace/ plan.json other.json --model configs/shapes/gpt-oss-20b -o report.html",
+    )
 )
 def report(
     trace: Trace,
@@ -335,7 +385,7 @@ def report(
     topology: Annotated[
         Path | None, typer.Option(help="YAML file of GPUs and links, instead of --gpus.")
     ] = None,
-    phase: Annotated[str, typer.Option(help="Which tokens to count: all, prefill or decode.")] = "all",
+    phase: Phase = "all",
     model: Annotated[
         Path | None,
         typer.Option(
@@ -362,23 +412,94 @@ def report(
         check_writable(figures / "drawing.svg")
     where = Where(gpus, nodes, topology)
     job = ReportJob(trace, plans or [], output, phase, where, figures, model, batch, context, machine)
-    with progress_bar() as bar:
-        task = bar.add_task("reporting", total=None)
-        written = run_report(
-            job,
-            advance=lambda what, done, total: bar.update(
-                task, description=f"reporting: {what}", completed=done, total=total
-            ),
-        )
+    with Work("reporting", "steps") as work:
+
+        def advance(what: str, done: int, total: int) -> None:
+            work.tell(what)
+            work.advance(done, total)
+
+        written = run_report(job, advance)
     summary = {"report": str(output), "bytes": written.page_bytes, "figures": written.figures}
     print_figures(summary | written.report.as_json() if as_json else summary, as_json)
 
 
-@app.command(epilog="Example: exflow export plan.json --format sglang -o placement.json")
+@app.command(
+    epilog=examples(
+        "exflow simulate trace/ --model configs/shapes/gpt-oss-20b --gpus 8 --gpus 32",
+        "exflow simulate trace/ plan.json --model configs/shapes/gpt-oss-20b --batch 256",
+        "exflow simulate trace/ --model shape/ --machine configs/machines/a100-hdr.yaml --gpus-per-node 4 "
+        "--gpus 64 --figures drawings/",
+    )
+)
+def simulate(
+    trace: Trace,
+    model: Annotated[
+        Path, typer.Option(help="Folder of a checkpoint, or of a config.json alone.", show_default=False)
+    ],
+    plans: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of plans; without them placements are made.", show_default=False),
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="GPUs in all; by default the plans' own. Repeatable.", min=1)
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, without plans.", min=1)] = 8,
+    expert_parallel: Annotated[
+        int | None,
+        typer.Option(help="GPUs that share all experts at most; more GPUs are further such groups.", min=1),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of the whole job.", min=1)] = None,
+    batch_per_gpu: Annotated[
+        int | None, typer.Option(help="Sequences of a GPU, instead; by default 64.", min=1)
+    ] = None,
+    context: Annotated[int, typer.Option(help="Positions that each has already.", min=1)] = 1024,
+    machine: Annotated[
+        Path | None, typer.Option(help="YAML file of the machine, by default of H200s.")
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds to search for each placement at most.", min=0.1)
+    ] = 10.0,
+    phase: Phase = "all",
+    figures: Annotated[Path | None, typer.Option(help="Folder for curves over the GPUs, as SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict decode steps on clusters that you do not have, strategy by strategy."""
+    from exflow.report.scaling import write_scaling
+    from exflow.simulate_run import SimulateJob, run_simulate
+
+    if figures is not None:
+        check_writable(figures / "drawing.svg")
+    job = SimulateJob(
+        trace=trace,
+        model=model,
+        plans=plans or [],
+        gpus=gpus or [],
+        gpus_per_node=gpus_per_node,
+        widest=expert_parallel,
+        batch=batch,
+        batch_per_gpu=batch_per_gpu,
+        context=context,
+        machine=machine,
+        time_limit=time_limit,
+        phase=phase,
+    )
+    with Work("simulating") as work, ctrl_c_ends_the_search():
+        result = run_simulate(job, work.tell).as_json()
+    if figures is not None:
+        write_scaling(result["sizes"], figures)
+    print_simulation(result, as_json)
+
+
+@app.command(epilog=examples("exflow export plan.json --format sglang -o placement.json"))
 def export(
     plan: Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)],
     format: Annotated[
-        str, typer.Option(help="sglang, trtllm, vllm-ascend, vllm, eplb, or exflow.", show_default=False)
+        str,
+        typer.Option(
+            help="sglang, trtllm, vllm-ascend, vllm, eplb, or exflow.",
+            autocompletion=one_of(PLAN_FORMATS),
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the engine.")],
     as_json: Json = False,
@@ -390,13 +511,20 @@ def export(
 
 
 @app.command(
-    "import-plan", epilog="Example: exflow import-plan placement.json --trace trace/ --gpus 8 -o plan.json"
+    "import-plan",
+    epilog=examples(
+        "exflow import-plan placement.json -o plan.json",
+        "exflow import-plan moe.yaml --trace trace/ --gpus 8 -o plan.json",
+    ),
 )
 def import_plan(
     file: Annotated[Path, typer.Argument(help="A placement in an engine's format.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")],
     format: Annotated[
-        str | None, typer.Option(help="As of export; by default told from the content.")
+        str | None,
+        typer.Option(
+            help="As of export; by default told from the content.", autocompletion=one_of(PLAN_FORMATS)
+        ),
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Folder of a trace of the model; by default FILE.meta.json tells.")
@@ -415,7 +543,12 @@ def import_plan(
     print_figures(run_import_plan(file, format, trace, where, output), as_json)
 
 
-@app.command(epilog='Example: exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4')
+@app.command(
+    epilog=examples(
+        'exflow generate models/gpt-moe-demo --prompt "Once"',
+        'exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4 --strategy auto',
+    )
+)
 def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
@@ -425,7 +558,11 @@ def generate(
         int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="dispatch-combine, coherent, node-coherent, replicated, or auto.")
+        str,
+        typer.Option(
+            help="dispatch-combine, coherent, node-coherent, replicated, or auto.",
+            autocompletion=one_of(STRATEGIES),
+        ),
     ] = "coherent",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -439,18 +576,29 @@ def generate(
         Path | None,
         typer.Option(help="Folder of a routing trace that dictates the experts, whatever the gates say."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16.", autocompletion=one_of(DTYPES))
+    ] = "float32",
     transport: Annotated[
         str,
         typer.Option(
-            help="How decode steps run: one-sided or collective (captured, on GPUs), eager; "
-            "auto takes the first that works."
+            help="How decode steps run: captured, on GPUs, as one-sided (one node), relayed (several) or "
+            "collective; or eager. auto takes the first that works.",
+            autocompletion=one_of(("auto", *TRANSPORTS)),
         ),
     ] = "auto",
     hierarchical: Annotated[
         bool,
         typer.Option(
-            "--hierarchical", help="Between nodes one message a token, passed on inside; for top-k, eager."
+            "--hierarchical",
+            help="Between nodes one message a token, passed on inside, in prompts and steps; for top-k.",
+        ),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare logits, tokens and counters with those of one process; exit code 1 if they differ.",
         ),
     ] = False,
     device: Device = None,
@@ -476,6 +624,7 @@ def generate(
         replay,
         transport,
         hierarchical,
+        verify,
     )
     place = torchrun_place()
     if place is None:
@@ -492,8 +641,10 @@ def generate(
 
 @bench.command(
     "decode",
-    epilog="Example: exflow bench decode configs/shapes/gpt-oss-20b --plan plan.json --replay trace/ "
-    "--nproc 2 --batch 16 --batch 64 -o decode.json",
+    epilog=examples(
+        "exflow bench decode models/gpt-moe-demo --nproc 2 --batch 8",
+        "exflow bench decode configs/shapes/gpt-oss-20b --plan plan.json --replay trace/ --nproc 2",
+    ),
 )
 def bench_decode(
     model: Annotated[
@@ -510,12 +661,17 @@ def bench_decode(
     ] = None,
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="As of generate, but auto; by default all that differ here. Repeatable."),
+        typer.Option(
+            help="As of generate, but auto; by default all that differ here. Repeatable.",
+            autocompletion=one_of(STRATEGIES[:-1]),
+        ),
     ] = None,
     transport: Annotated[
         list[str] | None,
         typer.Option(
-            help="one-sided, collective or eager; by default eager on CPUs, the others on GPUs. Repeatable."
+            help="one-sided, relayed, collective or eager; by default eager on CPUs, the others on GPUs. "
+            "Repeatable.",
+            autocompletion=one_of(TRANSPORTS),
         ),
     ] = None,
     batch: Annotated[
@@ -530,7 +686,8 @@ def bench_decode(
         typer.Option(help="Folder of a routing trace that dictates the experts, whatever the gates say."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; by default bfloat16 on GPUs.")
+        str | None,
+        typer.Option(help="float32 or bfloat16; by default bfloat16 on GPUs.", autocompletion=one_of(DTYPES)),
     ] = None,
     device: Device = None,
     output: Annotated[
@@ -568,13 +725,19 @@ def bench_decode(
         print_decode_bench(result, as_json)
 
 
-@app.command(epilog="Example: exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo")
+@app.command(
+    epilog=examples(
+        "exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo",
+        "exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo --resume",
+    )
+)
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file: model, data, training, checkpoint_steps.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")],
     text: Texts = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last saved step.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a small GPT-MoE from text."""
     from exflow.device import choose_device
@@ -587,10 +750,10 @@ def train(
         final = train(
             settings.model_copy(update={"data": data}), output, choose_device(device), resume, log.report
         )
-    print(final)
+    print_run(final, log.held_out_bits_per_byte, as_json)
 
 
-@app.command(epilog="Example: exflow doctor --json")
+@app.command(epilog=examples("exflow doctor", "exflow doctor --json"))
 def doctor(as_json: Json = False) -> None:
     """Say what this machine has, and what is missing for what."""
     from exflow.doctor import examine
@@ -602,7 +765,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: exflow demo --text README.md")
+@app.command(epilog=examples("exflow demo", "exflow demo --text README.md"))
 def demo(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a checkpoint; by default the shipped one.")
@@ -619,8 +782,8 @@ def demo(
         return
     from exflow.demo import demo, shipped_model
 
-    with status("starting") as line:
-        result = demo(model or shipped_model(), text or [], line.update)
+    with Work("demo") as work:
+        result = demo(model or shipped_model(), text or [], work.tell)
     print_demo(result, as_json)
 
 
@@ -629,14 +792,15 @@ def main() -> None:
     # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     answer_signals()
+    begin()
     place = torchrun_place()
     try:
         app()
     except InputError as error:
         if place is None or place.local_rank == 0:  # all ranks find the same fault: once a node is enough
-            say(str(error))
+            say_error(error)
         sys.exit(BAD_INPUT)
-    except RankDied as error:
+    except (RankDied, WrongResult) as error:
         say(str(error))
         sys.exit(1)
     except LostContact as error:

@@ -1,17 +1,39 @@
-"""What a person sees while work goes on: progress and errors, on stderr; stdout holds results alone."""
+"""What a person sees while work goes on: progress, notes and errors, on stderr; stdout holds results alone.
 
+On a terminal, work in progress is a bar that vanishes when it is done. Elsewhere it leaves no trace, unless
+`--verbose` asks for a line about it now and then. `--quiet` leaves errors alone. rich heeds NO_COLOR.
+"""
+
+import logging
+import math
 import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from exflow.train import Progress as TrainingProgress
 
 stderr = Console(stderr=True)
+_EVERY = 5.0  # seconds between the lines that --verbose asks for
+
+
+@dataclass
+class Manners:
+    """What --quiet and --verbose say."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+manners = Manners()
 
 
 def say(message: str) -> None:
@@ -19,48 +41,130 @@ def say(message: str) -> None:
     print(f"exflow: {message}", file=sys.stderr)
 
 
-def status(text: str) -> Status:
-    return stderr.status(text)
+def note(message: str) -> None:
+    """What a person may want to know, and a quiet command keeps to itself."""
+    if not manners.quiet:
+        say(message)
 
 
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    )
+def say_error(error: BaseException) -> None:
+    """One line; where that is asked for, also where the error came from."""
+    if manners.verbose:
+        traceback.print_exception(error)
+    say(str(error))
 
 
-class TrainingLog:
-    """A bar with the latest figures; checkpoints stay on the screen as lines of their own."""
+class _Notes(logging.Handler):
+    """What the library logs are notes of the command."""
 
-    def __init__(self, steps: int) -> None:
-        self.bar = progress_bar()
-        self.task = self.bar.add_task("training", total=steps)
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def begin() -> None:
+    """At the start of a command: forget what an earlier one was told, and listen to the library."""
+    manners.quiet = manners.verbose = False
+    logging.getLogger("exflow").handlers = [_Notes()]
+
+
+class _Pace(ProgressColumn):
+    """How much is done, how fast it goes, and how long it will take; of what has no known end, how long it
+    took."""
+
+    def render(self, task: Task) -> Text:
+        return Text(pace(task))
+
+
+def pace(task: Task) -> str:
+    """`8,192/32,768 tokens, 2,700/s, 0:00:09 left`, as far as it is known."""
+    if task.total is None:
+        return str(timedelta(seconds=int(task.elapsed or 0)))
+    unit = task.fields["unit"]
+    parts = [f"{task.completed:,.0f}/{task.total:,.0f} {unit}"] if unit else []
+    if unit and task.speed:
+        parts.append(f"{task.speed:,.0f}/s" if task.speed >= 10 else f"{task.speed:.2g}/s")
+    if task.time_remaining is not None and not task.finished:
+        parts.append(f"{timedelta(seconds=math.ceil(task.time_remaining))} left")
+    return ", ".join(parts)
+
+
+class Work:
+    """A piece of work: what it is, how much of it is done, and what is going on in it."""
+
+    def __init__(self, what: str, unit: str = "", shown: bool = True) -> None:
+        """unit: what is counted; without one it is just a share. shown: on one rank of a job."""
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            _Pace(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=stderr,
+            transient=True,
+            redirect_stdout=False,
+            disable=manners.quiet or not shown or not stderr.is_terminal or stderr.is_dumb_terminal,
+        )
+        self.lines = manners.verbose and shown
+        self.last = self.began = monotonic()
+        self.id = self.progress.add_task(what, total=None, unit=unit, detail="")
+
+    @property
+    def task(self) -> Task:
+        return self.progress.tasks[TaskID(0)]
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self.progress.stop()
+        if self.lines:
+            how = "done" if error is None else "stopped"
+            say(f"{self.task.description}: {how} after {monotonic() - self.began:.1f} s")
+
+    def advance(self, done: float, total: float) -> None:
+        """So much of it is done."""
+        self.progress.update(self.id, completed=done, total=total)
+        self._line()
+
+    def tell(self, detail: str) -> None:
+        """This is going on."""
+        self.progress.update(self.id, detail=detail)
+        self._line()
+
+    def _line(self) -> None:
+        if self.lines and monotonic() - self.last >= _EVERY:
+            self.last = monotonic()
+            parts = (self.task.description, pace(self.task), self.task.fields["detail"])
+            say(", ".join(part for part in parts if part))
+
+
+class TimedWork(Work):
+    """Work that ends when its time is up, if not before."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(what)
+        self.seconds = seconds
+
+    def tell(self, detail: str) -> None:
+        self.advance(min(monotonic() - self.began, self.seconds), self.seconds)
+        super().tell(detail)
+
+
+class TrainingLog(Work):
+    """The latest figures beside the bar; checkpoints stay on the screen as lines of their own."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__("training", "steps")
+        self.steps = steps
+        self.held_out_bits_per_byte = math.nan  # the latest
 
     def report(self, progress: "TrainingProgress") -> None:
-        self.bar.update(self.task, completed=progress.step)
-        if (bits := progress.held_out_bits_per_byte) is not None:
-            self._print(progress.step, f"held-out {bits:.3f} bits per byte")
         if (latest := progress.figures) is not None:
             speed = f"{latest.tokens_per_s:,.0f} tokens/s"
-            figures = f"loss {latest.loss:.3f}  busiest expert {latest.balance:.2f}x  {speed}"
-            self.bar.update(self.task, description=figures)
-            if not stderr.is_terminal:
-                self._print(progress.step, figures)
-
-    def _print(self, step: int, text: str) -> None:
-        self.bar.console.print(f"step {step}  {text}", soft_wrap=True, highlight=False)
+            self.tell(f"loss {latest.loss:.3f}, busiest expert {latest.balance:.2f}x, {speed}")
+        self.advance(progress.step, self.steps)
+        if (bits := progress.held_out_bits_per_byte) is not None:
+            self.held_out_bits_per_byte = bits
+            note(f"step {progress.step}: held-out text takes {bits:.3f} bits per byte")

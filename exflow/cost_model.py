@@ -19,10 +19,15 @@ from exflow.transport import Transport
 
 @dataclass(frozen=True)
 class Link:
-    """An all-to-all of next to nothing takes latency_s; a rank sends bytes_per_s, and receives as many."""
+    """An all-to-all of next to nothing takes latency_s, and peer_s more for each rank that the link leads to;
+    a rank sends bytes_per_s, and receives as many.
+
+    A latency that was measured among as many ranks as there are has peer_s in it.
+    """
 
     latency_s: float
     bytes_per_s: float
+    peer_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Machine:
     shared           all ranks share one processor, which is the limit: they wait for the sum of what they do,
                      and not for the busiest
     transport        how exchanges run: eagerly, or in a captured step (transport.py)
-    flops_per_s      of a captured step's dense products; an eager step has it in token_s
+    flops_per_s      of a captured step's products; an eager step has it in token_s
     """
 
     inside: Link
@@ -61,6 +66,7 @@ class Load:
 
     hidden_bytes    a hidden state; kv_bytes a token's keys and values in one layer
     expert_bytes    one expert's weights; dense_bytes all weights that are no expert's
+    experts_read    of a MoE layer, by the rank that reads most; None: as if all were as likely to be chosen
     """
 
     batch: int
@@ -77,6 +83,7 @@ class Load:
     expert_bytes: int
     dense_bytes: int
     itemsize: int = 2
+    experts_read: float | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
@@ -169,7 +176,8 @@ def predict(strategy: Name, load: Load, moved: Moved, machine: Machine) -> Predi
     """What a step takes under the strategy of which `moved` speaks."""
     compute_s = _compute_s(load, moved, machine)
     tokens = load.tokens_per_rank * moved.attending * load.layers
-    if machine.transport == "collective":  # room for a row of every sequence of the group
+    gathers = machine.transport == "relayed" and moved.group_size > load.ranks_per_node
+    if machine.transport == "collective" or gathers:  # room for a row of every sequence of the group
         tokens = load.tokens_per_rank * moved.group_size * load.layers
     background_s = _slower([tokens * copies * load.kv_bytes for copies in moved.kv], machine)
     held = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
@@ -216,18 +224,29 @@ def _exchanges_s(load: Load, moved: Moved, machine: Machine) -> float:
     """All dispatches and returns of a step; each waits for the busiest rank, to send or to receive."""
     if not moved.exchanges:
         return 0.0
-    latency = (machine.inside if load.ranks == load.ranks_per_node else machine.between).latency_s
     row_bytes = load.hidden_bytes + 4 * (2 * load.top_k + 3)  # with slots, weights and where it belongs
     sent, returned = _rows_sent(load, moved, machine, row_bytes)
-    busiest = _of_a_batch(moved.busiest, load.places * load.top_k, load.ranks)
-    uneven = max(busiest, _attending(load, moved, machine))
-    if machine.shared or machine.transport == "collective":
+    uneven = max(_busiest(load, moved), _attending(load, moved, machine))
+    if machine.shared or machine.transport in ("collective", "relayed"):
         uneven = 1.0  # of a collective all chunks are as large, however full
     moving = sum(
         _slower([rows * size * uneven for rows in part], machine)
         for part, size in ((sent, row_bytes), (returned, load.hidden_bytes + 8))
     )
-    return moved.exchanges * latency + load.moe_layers * moving
+    return moved.exchanges * _latency_s(load, machine) + load.moe_layers * moving
+
+
+def _latency_s(load: Load, machine: Machine) -> float:
+    """Of an exchange in which nothing moves; a rank that is alone has none."""
+    if load.ranks == 1:
+        return 0.0
+    inside_s = machine.inside.latency_s + machine.inside.peer_s * (load.ranks_per_node - 1)
+    if load.ranks == load.ranks_per_node:
+        return inside_s
+    if machine.transport == "relayed":
+        relays = load.ranks // load.ranks_per_node - 1
+        return inside_s + machine.between.latency_s + machine.between.peer_s * relays
+    return machine.between.latency_s + machine.between.peer_s * (load.ranks - load.ranks_per_node)
 
 
 def _rows_sent(load: Load, moved: Moved, machine: Machine, row_bytes: int) -> tuple[list[float], list[float]]:
@@ -237,6 +256,8 @@ def _rows_sent(load: Load, moved: Moved, machine: Machine, row_bytes: int) -> tu
     if machine.transport == "collective":  # room for all that a receiver may own
         full = [float(pairs * tokens * moved.group_size) for pairs in others]
         return full, full if moved.exchanges > load.moe_layers else [0.0, 0.0]
+    if machine.transport == "relayed":
+        return _rows_by_relays(load, moved)
     sent = [tokens * rows for rows in moved.dispatch]
     if machine.transport == "eager":
         spare = deviations(row_bytes, machine.round_bytes)
@@ -245,6 +266,19 @@ def _rows_sent(load: Load, moved: Moved, machine: Machine, row_bytes: int) -> tu
             for rows, pairs in zip(moved.dispatch, others, strict=True)
         ]
     return sent, [tokens * rows for rows in moved.give_back]
+
+
+def _rows_by_relays(load: Load, moved: Moved) -> tuple[list[float], list[float]]:
+    """Chunks with room for all that a rank may own: to its relay in each other node, and back to the relays
+    of a token that came home, or to every rank that may own it. What crosses is passed on inside, at most
+    once.
+    """
+    room = float(load.tokens_per_rank * moved.group_size)
+    relays, others = load.ranks // load.ranks_per_node - 1, load.ranks - load.ranks_per_node
+    sent = [load.tokens_per_rank * sum(moved.dispatch), relays * room]
+    owners = relays if moved.group_size == 1 else others
+    returned = [load.tokens_per_rank * sum(moved.give_back), owners * room]
+    return sent, returned if moved.exchanges > load.moe_layers else [0.0, 0.0]
 
 
 def _room(tokens: float, share: float, spare: float) -> float:
@@ -263,9 +297,16 @@ def _all_reduces_s(load: Load, moved: Moved, machine: Machine) -> float:
     link = machine.inside if load.ranks == load.ranks_per_node else machine.between
     rows, exchanges = 2 * (load.ranks - 1) / load.ranks * load.batch, 2
     if machine.transport != "eager":
-        served = 1.0 if machine.transport == "collective" else 1 - (1 - 1 / load.ranks) ** load.top_k
+        one_sided = machine.transport == "one-sided"
+        served = 1 - (1 - 1 / load.ranks) ** load.top_k if one_sided else 1.0
         rows, exchanges = (load.ranks - 1) * load.batch * served, 1
-    return moved.all_reduces * (exchanges * link.latency_s + rows * load.hidden_bytes / link.bytes_per_s)
+    moving = rows * load.hidden_bytes / link.bytes_per_s
+    return moved.all_reduces * (exchanges * _latency_s(load, machine) + moving)
+
+
+def _busiest(load: Load, moved: Moved) -> float:
+    """The most choices that a rank serves in a batch, over the mean."""
+    return _of_a_batch(moved.busiest, load.places * load.top_k, load.ranks)
 
 
 def _attending(load: Load, moved: Moved, machine: Machine) -> float:
@@ -286,17 +327,26 @@ def _of_a_batch(imbalance: float, tokens: int, ranks: int) -> float:
 
 
 def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
-    """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to."""
-    chosen = 1 - (1 - 1 / load.experts) ** (load.batch * load.top_k)
-    experts = load.moe_layers * load.slots_per_rank * chosen * load.expert_bytes
+    """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to.
+
+    Dense products take the longer of reading and multiplying; those of experts both, as was measured: many
+    rows read the weights of an expert more than once.
+    """
+    read = load.experts_read
+    if read is None:
+        read = load.slots_per_rank * (1 - (1 - 1 / load.experts) ** (load.batch * load.top_k))
+    experts = load.moe_layers * read * load.expert_bytes
+    served = load.tokens_per_rank * load.top_k * _busiest(load, moved) * load.moe_layers
+    served_s = 2 * served * load.expert_bytes / load.itemsize / machine.flops_per_s
     tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved, machine)
     contexts = tokens * load.layers * load.context * load.kv_bytes
     launched = load.layers * (machine.layer_s + tokens * machine.token_s)
-    # a captured step multiplies the rows of all sequences that a rank may own
-    rows = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
+    rows = tokens  # a captured step multiplies those of all sequences that a rank may own
+    if machine.transport != "eager" and not moved.all_reduces:
+        rows = load.tokens_per_rank * moved.group_size
     products_s = 2 * rows * load.dense_bytes / load.itemsize / machine.flops_per_s
     dense_s = max(load.dense_bytes / machine.read_bytes_per_s, products_s)
-    return launched + dense_s + (experts + contexts) / machine.read_bytes_per_s
+    return launched + dense_s + served_s + (experts + contexts) / machine.read_bytes_per_s
 
 
 def _slower(sent: list[float], machine: Machine) -> float:

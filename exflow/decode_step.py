@@ -23,8 +23,9 @@ from exflow.kernels.gate import gate_and_put
 from exflow.kernels.grouped_mlp import expert_down, expert_up
 from exflow.kernels.lined_up import activate, line_up, put_back
 from exflow.kernels.receive import receive
+from exflow.kernels.relay import pass_on, send_sums
 from exflow.kernels.settle import put_partials, settle
-from exflow.mail import Mail, StepShape, words_of
+from exflow.mail import Far, Mail, Mailbox, StepShape, words_of
 from exflow.moe import PlanTables
 from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling, choose_tokens
@@ -128,6 +129,7 @@ class DecodeStep:
             "RANK": shape.rank,
             "RANKS": shape.num_ranks,
             "GROUP": shape.group_size,
+            "RANKS_PER_NODE": shape.ranks_per_node,
             "BLOCK_D": triton.next_power_of_2(hidden),
             "BLOCK_G": triton.next_power_of_2(shape.num_ranks),
         }
@@ -140,7 +142,8 @@ class DecodeStep:
         # what a layer works in
         self.hidden, self.normed = zeros(2, rows, hidden, dtype=self.dtype)
         self.received = zeros(sequences, hidden, dtype=self.dtype)
-        self.residual_at, self.owner_of = zeros(sequences, dtype=torch.int64), zeros(sequences)
+        self.residual_at = zeros(sequences, dtype=torch.int64)
+        self.owner_of, self.relay_of = zeros(2, sequences)
         self.weights = zeros(sequences, self.top_k, dtype=torch.float32)
         self.pairs, self.counts = zeros(self.slots, pairs), zeros(self.slots)
         self.gated = gated = config.activation == "swiglu"
@@ -169,6 +172,7 @@ class DecodeStep:
         self.routing = zeros(self.layers, rows, self.top_k)
         self.routing_weight = zeros(self.layers, rows, self.top_k, dtype=torch.float32)
         self.dispatched, self.returned, self.attended = zeros(rows, 2), zeros(sequences, 2), zeros(rows)
+        self.passed = zeros(sequences)
         self.done = zeros(1, dtype=torch.int64)
         self.chosen = zeros(shape.positions, rows, dtype=torch.int64)
         self.dictated_row = zeros(rows, dtype=torch.int64)
@@ -195,7 +199,7 @@ class DecodeStep:
         self.owned.copy_(owned_M)
         self.done.zero_()
         self.chosen.fill_(-1)
-        for counter in (self.dispatched, self.returned, self.attended):
+        for counter in (self.dispatched, self.passed, self.returned, self.attended):
             counter.zero_()
 
     def run(self) -> Iterator[None]:
@@ -224,9 +228,6 @@ class DecodeStep:
         """Attention of the owned rows, added to the residual stream."""
         shape, config = self.shape, self.decoder.config
         qkv = block.attention.qkv(self.normed)
-        if self.share is not None:
-            self.born[layer] = qkv[:, -config.kv_width :]
-            self.born_owned[layer] = self.owned
         heads, width, splits = config.num_attention_heads, config.head_dim, self.attention_splits
         block_c = max(16, triton.next_power_of_2(width))
         decode_attention[(shape.rows, config.num_kv_heads, splits)](
@@ -238,6 +239,8 @@ class DecodeStep:
             self.sums,
             self.peaks,
             self.attended,
+            self.born,
+            self.born_owned,
             layer,
             shape.rows,
             shape.positions,
@@ -248,6 +251,7 @@ class DecodeStep:
             MEMBER=shape.rank % shape.group_size if len(self.caches) > 1 else 0,
             MEMBERS=len(self.caches),
             SPLITS=splits,
+            BORN=self.share is not None,
             BLOCK_P=min(64, 8192 // block_c),
             BLOCK_Q=max(16, triton.next_power_of_2(heads // config.num_kv_heads)),
             BLOCK_C=block_c,
@@ -283,6 +287,7 @@ class DecodeStep:
         index, wide = layer.index, self.shapes["BLOCK_D"]
         block_e = triton.next_power_of_2(self.decoder.config.num_experts)
         words = {"WORDS": words_of(self.top_k), "HIDDEN_AT": mail.payload_at, "BY_SEQUENCE": mail.shared}
+        words |= {"RELAYED": shape.relayed, "SLOTS_PER_RANK": self.slots}
         gate_and_put[(shape.rows,)](
             self.hidden,
             self.owned,
@@ -301,8 +306,7 @@ class DecodeStep:
             index,
             self.layers,
             EXPERTS=self.decoder.config.num_experts,
-            RANKS_PER_NODE=shape.ranks_per_node,
-            SLOTS_PER_RANK=self.slots,
+            FAR_HIDDEN_AT=mail.far.payload_at if mail.far else 0,
             REPLICATED=shape.replicated,
             REPLAY=replay is not None,
             EPS=layer.norm.eps,
@@ -315,6 +319,9 @@ class DecodeStep:
         if not shape.replicated:
             yield
             mail.move()
+        if mail.far is not None:
+            self._pass_on(index, mail, mail.far)
+            yield
         receive[(shape.sequences + self.slots,)](
             mail.at,
             mail.flags,
@@ -327,19 +334,37 @@ class DecodeStep:
             self.received,
             self.residual_at,
             self.owner_of,
+            self.relay_of,
             self.weights,
             self.pairs,
             self.counts,
             index,
             self.layers,
             shape.sequences,
-            SLOTS_PER_RANK=self.slots,
             CHUNK=mail.chunk,
             WAIT=self.one_sided and not shape.replicated,
             EPS=layer.norm.eps,
             BLOCK_B=triton.next_power_of_2(shape.sequences),
             **self.shapes,
             **words,
+        )
+
+    def _pass_on(self, index: int, mail: Mailbox, far: Far) -> None:
+        """Give what other nodes sent to the ranks of this one that serve it."""
+        shape = self.shape
+        pass_on[(shape.rows, shape.num_ranks // shape.ranks_per_node)](
+            far.at,
+            mail.to,
+            self.hidden,
+            self.step,
+            self.passed,
+            index,
+            self.layers,
+            SLOTS_PER_RANK=self.slots,
+            WORDS=words_of(self.top_k),
+            HIDDEN_AT=mail.payload_at,
+            FAR_HIDDEN_AT=far.payload_at,
+            **self.shapes,
         )
 
     def _combine(self, index: int, following: Norm) -> Iterator[None]:
@@ -350,6 +375,7 @@ class DecodeStep:
                 self.partials,
                 self.weights,
                 self.owner_of,
+                self.relay_of,
                 self.hidden,
                 returns.to,
                 self.step,
@@ -357,21 +383,28 @@ class DecodeStep:
                 index,
                 self.layers,
                 shape.sequences,
-                RANKS_PER_NODE=shape.ranks_per_node,
                 SUMS_AT=returns.payload_at,
+                RELAYED=shape.relayed,
                 REPLICATED=shape.replicated,
                 SPLITS=self.down.splits,
                 **self.shapes,
             )
             yield
             returns.move()
-        mail = returns or self.mail.dispatch
+        sums = self.mail.sums
+        if returns is not None and sums is not None and sums.far is not None:
+            self._send_sums(index, returns, sums, sums.far)
+            yield
+            sums.move()
+        mail = sums or returns or self.mail.dispatch
         settle[(shape.rows,)](
             self.partials,
             self.weights,
             self.residual_at,
             self.owner_of,
+            self.relay_of,
             mail.at,
+            mail.far.at if mail.far else mail.at,
             mail.flags,
             mail.flag_addresses,
             self.failed,
@@ -387,9 +420,38 @@ class DecodeStep:
             shape.sequences,
             CHUNK=mail.chunk,
             SUMS_AT=mail.payload_at,
+            FAR_SUMS_AT=mail.far.payload_at if mail.far else 0,
+            RELAYED=shape.relayed,
             RETURNS=returns is not None,
-            WAIT=self.one_sided,
+            # a token that comes home has been its owner's to relay: its sums have been waited for
+            WAIT=self.one_sided and not (shape.relayed and shape.group_size == 1),
             EPS=following.eps,
+            SPLITS=self.down.splits,
+            **self.shapes,
+        )
+
+    def _send_sums(self, index: int, returns: Mailbox, sums: Mailbox, far: Far) -> None:
+        """Sum what this node's ranks made of the tokens relayed here, for their next owners."""
+        send_sums[(self.shape.sequences,)](
+            self.partials,
+            self.weights,
+            self.owner_of,
+            self.relay_of,
+            self.hidden,
+            returns.at,
+            returns.flags,
+            returns.flag_addresses,
+            self.failed,
+            self.patience,
+            sums.to,
+            self.step,
+            self.returned,
+            index,
+            self.layers,
+            self.shape.sequences,
+            CHUNK=returns.chunk,
+            SUMS_AT=returns.payload_at,
+            FAR_SUMS_AT=far.payload_at,
             SPLITS=self.down.splits,
             **self.shapes,
         )

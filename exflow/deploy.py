@@ -22,7 +22,7 @@ from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.random_weights import RandomWeights, random_decoder
 from exflow.strategies import Name, group_size, make_strategy, single_process
-from exflow.transport import alone, choose_transport
+from exflow.transport import Transport, alone, choose_transport
 
 if TYPE_CHECKING:
     from exflow.captured import Capture
@@ -55,7 +55,8 @@ def load_model(
     cluster = alone(decoder.embedding.weight.device)
     plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
     tables = PlanTables.of(plan, cluster.device)
-    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", transport))
+    chosen = choose_transport(transport, cluster, decoder.config)
+    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", chosen))
 
 
 def decoder_of(
@@ -125,19 +126,18 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
         config.num_hidden_layers,
         deployment.hierarchical,
     )
-    return Engine(
-        decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, deployment.transport)
-    )
+    replicated, relays = deployment.strategy == "replicated", deployment.hierarchical
+    transport = choose_transport(deployment.transport, cluster, config, replicated, relays)
+    return Engine(decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, transport))
 
 
 def _capture(
-    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: str
+    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: Transport
 ) -> "Capture | None":
-    """How to make this rank's captured steps; None where they are run eagerly. Collective."""
-    chosen = choose_transport(transport, cluster, decoder.config)
-    if chosen == "eager":
+    """How to make this rank's captured steps; None where they are run eagerly."""
+    if transport == "eager":
         return None
     from exflow.captured import Capture
 
     group = group_size(strategy, cluster)
-    return Capture(decoder, tables, cluster, group, strategy == "replicated", chosen)
+    return Capture(decoder, tables, cluster, group, strategy == "replicated", transport)

@@ -6,7 +6,6 @@ Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from exflow.config import ModelConfig
-from exflow.console import say, status
+from exflow.console import note
 from exflow.decoder import Decoder, Rows
 from exflow.distributed import of_all
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.exchange import Counters, total
 from exflow.kv_cache import KVCache
 from exflow.profiling.layout import RoutingLayout
@@ -33,6 +32,7 @@ LOOK_EVERY = 16  # captured steps between two looks at whether all sequences hav
 
 Item = TypeVar("Item")
 Observer = Callable[[Rows, Tensor], None]
+Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,19 @@ class Engine:
         self.first_sequence = 0  # sequence ids go on from request to request
 
     @torch.inference_mode()
-    def generate(self, request: Request, observe: Observer | None = None) -> Generation:
+    def generate(
+        self, request: Request, observe: Observer | None = None, advance: Advance | None = None
+    ) -> Generation:
         """Run `request`; every rank returns the same Generation.
 
         observe: called with the rows and logits [T, V] of every choice made on this rank.
-        Raises InputError for prompts that are empty or do not fit the model.
+        advance: called now and then with the new tokens of each sequence, and the most that there will be.
+        Raises InputError for prompts that are empty or do not fit the model, and WrongResult, on the rank
+        that chose, where logits are NaN or infinite.
         """
         check_request(request, self.decoder.config)
-        run = _Run(self, request, observe) if self.capture is None else _CapturedRun(self, request, observe)
+        kind = _Run if self.capture is None else _CapturedRun
+        run = kind(self, request, observe, advance)
         self.first_sequence += len(request.prompts)
         prefill, prefill_s = self._counted(run.prefill)
         decode, decode_s = self._counted(run.decode)
@@ -128,11 +133,9 @@ class Engine:
         wanted = (sequences, positions, request.sampling, request.end_tokens)
         if self.captured is None or not self.captured.serves(*wanted):
             self.captured = None  # its memory first
-            first = self.capture.cluster.rank == 0
-            with status(f"capturing the decode step of {sequences} sequences") if first else nullcontext():
-                self.captured = self.capture.make(*wanted)
-            if first:
-                say(self.captured.description)
+            self.captured = self.capture.make(*wanted)
+            if self.capture.cluster.rank == 0:
+                note(self.captured.description)
         return self.captured
 
     def close(self) -> None:
@@ -155,8 +158,11 @@ class Engine:
 class _Run:
     """One request on this rank: the sequences it owns now, and the tokens it chose."""
 
-    def __init__(self, engine: Engine, request: Request, observe: Observer | None) -> None:
+    def __init__(
+        self, engine: Engine, request: Request, observe: Observer | None, advance: Advance | None = None
+    ) -> None:
         self.request, self.observe = request, observe
+        self.tell = advance or (lambda done, total: None)
         self.decoder, self.strategy, self.device = engine.decoder, engine.strategy, engine.device
         self.first = engine.first_sequence
         self.sequence_N = torch.arange(self.first, self.first + len(request.prompts), device=self.device)
@@ -193,7 +199,8 @@ class _Run:
         self._choose(hidden_TD[last], Rows(rows.sequence_T[last], rows.position_T[last], PREFILL))
 
     def decode(self) -> None:
-        for _ in range(1, self.request.max_new_tokens):
+        for done in range(1, self.request.max_new_tokens):
+            self.tell(done, self.request.max_new_tokens)
             if not self.advance():
                 break
 
@@ -211,6 +218,7 @@ class _Run:
     def _choose(self, hidden_TD: Tensor, rows: Rows) -> None:
         """Choose the token after each row; what has not ended goes into the next step."""
         logits_TV = self.decoder.logits(hidden_TD)
+        self._check_finite(logits_TV, rows)
         if self.observe is not None:
             self.observe(rows, logits_TV)
         next_T = rows.position_T + 1
@@ -220,6 +228,19 @@ class _Run:
         alive_T = torch.isin(token_T, self.ends, invert=True)
         self.token_T = token_T[alive_T]
         self.rows = Rows(rows.sequence_T[alive_T], next_T[alive_T], DECODE)
+
+    def _check_finite(self, logits_TV: Tensor, rows: Rows) -> None:
+        """What is not finite in any layer makes the logits of its token NaN."""
+        finite_T = logits_TV.isfinite().all(dim=1)
+        if finite_T.all():
+            return
+        row = int(finite_T.logical_not().nonzero()[0, 0])
+        number = int(rows.sequence_T[row]) - self.first
+        step = int(rows.position_T[row]) + 1 - self.lengths[number]
+        raise WrongResult(
+            f"sequence {number}, step {step} (0 is the prompt's): the logits hold NaN or infinite values; "
+            "the weights are finite, so what they compute overflows: try float32, or another checkpoint"
+        )
 
     def collect(self, chosen_by_rank: list[dict[tuple[int, int], int]]) -> list[list[int]]:
         """The new tokens of each sequence, in order, whoever chose them."""
@@ -250,6 +271,7 @@ class _CapturedRun(_Run):
                 captured.report(self.observe, self.decoder.listeners)
             if taken % LOOK_EVERY == 0:
                 captured.check()
+                self.tell(taken, self.request.max_new_tokens)
                 if self.request.end_tokens and captured.all_ended():
                     break
         captured.check()

@@ -1,4 +1,4 @@
-"""The one error that means: the user's input is at fault, not the program."""
+"""The errors that end a command with one line: the user's input is at fault, or what was computed is."""
 
 
 class InputError(ValueError):
@@ -10,6 +10,14 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(map(_printable, message)))
+
+
+class WrongResult(ArithmeticError):
+    """What was computed cannot be right: it is NaN or infinite, or other than a check says.
+
+    The message is one line that names the place (sequence, step) and what was found there. The command line
+    prints it without a traceback and exits with code 1.
+    """
 
 
 def _printable(character: str) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from exflow.checkpoint import end_tokens, load_tokenizer
+from exflow.checkpoint import end_tokens, load_decoder, load_tokenizer
 from exflow.config import load_model_config
-from exflow.console import say
+from exflow.console import Work, note
 from exflow.corpus import read_text
 from exflow.cost_model import Load
+from exflow.decoder import Decoder
 from exflow.deploy import Deployment, deploy, load_model, plan_for
 from exflow.device import choose_device
 from exflow.distributed import Cluster, alike_on_all_ranks, join_cluster
@@ -24,8 +25,9 @@ from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.replay import ReplayedRouting
 from exflow.sampling import Sampling
-from exflow.strategies import check_relays, strategy_named
+from exflow.strategies import check_relays, group_size, strategy_named
 from exflow.transport import choose_transport, transport_named
+from exflow.verify import Witness, Witnessed, check_choices, check_counters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,6 +49,7 @@ class GenerateJob:
     replay: Path | None
     transport: str = "auto"
     hierarchical: bool = False
+    verify: bool = False
 
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
@@ -63,7 +66,7 @@ class GenerateJob:
         config = load_model_config(self.model)
         transport = transport_named(self.transport, choose_device(self.device).type, config)
         if self.hierarchical:
-            transport = check_relays(topology, config.top_k, strategy, transport)
+            check_relays(topology, config.top_k, strategy, transport)
         return Deployment(
             self.model,
             strategy,
@@ -113,7 +116,8 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
     device = choose_device(job.device)
     if torchrun_place() is None:
         transport = transport_named(job.transport, device.type, load_model_config(job.model))
-        engine = load_model(job.model, device, dtype_named(job.dtype), transport)
+        with Work("loading the model"):
+            engine = load_model(job.model, device, dtype_named(job.dtype), transport)
         engine.decoder.replay = job.replayed(device)
         return run(job, engine, job.request())
     with join_cluster(device.type) as cluster:
@@ -122,13 +126,15 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
             cluster, lambda: (job.deployment(topology), job.request(), job.replayed(cluster.device))
         )
         if cluster.rank == 0 and deployment.plan.topology != topology:
-            say(f"{job.plan}: the plan is for {deployment.plan.topology}, these are {topology}")
+            note(f"{job.plan}: the plan is for {deployment.plan.topology}, these are {topology}")
         if deployment.strategy == "auto":
             deployment = resolved(deployment, request, cluster)
             job = replace(job, strategy=deployment.strategy)
-        with closing(deploy(deployment, cluster)) as engine:
+        with Work("loading the model", shown=cluster.rank == 0):
+            engine = deploy(deployment, cluster)
+        with closing(engine):
             engine.decoder.replay = replay
-            return run(job, engine, request, cluster)
+            return run(job, engine, request, cluster, deployment)
 
 
 def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Deployment:
@@ -148,21 +154,57 @@ def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Depl
     transport = choose_transport(deployment.transport, cluster, config)
     strategy, why = choose_strategy(load, deployment.plan, cluster, transport)
     if cluster.rank == 0:
-        say(why)
+        note(why)
+    if strategy == "replicated" and transport == "relayed":
+        transport = "collective"
+        if cluster.rank == 0:
+            note("decode steps are not relayed: replicated has nothing to relay")
     return replace(deployment, strategy=strategy, transport=transport)
 
 
 def run(
-    job: GenerateJob, engine: Engine, request: Request, cluster: Cluster | None = None
+    job: GenerateJob,
+    engine: Engine,
+    request: Request,
+    cluster: Cluster | None = None,
+    deployment: Deployment | None = None,
 ) -> dict[str, Any] | None:
+    """Generate on this rank of a job, or alone. Raises WrongResult if a check is asked for and fails."""
     recorder = JobRecorder(engine) if job.trace else None
-    generation = engine.generate(request)
+    witness = Witness(engine, request) if job.verify else None
+    with Work("generating", "tokens", shown=cluster is None or cluster.rank == 0) as work:
+        generation = engine.generate(request, witness.observe if witness else None, work.advance)
     trace = recorder.trace() if recorder else None
+    witnessed = witness.of_all_ranks() if witness else None
     if cluster is not None and cluster.rank != 0:
         return None
     if trace is not None and job.trace is not None:
         trace.save(job.trace)
-    return describe(job, generation, 1 if cluster is None else cluster.num_ranks)
+    result = describe(job, generation, 1 if cluster is None else cluster.num_ranks)
+    if witnessed is not None:
+        reference = load_decoder(job.model, engine.device, dtype_named(job.dtype))
+        reference.replay = job.replayed(engine.device)
+        if cluster is not None and deployment is not None:
+            by_relays = engine.capture is not None and engine.capture.transport == "relayed"
+            check_traffic(generation, witnessed, deployment, cluster, reference, by_relays)
+        result["verified"] = asdict(check_choices(witnessed, generation, reference))
+    return result
+
+
+def check_traffic(
+    generation: Generation,
+    witnessed: Witnessed,
+    deployment: Deployment,
+    cluster: Cluster,
+    reference: Decoder,
+    by_relays: bool,
+) -> None:
+    """Hold the counters against the routing; raises WrongResult. by_relays: captured steps have them."""
+    here = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
+    plan = replace(deployment.plan, topology=here)
+    group = 0 if deployment.strategy == "replicated" else group_size(deployment.strategy, cluster)
+    relays = deployment.hierarchical
+    check_counters(generation, witnessed.trace, plan, group, reference, (relays, relays or by_relays))
 
 
 def describe(job: GenerateJob, generation: Generation, ranks: int) -> dict[str, Any]:

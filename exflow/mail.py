@@ -3,17 +3,17 @@
 An exchange has a mailbox on every rank. One-sided, it is memory that the other ranks write into, and a flag
 for each sender says that all it had to say is there. Collective, it is a pair of buffers that one all-to-all
 of fixed capacity moves. The kernels are the same: they write to addresses, and read what bears the
-exchange's number.
+exchange's number. With relays both: memory inside a node, a collective between nodes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.distributed import Cluster
+from exflow.distributed import Cluster, coherence_group
 
 _ALIGNMENT = 128  # bytes; of every region, so that rows are stored in whole lines
 
@@ -24,7 +24,8 @@ class StepShape:
 
     sequences: of the whole batch, a multiple of num_ranks; sequence b has its home on rank b % num_ranks.
     positions: the most a sequence may have. group_size: ranks of a coherence group; all of them for
-    `replicated`.
+    `replicated`. relayed: the ranks of a node write into each other's memory, and between nodes tokens
+    travel by relays; else every rank writes to every other.
     """
 
     rank: int
@@ -34,6 +35,15 @@ class StepShape:
     sequences: int
     positions: int
     replicated: bool = False
+    relayed: bool = False
+
+    @property
+    def peers(self) -> range:
+        """The ranks whose memory this rank writes into, itself among them."""
+        if not self.relayed:
+            return range(self.num_ranks)
+        first = self.rank - self.rank % self.ranks_per_node
+        return range(first, first + self.ranks_per_node)
 
     @property
     def rows(self) -> int:
@@ -52,14 +62,27 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class Far:
+    """Of a mailbox that relays use, what is for ranks of other nodes: a chunk for each, rows numbered by row.
+
+    at [ranks] int64: where a rank's rows arrive, 0 for ranks that send nothing here. `payload_at`: as of a
+    mailbox. `wire_bytes`: what `move` carries off this rank, full or not.
+    """
+
+    at: Tensor
+    payload_at: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True)
 class Mailbox:
     """One exchange of an MoE layer as this rank sees it.
 
     to [2, ranks] int64: where to write for each rank, by its number's parity; at [2] int64: where rows
-    arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [ranks] int32 are
-    raised by the others and flag_addresses [ranks] int64 are mine in their memory. `move` carries what was
+    arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [peers] int32 are
+    raised by the others and flag_addresses [peers] int64 are mine in their memory. `move` carries what was
     written, where it does not arrive by itself. `payload_at`: bytes from a chunk's beginning, where numbers
-    are, to its hidden states.
+    are, to its hidden states. `far`: what goes to other nodes by relays.
     """
 
     to: Tensor
@@ -70,12 +93,14 @@ class Mailbox:
     flags: Tensor
     flag_addresses: Tensor
     move: Callable[[], None]
+    far: Far | None = None
 
 
 @dataclass(frozen=True)
 class PeerMemory:
-    """Bytes of this rank that the other ranks can write to, and where each rank's lie in this rank's
-    addresses; `meet` waits, on the GPU, until all ranks have come so far."""
+    """Bytes of this rank that the other ranks of its node can write to, and where each rank's lie in this
+    rank's addresses, 0 for ranks of other nodes; `meet` waits, on the GPU, until the node's ranks have come
+    so far."""
 
     own: Tensor
     bases: list[int]
@@ -86,25 +111,29 @@ Allocate = Callable[[int], PeerMemory]
 
 
 def symmetric_memory(cluster: Cluster) -> Allocate:
-    """Memory for one-sided writes among the ranks of one host (torch's symmetric memory, no multicast).
+    """Memory for one-sided writes among the ranks of each host (torch's symmetric memory, no multicast).
 
     Collective: every rank allocates the same sizes in the same order. Raises RuntimeError where GPUs cannot
     reach each other's memory.
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    everyone = dist.group.WORLD
-    assert everyone is not None
+    if cluster.num_nodes == 1:
+        ranks, processes = range(cluster.num_ranks), dist.group.WORLD
+    else:
+        node = coherence_group(cluster, cluster.ranks_per_node)
+        ranks, processes = node.ranks, node.processes
+    assert processes is not None
 
     def allocate(size: int) -> PeerMemory:
         own = symmetric.empty(size, dtype=torch.uint8, device=cluster.device)
         own.zero_()
-        handle = symmetric.rendezvous(own, everyone)
-        bases = [
-            handle.get_buffer(rank, (size,), torch.uint8).data_ptr() for rank in range(cluster.num_ranks)
-        ]
+        handle = symmetric.rendezvous(own, processes)
+        bases = [0] * cluster.num_ranks
+        for place, rank in enumerate(ranks):
+            bases[rank] = handle.get_buffer(place, (size,), torch.uint8).data_ptr()
         torch.cuda.synchronize()
-        dist.barrier()  # nobody writes before everybody's zeros are there
+        dist.barrier(processes)  # nobody writes before everybody's zeros are there
         return PeerMemory(own, bases, handle.barrier)
 
     return allocate
@@ -140,10 +169,19 @@ def rounded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Mail:
-    """The two exchanges of a layer. `returns` is None where no partial sums ever travel."""
+    """The exchanges of a layer. `returns` is None where no partial sums ever travel.
+
+    With relays `returns` brings partial sums to a token's relay in this node, and `sums` those of relays to
+    its next owner, into the same chunks: no sender has both for one token and receiver.
+    """
 
     dispatch: Mailbox
     returns: Mailbox | None
+    sums: Mailbox | None = None
+
+    @property
+    def boxes(self) -> list[Mailbox]:
+        return [box for box in (self.dispatch, self.returns, self.sums) if box is not None]
 
 
 def words_of(top_k: int) -> int:
@@ -154,16 +192,18 @@ def words_of(top_k: int) -> int:
 def one_sided_mail(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
 ) -> Mail:
-    """Mailboxes in memory that the other ranks write to. hidden_bytes: of one row."""
+    """Mailboxes in memory that the peers write to. hidden_bytes: of one row."""
+    peers, summed = len(shape.peers), shape.sequences if shape.relayed else shape.rows
+    place = shape.rank - shape.peers.start
     words_at = rounded(4 * words_of(top_k) * shape.sequences)
     dispatch = rounded(words_at + hidden_bytes * shape.sequences)
-    numbers_at = rounded(4 * shape.rows)
-    chunk = rounded(numbers_at + hidden_bytes * shape.rows)
-    flags = rounded(4 * shape.num_ranks)
-    memory = allocate(2 * flags + 2 * dispatch + (2 * shape.num_ranks * chunk if returns else 0))
+    numbers_at = rounded(4 * summed)
+    chunk = rounded(numbers_at + hidden_bytes * summed)
+    flags = rounded(4 * peers)
+    memory = allocate(3 * flags + 2 * dispatch + (2 * peers * chunk if returns else 0))
 
     def mailbox(flags_at: int, at: int, size: int, chunk: int, payload_at: int, shared: bool) -> Mailbox:
-        mine = 0 if shared else shape.rank * chunk
+        mine = 0 if shared else place * chunk
         device = memory.own.device
         return Mailbox(
             to=torch.tensor(
@@ -176,17 +216,57 @@ def one_sided_mail(
             chunk=chunk,
             payload_at=payload_at,
             shared=shared,
-            flags=memory.own[flags_at : flags_at + 4 * shape.num_ranks].view(torch.int32),
+            flags=memory.own[flags_at : flags_at + 4 * peers].view(torch.int32),
             flag_addresses=torch.tensor(
-                [base + flags_at + 4 * shape.rank for base in memory.bases], device=device
+                [memory.bases[rank] + flags_at + 4 * place for rank in shape.peers], device=device
             ),
             move=lambda: None,
         )
 
-    first, second = 2 * flags, 2 * flags + 2 * dispatch
-    return Mail(
-        mailbox(0, first, dispatch, dispatch, words_at, True),
-        mailbox(flags, second, shape.num_ranks * chunk, chunk, numbers_at, False) if returns else None,
+    first, second = 3 * flags, 3 * flags + 2 * dispatch
+    gated = mailbox(0, first, dispatch, dispatch, words_at, True)
+    if not returns:
+        return Mail(gated, None)
+    returned, sums = (
+        mailbox(flags_at, second, peers * chunk, chunk, numbers_at, False) for flags_at in (flags, 2 * flags)
+    )
+    return Mail(gated, returned, sums if shape.relayed else None)
+
+
+def relayed_mail(shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate) -> Mail:
+    """Mailboxes in memory that the node's ranks write to, with chunks for other nodes that an all-to-all
+    moves.
+
+    Tokens go to the ranks of this rank's place in other nodes, sums to any rank there that may own a token
+    that this one relays. Who sends to whom is symmetric.
+    """
+    mail = one_sided_mail(shape, top_k, hidden_bytes, returns, allocate)
+    elsewhere = [rank for rank in range(shape.num_ranks) if rank not in shape.peers]
+    relays = [rank for rank in elsewhere if (rank - shape.rank) % shape.ranks_per_node == 0]
+    owners = relays if shape.group_size == 1 else elsewhere  # a token that comes home has its relays' place
+    words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
+    size = hidden_bytes * shape.rows
+    return replace(
+        mail,
+        dispatch=_reaching(mail.dispatch, relays, rounded(words_at + size), words_at),
+        sums=mail.sums and _reaching(mail.sums, owners, rounded(numbers_at + size), numbers_at),
+    )
+
+
+def _reaching(box: Mailbox, reached: list[int], chunk: int, payload_at: int) -> Mailbox:
+    """The mailbox with chunks to and from the ranks `reached` of other nodes, which reach this one too."""
+    num_ranks, device = box.to.shape[1], box.to.device
+    outgoing, incoming = torch.zeros(2, len(reached) * chunk, dtype=torch.uint8, device=device)
+    sizes = [chunk if rank in reached else 0 for rank in range(num_ranks)]
+    to, at = box.to.clone(), torch.zeros(num_ranks, dtype=torch.int64, device=device)
+    for place, rank in enumerate(reached):
+        to[:, rank] = outgoing.data_ptr() + place * chunk
+        at[rank] = incoming.data_ptr() + place * chunk
+    return replace(
+        box,
+        to=to,
+        move=lambda: dist.all_to_all_single(incoming, outgoing, sizes, sizes),
+        far=Far(at, payload_at, outgoing.nbytes),
     )
 
 

@@ -21,7 +21,7 @@ from exflow.transport import Transport
 SMALL = 64  # bytes from each rank to each other one
 LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
 READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; of a GPU more than its cache
-LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10}  # of kernels in a layer, about
+LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # of kernels in a layer, about
 RUNS = 9
 IN_A_GRAPH = 20
 
@@ -49,7 +49,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
         layer_s,
         round_bytes=ROUND_BYTES[cluster.device.type],
         # a captured collective waits its turn on the one stream
-        hides=0.0 if cluster.device.type == "cpu" or transport == "collective" else 1.0,
+        hides=0.0 if cluster.device.type == "cpu" or transport in ("collective", "relayed") else 1.0,
         shared=cluster.device.type == "cpu" and cluster.num_nodes == 1,
         transport=transport,
         flops_per_s=math.inf if transport == "eager" else _flops_per_s(cluster),
@@ -78,6 +78,9 @@ def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, 
     everyone, node = coherence_group(cluster, ranks), coherence_group(cluster, near)
     if transport == "one-sided":
         return _link(cluster, _one_sided(cluster), near - 1, timer), Link(0.0, float("inf"))
+    if transport == "relayed":
+        between = _link(cluster, _among_relays(cluster), cluster.num_nodes - 1, timer)
+        return _link(cluster, _one_sided(cluster), near - 1, timer), between
     inside = _link(cluster, _all_to_all(cluster, node.processes, near), near - 1, timer)
     return inside, _link(cluster, _all_to_all(cluster, everyone.processes, ranks), ranks - near, timer)
 
@@ -101,11 +104,27 @@ def _all_to_all(cluster: Cluster, group: dist.ProcessGroup, ranks: int) -> Excha
     return exchange
 
 
+def _among_relays(cluster: Cluster) -> Exchange:
+    """With the ranks of this one's place in other nodes alone."""
+    near, ranks = cluster.ranks_per_node, range(cluster.num_ranks)
+    relays = [rank for rank in ranks if rank != cluster.rank and (rank - cluster.rank) % near == 0]
+
+    def exchange(size: int) -> Callable[[], object]:
+        sizes = [size if rank in relays else 0 for rank in ranks]
+        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=cluster.device)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, sizes, sizes)
+
+    return exchange
+
+
 def _one_sided(cluster: Cluster) -> Exchange:
-    """Stores into every other rank's memory, and a meeting; of next to nothing, the meeting alone."""
+    """Stores into the memory of every other rank of the node, and a meeting; of next to nothing, the
+    meeting."""
     memory = symmetric_memory(cluster)(LARGE["cuda"])
-    others = [tensor_at(memory.bases[rank], memory.own) for rank in range(cluster.num_ranks)]
-    del others[cluster.rank]
+    others = [
+        tensor_at(base, memory.own) for rank, base in enumerate(memory.bases) if base and rank != cluster.rank
+    ]
     sent = torch.zeros_like(memory.own)
 
     def exchange(size: int) -> Callable[[], object]:

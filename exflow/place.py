@@ -102,7 +102,7 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
             objective=job.objective,
             solving=job.solving,
             redundant_experts=job.where.redundant_experts,
-            tell=lambda price: tell(f"placing: balance price {price:g}"),
+            tell=lambda price: tell(f"balance price {price:g}"),
         )
         plan = next(each.plan for each in points if each.balance_price == job.objective.balance_price)
         tables["pareto"] = [each.figures() for each in points]
@@ -115,7 +115,7 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
             objective=job.objective,
             solving=job.solving,
             redundant_experts=job.where.redundant_experts,
-            tell=lambda tokens: tell(f"placing: from {tokens:,} tokens"),
+            tell=lambda tokens: tell(f"from {tokens:,} tokens"),
         )
         tables |= {"learning_curve": [vars(point) for point in curve], "verdict": verdict(curve)}
     if held_out:
@@ -130,7 +130,7 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
 
 def _place(job: PlaceJob, traces: Sequence[RoutingTrace], topology: Topology, tell: Tell) -> Plan:
     def progress(objective: float, bound: float, seconds: float) -> None:
-        tell(f"placing: objective {objective:.4f}, bound {bound:.4f}, {seconds:.0f} s")
+        tell(f"objective {objective:.4f}, bound {bound:.4f}")
 
     if job.worst_case:
         return place_for_the_worst(
@@ -139,7 +139,7 @@ def _place(job: PlaceJob, traces: Sequence[RoutingTrace], topology: Topology, te
             objective=job.objective,
             solving=job.solving,
             redundant_experts=job.where.redundant_experts,
-            tell=lambda done, worst: tell(f"placing: round {done}, {worst:.4f} messages at worst"),
+            tell=lambda done, worst: tell(f"round {done}, {worst:.4f} messages at worst"),
         )
     in_use = None
     if job.start is not None and job.max_moves is not None:

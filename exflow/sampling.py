@@ -37,15 +37,20 @@ GREEDY = Sampling()
 
 def choose_tokens(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, position_T: Tensor) -> Tensor:
     """The next token of each row [T] int64."""
+    return scores_of(logits_TV, sampling, sequence_T, position_T).argmax(dim=-1)
+
+
+def scores_of(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, position_T: Tensor) -> Tensor:
+    """What the next token of each row has the largest of [T, V]: logits, or with noise what they come to."""
     if sampling.temperature == 0:
-        return logits_TV.argmax(dim=-1)
+        return logits_TV
     below_best_TV = logits_TV - logits_TV.amax(dim=-1, keepdim=True)  # so that no temperature overflows
     scores_TV = keep_top_p(below_best_TV / sampling.temperature, sampling.top_p)
     entry_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
     place_TV = (sequence_T[:, None] << 40) + (position_T[:, None] << 20) + entry_V  # vocabularies < 2**20
     seed = torch.full((), sampling.seed, device=logits_TV.device)  # no copy from the host: it may be captured
     uniform_TV = uniform(mix(place_TV ^ mix(seed)))
-    return (scores_TV - torch.log(-torch.log(uniform_TV))).argmax(dim=-1)  # the Gumbel-max trick
+    return scores_TV - torch.log(-torch.log(uniform_TV))  # the Gumbel-max trick
 
 
 def keep_top_p(scores_TV: Tensor, top_p: float) -> Tensor:

@@ -151,6 +151,14 @@ _EVALUATION_COLUMNS = {
 }
 
 
+def print_run(checkpoint: Path, held_out_bits_per_byte: float, as_json: bool) -> None:
+    """The folder of a training run's last checkpoint; how good it is was said on the way."""
+    if as_json:
+        print_json({"checkpoint": str(checkpoint), "held_out_bits_per_byte": held_out_bits_per_byte})
+        return
+    print(checkpoint)
+
+
 def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:
     """The texts on stdout; the figures of the run below them."""
     if as_json:
@@ -162,6 +170,12 @@ def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) 
         f"{result['strategy']} on {result['ranks']} rank(s): TTFT {result['ttft_s']:.2f} s, "
         f"TPOT {result['tpot_ms']:.1f} ms, {result['tokens_per_s']:.1f} tokens/s"
     )
+    if verified := result.get("verified"):
+        print(
+            f"verified: {verified['choices']} choices are those of one process, with logits within "
+            f"{verified['largest_difference']:.1e} of the largest ({verified['tolerance']:.0e} is allowed), "
+            "and the counters are what the routing comes to"
+        )
 
 
 def print_demo(result: dict[str, Any], as_json: bool) -> None:
@@ -227,6 +241,45 @@ def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
 
 def _case(row: dict[str, Any]) -> str:
     return f"{row['strategy']}, {row['transport']}, {row['placement']}, batch {row['batch']}"
+
+
+def print_simulation(result: dict[str, Any], as_json: bool) -> None:
+    """A table of all sizes; below it what is fastest on each, and from where on another strategy would be."""
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        {"gpus": str(size["gpus"]), "ep": str(size["expert_parallel"])}
+        | row
+        | {"step_ms": row["step_ms"] if row["fits"] else "no room"}
+        for size in result["sizes"]
+        for row in size["steps"]
+    ]
+    print(f"{result['model']}, {result['context']} positions of context; predicted, not measured")
+    _print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows, width=200)
+    print(_SIMULATION_LEGEND)
+    for size in result["sizes"]:
+        fastest = "none fits" if size["fastest"] is None else ", ".join(size["fastest"])
+        print(f"{size['gpus']} GPUs: {fastest}")
+        for turn in size["turns"]:
+            way, then = ("up" if turn["factor"] > 1 else "down"), turn["strategy"] or "none fits"
+            print(f"    {turn['quantity']} {_readable(turn['value'])} {turn['unit']} and {way}: {then}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
+_SIMULATION_COLUMNS = {
+    "step ms": "step_ms",
+    "exchange": "exchange_ms",
+    "compute": "compute_ms",
+    "K/V": "background_ms",
+    "tokens/s": "tokens_per_s",
+    "a GPU": "tokens_per_s_per_gpu",
+    "GB": "memory_gb",
+}
+_SIMULATION_LEGEND = """\
+ep   GPUs of an expert-parallel group; there are as many groups as the GPUs make
+K/V  milliseconds of sharing keys and values that computing does not hide; GB a GPU needs"""
 
 
 _DECODE_BENCH_COLUMNS = {

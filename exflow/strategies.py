@@ -194,17 +194,16 @@ def strategy_named(name: str, num_nodes: int) -> Name:
     raise InputError(f"--strategy {name}: no such strategy; give {', '.join(NAMES)}")
 
 
-def check_relays(topology: Topology, top_k: int, strategy: Name, transport: str) -> str:
-    """The transport with which tokens can travel by relays. InputError where they cannot, or need not."""
+def check_relays(topology: Topology, top_k: int, strategy: Name, transport: str) -> None:
+    """Raises InputError where tokens cannot travel by relays as `--hierarchical` asks, or need not."""
     if topology.num_nodes == 1 or topology.gpus_per_node == 1:
         raise InputError(f"--hierarchical: {topology} have no nodes of several ranks; leave it out")
     if top_k == 1:
         raise InputError("--hierarchical: a token with one expert sends one message anyway; leave it out")
     if strategy in ("replicated", "auto"):
         raise InputError(f"--hierarchical: does not go with --strategy {strategy}; give another strategy")
-    if transport not in ("auto", "eager"):
-        raise InputError(f"--hierarchical: does not go with --transport {transport}; give eager")
-    return "eager"
+    if transport not in ("auto", "relayed", "eager"):
+        raise InputError(f"--hierarchical: does not go with --transport {transport}; give relayed or eager")
 
 
 def make_strategy(

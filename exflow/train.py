@@ -22,7 +22,7 @@ from exflow.attention import CausalAttention, rows_of_batch
 from exflow.checkpoint import save_checkpoint
 from exflow.corpus import Corpus, build_corpus, find_texts
 from exflow.decoder import Decoder, Routing, initialise
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.moe import AllExpertsHere
 from exflow.optimiser import MasterAdamW
 from exflow.train_config import OptimiserConfig, TrainConfig
@@ -105,6 +105,13 @@ def held_out_bits_per_byte(decoder: Decoder, corpus: Corpus, config: OptimiserCo
     return nats_per_token / math.log(2) * len(corpus.held_out) / corpus.held_out_bytes
 
 
+def finite(loss: float, step: int) -> float:
+    """The loss itself; raises WrongResult if it is NaN or infinite, so that no such model is saved."""
+    if not math.isfinite(loss):
+        raise WrongResult(f"step {step}: the loss is {loss}; lower learning_rate, or give other text")
+    return loss
+
+
 class Meter:
     """Reports every 50th step, and in a short run about twenty times."""
 
@@ -122,7 +129,7 @@ class Meter:
         """Report, if it is time; reading the figures waits for the device."""
         if step % self.every:
             return
-        loss_value, balance = float(loss.detach()), float(busiest_over_mean(routings))
+        loss_value, balance = finite(float(loss.detach()), step), float(busiest_over_mean(routings))
         started, first = self.since
         rate = (step - first) * self.tokens_per_step / (time.perf_counter() - started)
         self.report(Progress(step, StepFigures(loss_value, balance, rate)))
@@ -171,9 +178,9 @@ def train(
     meter = Meter(settings, report, first)
     for step in range(first, settings.steps + 1):
         if step in {*config.checkpoint_steps, settings.steps}:
+            held_out = finite(held_out_bits_per_byte(decoder, corpus, settings), step)
             save_checkpoint(run.checkpoint(step), config.model, optimiser.master, tokenizer, torch.bfloat16)
             run.save_state(step, config, optimiser.state())
-            held_out = held_out_bits_per_byte(decoder, corpus, settings)
             report(Progress(step, held_out_bits_per_byte=held_out))
             meter.start(step)
         if step < settings.steps:

@@ -1,4 +1,5 @@
-"""How a job's decode steps run: captured over one-sided writes, captured over collectives, or eagerly."""
+"""How a job's decode steps run: captured over one-sided writes, over relays between nodes, over
+collectives; or eagerly."""
 
 import os
 from importlib.util import find_spec
@@ -7,12 +8,12 @@ from typing import Literal
 import torch
 
 from exflow.config import ModelConfig
-from exflow.console import say
+from exflow.console import note
 from exflow.distributed import Cluster, of_all
 from exflow.errors import InputError
 
-Transport = Literal["one-sided", "collective", "eager"]
-NAMES: tuple[Transport, ...] = ("one-sided", "collective", "eager")
+Transport = Literal["one-sided", "relayed", "collective", "eager"]
+NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
 UNKNOWN_TO_CAPTURED_STEPS = (  # settings that must be as in a model of our own
     "norm",
     "rope",
@@ -48,9 +49,12 @@ def unknown_to_captured_steps(config: ModelConfig) -> str:
     return f"captured decode steps do not know the model's {', '.join(unknown)}" if unknown else ""
 
 
-def choose_transport(name: str, cluster: Cluster, config: ModelConfig) -> Transport:
+def choose_transport(
+    name: str, cluster: Cluster, config: ModelConfig, replicated: bool = False, hierarchical: bool = False
+) -> Transport:
     """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
 
+    replicated: for the strategy of that name, which has nothing to relay; hierarchical: relays are asked for.
     Collective. Raises InputError where what was asked for by name does not work.
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
@@ -58,21 +62,38 @@ def choose_transport(name: str, cluster: Cluster, config: ModelConfig) -> Transp
     unknown = unknown_to_captured_steps(config)
     if unknown and name == "auto":
         if cluster.rank == 0:
-            say(f"decode steps are eager: {unknown}")
+            note(f"decode steps are eager: {unknown}")
         return "eager"
-    wanted: tuple[Transport, ...] = ("one-sided", "collective") if name == "auto" else (name,)  # type: ignore[assignment]
+    wanted = _candidates(cluster, replicated, hierarchical) if name == "auto" else _named(name)
     for transport in wanted:
-        fault = unknown or _fault(transport, cluster)
+        fault = unknown or _fault(transport, cluster, replicated)
         if not fault:
             return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":
             raise InputError(f"--transport {transport}: {fault}")
         if cluster.rank == 0:
-            say(f"decode steps are not {transport}: {fault}")
+            note(f"decode steps are not {transport}: {fault}")
     return "eager"
 
 
-def _fault(transport: str, cluster: Cluster) -> str:
+def _named(name: str) -> tuple[Transport, ...]:
+    return tuple(known for known in NAMES if known == name)
+
+
+def _candidates(cluster: Cluster, replicated: bool, hierarchical: bool) -> tuple[Transport, ...]:
+    """What `auto` tries, in this order, before steps are eager.
+
+    Relays also where a token has one expert, and so no message to save: chunks of fixed capacity are one a
+    node then, instead of one a rank.
+    """
+    if cluster.num_nodes == 1:
+        return ("one-sided", "collective")
+    if replicated:
+        return ("collective",)
+    return ("relayed",) if hierarchical else ("relayed", "collective")
+
+
+def _fault(transport: str, cluster: Cluster, replicated: bool) -> str:
     """Why a transport does not work here, the same on all ranks; empty if it does."""
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -80,8 +101,15 @@ def _fault(transport: str, cluster: Cluster) -> str:
         return "there are no GPUs"
     if transport == "collective" or cluster.num_ranks == 1:
         return ""
-    if cluster.num_nodes > 1:
+    if transport == "one-sided" and cluster.num_nodes > 1:
         return f"the ranks are on {cluster.num_nodes} nodes"
+    if transport == "relayed":
+        if cluster.num_nodes == 1:
+            return "the ranks are on one node"
+        if cluster.ranks_per_node == 1:
+            return "there is one rank on each node"
+        if replicated:
+            return "does not go with --strategy replicated, which has nothing to relay; give collective"
     return _fault_of_symmetric_memory(cluster)
 
 

@@ -50,6 +50,8 @@ def decode_attention(
     sums,
     peaks,
     attended,
+    born,
+    born_owned,
     layer,
     rows,
     positions,
@@ -60,6 +62,7 @@ def decode_attention(
     MEMBER: tl.constexpr,
     MEMBERS: tl.constexpr,
     SPLITS: tl.constexpr,
+    BORN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,13 +74,17 @@ def decode_attention(
     caches [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH],
     MEMBER this rank's; out [rows, HEADS, WIDTH]. With SPLITS > 1 the past is cut into parts: sums [rows,
     HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written instead, for `merge_splits`.
-    attended [rows] int32 counts the tokens run here.
+    attended [rows] int32 counts the tokens run here. Where BORN, born [layers, rows, 2 KV_HEADS * WIDTH] gets
+    the owned rows' new keys and values, and born_owned [layers, rows] int32 says which those are.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    if tl.load(owned + row) != 0:
+    mine = tl.load(owned + row)
+    if BORN and (head == 0) & (split == 0):
+        tl.store(born_owned + layer * rows + row, mine)
+    if mine != 0:
         PER_KV: tl.constexpr = HEADS // KV_HEADS
         c = tl.arange(0, BLOCK_C)
         in_head = c < WIDTH
@@ -97,6 +104,10 @@ def decode_attention(
                 tl.store(base + keys_at + past * WIDTH + c, new_k, mask=in_head)
                 tl.store(base + keys_at + side + past * WIDTH + c, new_v, mask=in_head)
 
+            if BORN:
+                told = born + ((layer * rows + row).to(tl.int64) * (2 * KV_HEADS) + head) * WIDTH + c
+                tl.store(told, new_k, mask=in_head)
+                tl.store(told + KV_HEADS * WIDTH, new_v, mask=in_head)
         if (head == 0) & (split == 0):
             tl.store(attended + row, tl.load(attended + row) + 1)
 

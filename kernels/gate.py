@@ -17,6 +17,16 @@ SLOTS: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
+def put_row(base, place, words, x, like, WORDS: tl.constexpr, HIDDEN_AT: tl.constexpr, D: tl.constexpr,
+            BLOCK_D: tl.constexpr):  # fmt: skip
+    """Store one row, words [WORDS] and hidden state x [BLOCK_D] of like's type, in its place of a buffer."""
+    word = tl.arange(0, WORDS)
+    d = tl.arange(0, BLOCK_D)
+    tl.store(pointer_at(base, tl.pointer_type(tl.int32)) + place * WORDS + word, words)
+    tl.store(pointer_at(base + HIDDEN_AT, like.dtype) + place * D + d, x, mask=d < D)
+
+
+@triton.jit
 def gate_and_put(
     hidden,
     owned,
@@ -44,7 +54,9 @@ def gate_and_put(
     SLOTS_PER_RANK: tl.constexpr,
     WORDS: tl.constexpr,
     HIDDEN_AT: tl.constexpr,
+    FAR_HIDDEN_AT: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
+    RELAYED: tl.constexpr,
     REPLICATED: tl.constexpr,
     REPLAY: tl.constexpr,
     EPS: tl.constexpr,
@@ -56,12 +68,13 @@ def gate_and_put(
 ):
     """Grid (rows,). Writes one row to every rank that serves the token, and to itself if it keeps it.
 
-    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; serving [RANKS, EXPERTS] int32, by the rank that
-    asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens, layers, TOP_K] int32 with dictated_row [rows]
-    where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are written, -1 for rows not owned;
-    buffers [2, RANKS] int64, where to write for each rank, by the number's parity; step [1] int64; sent
-    [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in the
-    buffers are numbered by sequence, else by row.
+    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; serving [RANKS, EXPERTS] int32, by the rank
+    that asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens, layers, TOP_K] int32 with dictated_row
+    [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are written, -1 for rows not
+    owned; buffers [2, RANKS] int64, where to write for each rank, by the number's parity; step [1] int64;
+    sent [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in
+    the buffers are numbered by sequence, else by row. RELAYED: a node that is not this one gets one row, by
+    row, for the relay there (relay.py).
     """
     # everything whose address is known is read before anything is computed: latencies add up otherwise
     row = tl.program_id(0)
@@ -140,27 +153,33 @@ def gate_and_put(
             if tl.max(score, 0) > -2147483648:
                 owner = tl.argmax(score, 0)
         words = tl.where(word == STAMP, number, words)
-        words = tl.where(word == OWNER, owner, words)
+        words = tl.where(word == OWNER, owner + RANK % RANKS_PER_NODE * RANKS if RELAYED else owner, words)
 
         within = 0
         beyond = 0
         place = sequence if BY_SEQUENCE else row
         for rank in tl.static_range(RANKS):
-            serves = tl.sum(tl.where(ranks == rank, hosts, 0), 0) != 0
-            if rank == RANK:
-                wanted = serves | (owner == RANK)
-            else:
-                wanted = serves and not REPLICATED
-                if wanted:
-                    if rank // RANKS_PER_NODE == RANK // RANKS_PER_NODE:
-                        within += 1
-                    else:
+            if RELAYED and rank // RANKS_PER_NODE != RANK // RANKS_PER_NODE:
+                if rank % RANKS_PER_NODE == RANK % RANKS_PER_NODE:  # my relay there
+                    there = ranks // RANKS_PER_NODE == rank // RANKS_PER_NODE
+                    if tl.sum(tl.where(there, hosts, 0), 0) != 0:
                         beyond += 1
-            if wanted:
-                base = tl.sum(tl.where(ranks == rank, addresses, 0), 0)
-                tl.store(pointer_at(base, tl.pointer_type(tl.int32)) + place * WORDS + word, words)
-                rows_at = pointer_at(base + HIDDEN_AT, hidden.dtype)
-                tl.store(rows_at + place * D + d, x, mask=in_row)
+                        base = tl.sum(tl.where(ranks == rank, addresses, 0), 0)
+                        put_row(base, row, words, x, hidden, WORDS, FAR_HIDDEN_AT, D, BLOCK_D)
+            else:
+                serves = tl.sum(tl.where(ranks == rank, hosts, 0), 0) != 0
+                if rank == RANK:
+                    wanted = serves | (owner == RANK) | RELAYED  # the relay in its own node
+                else:
+                    wanted = serves and not REPLICATED
+                    if wanted:
+                        if rank // RANKS_PER_NODE == RANK // RANKS_PER_NODE:
+                            within += 1
+                        else:
+                            beyond += 1
+                if wanted:
+                    base = tl.sum(tl.where(ranks == rank, addresses, 0), 0)
+                    put_row(base, place, words, x, hidden, WORDS, HIDDEN_AT, D, BLOCK_D)
         if not REPLICATED:
             tl.store(sent + row * 2, tl.load(sent + row * 2) + within)
             tl.store(sent + row * 2 + 1, tl.load(sent + row * 2 + 1) + beyond)

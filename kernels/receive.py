@@ -27,11 +27,11 @@ def chunk_of(base, sequence, source: tl.constexpr, CHUNK: tl.constexpr, RANKS: t
 
 
 @triton.jit
-def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, weights,
+def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, relay_of, weights,
               D: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-              GROUP: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, WORDS: tl.constexpr,
-              HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr,
-              EPS: tl.constexpr):  # fmt: skip
+              GROUP: tl.constexpr, RANKS_PER_NODE: tl.constexpr, SLOTS_PER_RANK: tl.constexpr,
+              WORDS: tl.constexpr, HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr,
+              RELAYED: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """One sequence's row, if one came: its norm, and what the kernels to come must know of it."""
     SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
     place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
@@ -43,6 +43,8 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, we
     if address == 0:
         tl.store(residual_at + sequence, address)
         tl.store(owner_of + sequence, -1)
+        if RELAYED:
+            tl.store(relay_of + sequence, -1)
         for k in tl.static_range(TOP_K):
             tl.store(weights + sequence * TOP_K + k, -1.0)
     else:
@@ -54,7 +56,11 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, we
         tl.store(normed + sequence * D + d, out.to(normed.dtype.element_ty), mask=in_row)
         words = address.to(tl.pointer_type(tl.int32)) + place * WORDS
         tl.store(residual_at + sequence, row_at)
-        tl.store(owner_of + sequence, tl.load(words + OWNER))
+        owner = tl.load(words + OWNER)
+        if RELAYED:
+            tl.store(relay_of + sequence, RANK // RANKS_PER_NODE * RANKS_PER_NODE + owner // RANKS)
+            owner = owner % RANKS
+        tl.store(owner_of + sequence, owner)
         for k in tl.static_range(TOP_K):
             host = tl.load(words + SLOTS + k) // SLOTS_PER_RANK
             weight = tl.load(words + SLOTS + TOP_K + k).to(tl.float32, bitcast=True)
@@ -98,6 +104,7 @@ def receive(
     normed,
     residual_at,
     owner_of,
+    relay_of,
     weights,
     pairs,
     counts,
@@ -109,11 +116,13 @@ def receive(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
     SLOTS_PER_RANK: tl.constexpr,
     WORDS: tl.constexpr,
     HIDDEN_AT: tl.constexpr,
     CHUNK: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
+    RELAYED: tl.constexpr,
     WAIT: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,11 +132,13 @@ def receive(
 ):
     """Grid (sequences + SLOTS_PER_RANK,).
 
-    buffers [2] int64: where rows arrive, by the number's parity. Written: normed [sequences, D]; residual_at
-    [sequences] int64, the address of the hidden state that came, 0 if none did; owner_of [sequences] int32,
-    -1 if none; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
+    buffers [2] int64: where rows arrive, by the number's parity. Written: normed [sequences, D];
+    residual_at [sequences] int64, the address of the hidden state that came, 0 if none did; owner_of
+    [sequences] int32, -1 if none; with RELAYED relay_of [sequences] int32, its relay in this node,
+    likewise; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
     TOP_K] int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
     """
+    PEERS: tl.constexpr = RANKS_PER_NODE if RELAYED else RANKS
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(norm_weight + d, mask=d < D, other=0.0)
@@ -137,11 +148,12 @@ def receive(
     base = tl.load(buffers + number % 2)
     if WAIT:
         if program == 0:
-            signal(flag_addresses, number, RANKS, BLOCK_G)
-        wait_for_all(flags, number, failed, patience, RANKS)
+            signal(flag_addresses, number, PEERS, BLOCK_G)
+        wait_for_all(flags, number, failed, patience, PEERS)
     if program < sequences:
-        _take_row(base, program, number, d, w, b, normed, residual_at, owner_of, weights, D, TOP_K, RANK,
-                  RANKS, GROUP, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE, EPS)  # fmt: skip
+        _take_row(base, program, number, d, w, b, normed, residual_at, owner_of, relay_of, weights, D, TOP_K,
+                  RANK, RANKS, GROUP, RANKS_PER_NODE, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE,
+                  RELAYED, EPS)  # fmt: skip
     else:
         _list_slot(base, program - sequences, number, pairs, counts, sequences, TOP_K, RANK, RANKS,
                    GROUP, SLOTS_PER_RANK, WORDS, CHUNK, BY_SEQUENCE, BLOCK_B)  # fmt: skip

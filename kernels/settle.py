@@ -1,7 +1,8 @@
 """After the experts: partial sums go to the tokens' next owners, and the residual stream moves on.
 
 A row on the way back has its exchange's number in one region of the receiver's buffer and the partial sum in
-another. Every sender has a chunk of its own there, so sums are made in order and no two writers meet.
+another. Every sender has a chunk of its own there, so sums are made in order and no two writers meet. With
+relays (relay.py) it goes to the token's relay in this node, whose sum goes to the next owner.
 """
 
 import triton
@@ -34,10 +35,26 @@ def sum_here(partials, weights, sequence, d, in_row, pairs, D: tl.constexpr, TOP
 
 
 @triton.jit
+def add_sums(total, base, place, number, d, in_row, like, ME: tl.constexpr, PEERS: tl.constexpr,
+             CHUNK: tl.constexpr, SUMS_AT: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """`total`, float32, with what peers put into their chunks for one row added; and how many of them did."""
+    senders = 0
+    for peer in tl.static_range(PEERS):
+        if peer != ME:
+            chunk = base + peer * CHUNK
+            came = tl.load(chunk.to(tl.pointer_type(tl.int32)) + place) == number
+            sums = pointer_at(chunk + SUMS_AT, like.dtype) + place * D + d
+            total += tl.load(sums, mask=in_row & came, other=0.0).to(tl.float32)
+            senders += came.to(tl.int32)
+    return total, senders
+
+
+@triton.jit
 def put_partials(
     partials,
     weights,
     owner_of,
+    relay_of,
     like,
     buffers,
     step,
@@ -52,13 +69,16 @@ def put_partials(
     GROUP: tl.constexpr,
     RANKS_PER_NODE: tl.constexpr,
     SUMS_AT: tl.constexpr,
+    RELAYED: tl.constexpr,
     REPLICATED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all (REPLICATED).
+    """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all
+    (REPLICATED), or to its relay in this node (RELAYED, where rows in the buffers are numbered by
+    sequence).
 
     buffers [2, RANKS] int64: my chunk at each rank, by the number's parity; like: any tensor of the type that
     travels; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
@@ -67,6 +87,7 @@ def put_partials(
     sequence = tl.program_id(0)
     number = number_of(step, layer, layers)
     owner = tl.load(owner_of + sequence)
+    receiver = tl.load(relay_of + sequence) if RELAYED else owner
     here = 0
     for k in tl.static_range(TOP_K):
         here += (tl.load(weights + sequence * TOP_K + k) >= 0).to(tl.int32)
@@ -76,9 +97,9 @@ def put_partials(
         pairs = sequences * TOP_K
         total = sum_here(partials, weights, sequence, d, in_row, pairs, D, TOP_K, SPLITS, BLOCK_D)
         value = total.to(like.dtype.element_ty)
-        row = row_of(sequence, RANKS, GROUP)
+        row = sequence if RELAYED else row_of(sequence, RANKS, GROUP)
         for rank in tl.static_range(RANKS):
-            if rank != RANK and (REPLICATED or owner == rank):
+            if rank != RANK and (REPLICATED or receiver == rank):
                 base = tl.load(buffers + number % 2 * RANKS + rank)
                 tl.store(base.to(tl.pointer_type(tl.int32)) + row, number)
                 tl.store(pointer_at(base + SUMS_AT, like.dtype) + row * D + d, value, mask=in_row)
@@ -93,7 +114,9 @@ def settle(
     weights,
     residual_at,
     owner_of,
+    relay_of,
     buffers,
+    arrived,
     flags,
     flag_addresses,
     failed,
@@ -112,8 +135,11 @@ def settle(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMS_AT: tl.constexpr,
+    FAR_SUMS_AT: tl.constexpr,
+    RELAYED: tl.constexpr,
     RETURNS: tl.constexpr,
     WAIT: tl.constexpr,
     EPS: tl.constexpr,
@@ -125,8 +151,10 @@ def settle(
     """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
 
     normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
-    int64: where partial sums arrive, by the number's parity.
+    int64: where partial sums arrive, by the number's parity. RELAYED: arrived [RANKS] int64 is where the
+    sums of other nodes' relays do, 0 for the ranks of this node.
     """
+    PEERS: tl.constexpr = RANKS_PER_NODE if RELAYED else RANKS
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     in_row = d < D
@@ -136,8 +164,8 @@ def settle(
     number = number_of(step, layer, layers)
     if RETURNS and WAIT:
         if row == 0:
-            signal(flag_addresses, number, RANKS, BLOCK_G)
-        wait_for_all(flags, number, failed, patience, RANKS)
+            signal(flag_addresses, number, PEERS, BLOCK_G)
+        wait_for_all(flags, number, failed, patience, PEERS)
     sequence = sequence_of(row, RANK, RANKS, GROUP)
     mine = tl.load(owner_of + sequence) == RANK
     tl.store(owned + row, mine.to(tl.int32))
@@ -148,12 +176,17 @@ def settle(
         x += sum_here(partials, weights, sequence, d, in_row, pairs, D, TOP_K, SPLITS, BLOCK_D)
         if RETURNS:
             base = tl.load(buffers + number % 2)
-            for rank in tl.static_range(RANKS):
-                if rank != RANK:
-                    chunk = base + rank * CHUNK
-                    came = tl.load(chunk.to(tl.pointer_type(tl.int32)) + row) == number
-                    sums = pointer_at(chunk + SUMS_AT, hidden.dtype) + row * D + d
-                    x += tl.load(sums, mask=in_row & came, other=0.0).to(tl.float32)
+            place = sequence if RELAYED else row
+            x, _ = add_sums(x, base, place, number, d, in_row, hidden, RANK % PEERS, PEERS, CHUNK, SUMS_AT,
+                            D)  # fmt: skip
+            if RELAYED:
+                relay = tl.load(relay_of + sequence) % RANKS_PER_NODE
+                for first in tl.static_range(0, RANKS, RANKS_PER_NODE):
+                    if first != RANK // RANKS_PER_NODE * RANKS_PER_NODE:
+                        chunk = tl.load(arrived + first + relay)
+                        came = tl.load(chunk.to(tl.pointer_type(tl.int32)) + row) == number
+                        sums = pointer_at(chunk + FAR_SUMS_AT, hidden.dtype) + row * D + d
+                        x += tl.load(sums, mask=in_row & came, other=0.0).to(tl.float32)
         rounded = x.to(hidden.dtype.element_ty)
         tl.store(hidden + row * D + d, rounded, mask=in_row)
         wide = tl.where(in_row, rounded.to(tl.float32), 0.0)

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from exflow.placement.information import mutual_information
 from exflow.report import png
 from exflow.report.data import Report
 from exflow.report.experts import blocks, layer_names
@@ -70,7 +71,7 @@ def affinity_figures(report: Report) -> Affinity | None:
     scale = Scale(-high, high, "of the row's tokens, beyond chance", "chance", open=True)
     names = layer_names(report)
     pairs = [f"{earlier} and {later}" for earlier, later in pairwise(names)]
-    first = int(np.argmax(_strength(report)))
+    first = int(np.argmax(mutual_information(report.affinity.inter)))
     listed = _follower_table(report)
     images = {
         "pixels": [
@@ -152,15 +153,6 @@ def _arranged(beyond: Values, order: Order, layer: int, begin: Integers) -> Valu
     sizes = np.diff([*begin, len(arranged)])
     summed = np.add.reduceat(np.add.reduceat(arranged, begin, axis=0), begin, axis=1)
     return np.asarray(summed / sizes[:, None])
-
-
-def _strength(report: Report) -> Values:
-    """[L-1] how far each pair of layers is from chance: mutual information of expert and follower."""
-    inter = report.affinity.inter.astype(np.float64)
-    joint = inter / inter.sum(axis=(1, 2), keepdims=True)
-    apart = joint.sum(axis=2, keepdims=True) * joint.sum(axis=1, keepdims=True)
-    terms = joint * np.log(np.where(joint > 0, joint, 1) / np.where(joint > 0, apart, 1))
-    return np.asarray(terms.sum(axis=(1, 2)))
 
 
 def _told(order: Order) -> Sequence[int]:

@@ -61,7 +61,8 @@ def assumptions(report: Report) -> list[str]:
     ]
     for machine in machines.values():
         between = (
-            f", between nodes {1e6 * machine.between.latency_s:.3g} µs and "
+            f", between nodes {1e6 * machine.between.latency_s:.3g} µs, "
+            f"{1e6 * machine.between.peer_s:.3g} µs for each GPU there, and "
             f"{machine.between.bytes_per_s / 1e9:.3g} GB/s"
             if machine.between.bytes_per_s != float("inf")
             else ""

@@ -19,13 +19,15 @@ from exflow.strategies import NAMES
 
 _ITEMSIZE = 2  # bfloat16
 
-# Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below.
+# Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below. What a layer
+# takes besides bytes and products is fitted to steps measured there (docs/simulate.md). configs/machines has
+# both, too.
 _ONE_NODE = Machine(
     inside=Link(3.6e-6, 170e9),
     between=Link(0.0, math.inf),
     read_bytes_per_s=4.1e12,
     memory_bytes=140e9,
-    layer_s=11e-6,
+    layer_s=35e-6,
     round_bytes=ROUND_BYTES["cuda"],
     transport="one-sided",
     flops_per_s=600e12,
@@ -33,11 +35,12 @@ _ONE_NODE = Machine(
 # Links between nodes were not measured: a network card of 400 Gbit/s for each GPU is assumed.
 _SEVERAL_NODES = Machine(
     inside=Link(9e-6, 190e9),
-    between=Link(25e-6, 40e9),
+    between=Link(20e-6, 40e9, peer_s=1e-6),
     read_bytes_per_s=4.1e12,
     memory_bytes=140e9,
-    layer_s=11e-6,
+    layer_s=35e-6,
     round_bytes=ROUND_BYTES["cuda"],
+    hides=0.0,  # a captured collective waits its turn on the one stream
     transport="collective",
     flops_per_s=600e12,
 )

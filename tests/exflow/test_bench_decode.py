@@ -294,7 +294,7 @@ GOOD = BenchJob(Path("model"), [], [], [], [], None, 20, None, None, "cpu", None
         (
             {"transports": ["pigeon"]},
             2,
-            "--transport pigeon: no such transport; give one-sided, collective, eager",
+            "--transport pigeon: no such transport; give one-sided, relayed, collective, eager",
         ),
         (
             {"transports": ["eager", "collective"]},
@@ -382,4 +382,4 @@ def test_the_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0
-    assert "Example: exflow bench decode configs/shapes/gpt-oss-20b" in capsys.readouterr().out
+    assert "exflow bench decode configs/shapes/gpt-oss-20b" in capsys.readouterr().out

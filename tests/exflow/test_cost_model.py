@@ -78,6 +78,25 @@ def test_captured_exchanges_by_hand() -> None:
     assert everything == pytest.approx(2 * (1.0 + 3 * 8 * 100 / 100))
 
 
+def test_exchanges_by_relays_by_hand() -> None:
+    """Between nodes a chunk for the relay in the other one; inside what moves, with what came from there.
+
+    2 tokens a rank, one message in four to the other node. Home: back from relays, 2 rows to the one other
+    relay; where the whole node may own a token, to both ranks there.
+    """
+    relayed = replace(MACHINE, transport="relayed")
+    moved = replace(STILL, exchanges=4, dispatch=(0.75, 0.25), give_back=(0.75, 0.25))
+    latencies = 4 * (1.0 + 0.1)
+    home = latencies + 2 * (2 * 120 / 100 + 2 * 108 / 100)
+    assert predict("dispatch-combine", LOAD, moved, relayed).exchange_s == pytest.approx(home)
+    of_nodes = latencies + 2 * (4 * 120 / 100 + 2 * 4 * 108 / 100)
+    in_nodes = predict("node-coherent", LOAD, replace(moved, group_size=2), relayed)
+    assert in_nodes.exchange_s == pytest.approx(of_nodes)
+    inside = replace(relayed, between=Link(1.0, math.inf))
+    near = latencies + 2 * (2 * 120 / 1000 + 2 * 108 / 1000)
+    assert predict("dispatch-combine", LOAD, moved, inside).exchange_s == pytest.approx(near)
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [64, 512])
 def test_chance_makes_a_rank_the_busiest(ranks: int, tokens: int) -> None:
@@ -99,6 +118,43 @@ def test_compute_by_hand() -> None:
     assert predict("coherent", LOAD, moved, eager).compute_s == pytest.approx(
         reading + 3 * (2 + tokens * 0.5)
     )
+
+
+def test_every_rank_that_a_link_leads_to_costs_time() -> None:
+    """3 others on one node; 2 on the other one. A rank that is alone waits for nobody."""
+    links = {"inside": Link(0.1, math.inf, peer_s=0.01), "between": Link(1.0, math.inf, peer_s=0.2)}
+    machine = replace(MACHINE, **links)  # type: ignore[arg-type]
+    moved = replace(STILL, exchanges=4)
+    assert predict("coherent", LOAD, moved, machine).exchange_s == pytest.approx(4 * (1.0 + 2 * 0.2))
+    one_node = replace(LOAD, ranks_per_node=4)
+    assert predict("coherent", one_node, moved, machine).exchange_s == pytest.approx(4 * (0.1 + 3 * 0.01))
+    reduced = replace(STILL, all_reduces=2)
+    assert predict("replicated", LOAD, reduced, machine).exchange_s == pytest.approx(2 * 2 * 1.4)
+    alone = replace(LOAD, ranks=1, ranks_per_node=1)
+    for moves in (moved, reduced):
+        assert predict("coherent", alone, moves, machine).exchange_s == 0
+
+
+def test_products_by_hand() -> None:
+    """The busiest rank serves 3 of 2 choices, and some by chance, in 2 layers of experts of 500 numbers.
+
+    Dense weights are 3000 numbers, multiplied eagerly with the 2 tokens that a rank owns, in a captured step
+    with the 8 of its coherence group.
+    """
+    served = 2 * (1 + math.hypot(0.5, CHANCE)) * 2
+    moved = replace(STILL, busiest=1.5)
+    fast = replace(MACHINE, read_bytes_per_s=math.inf, flops_per_s=10.0)
+    compute = predict("dispatch-combine", LOAD, moved, fast).compute_s
+    assert compute == pytest.approx((2 * served * 500 + 2 * 2 * 3000) / 10)
+    coherent, captured = replace(moved, group_size=4), replace(fast, transport="one-sided")
+    compute = predict("coherent", LOAD, coherent, captured).compute_s
+    assert compute == pytest.approx((2 * served * 500 + 2 * 8 * 3000) / 10)
+
+
+def test_experts_that_are_known_to_be_read() -> None:
+    touched = replace(LOAD, experts_read=0.25)
+    reading = predict("dispatch-combine", LOAD, STILL, MACHINE).compute_s - 2 * (1 - 0.75**8)
+    assert predict("dispatch-combine", touched, STILL, MACHINE).compute_s == pytest.approx(reading + 2 * 0.25)
 
 
 def test_only_what_computing_does_not_hide_of_the_background_counts() -> None:
@@ -179,7 +235,7 @@ machines = st.builds(
     st.sampled_from([64, 4096]),
     st.floats(0, 1),
     st.booleans(),
-    st.sampled_from(["eager", "collective", "one-sided"]),
+    st.sampled_from(["eager", "collective", "relayed", "one-sided"]),
 )
 moves = st.builds(
     Moved,

@@ -14,14 +14,25 @@ from torch import Tensor
 
 from exflow.config import ModelConfig
 from exflow.decode_step import DecodeStep
-from exflow.decoder import Decoder, MoE
+from exflow.decoder import Decoder, MoE, Rows
 from exflow.deploy import contiguous_plan
 from exflow.engine import Engine, Request, _Run
+from exflow.job_trace import JobRecorder
 from exflow.kv_cache import cache_shape
-from exflow.mail import Allocate, Mailbox, PeerMemory, StepShape, collective_mail, one_sided_mail
+from exflow.mail import (
+    Allocate,
+    Mailbox,
+    PeerMemory,
+    StepShape,
+    collective_mail,
+    one_sided_mail,
+    relayed_mail,
+)
 from exflow.moe import PlanTables
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
+from exflow.placement.traffic import count_traffic
+from exflow.profiling.trace import DECODE
 from exflow.sampling import GREEDY
 from exflow.strategies import single_process
 
@@ -79,9 +90,8 @@ class Job:
     def raise_flags(self) -> None:
         """Ranks that run in turn cannot wait for each other: all are done with their puts here."""
         for step in self.steps:
-            for box in (step.mail.dispatch, step.mail.returns):
-                if box is not None:
-                    box.flags.fill_(1 << 30)
+            for box in step.mail.boxes:
+                box.flags.fill_(1 << 30)
 
     def chosen(self, count: int) -> Tensor:
         """Tokens [sequences, count] of the batch, whoever chose them; -1 where nobody did."""
@@ -96,32 +106,42 @@ class Job:
         return tokens
 
 
+Sent = tuple[Tensor, list[int] | None]
+
+
 class SimulatedAllToAll:
-    """Stands in for torch's: every rank's buffers are known from a first call, which moves nothing."""
+    """Stands in for torch's: every rank's buffers are known from a first call, which moves nothing.
+
+    A meeting has of each rank what is sent and the bytes for each of them.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[
-            int, tuple[list[tuple[Tensor, Tensor]], int]
-        ] = {}  # by the receiving buffer's address
-        self.meeting: list[tuple[Tensor, Tensor]] | None = None
+        self.known: dict[int, tuple[list[Sent], int]] = {}  # by the receiving buffer's address, and the rank
+        self.meeting: list[Sent] | None = None
 
     def meet(self, boxes: list[Mailbox | None]) -> None:
         """The mailboxes of all ranks for one exchange."""
         self.meeting = []
-        for rank, box in enumerate(boxes):
+        for box in boxes:
             if box is not None:
                 box.move()
-                if len(self.meeting) > rank:
-                    self.known[self.meeting[rank][0].data_ptr()] = (self.meeting, rank)
         self.meeting = None
 
-    def __call__(self, incoming: Tensor, outgoing: Tensor) -> None:
+    def __call__(
+        self,
+        incoming: Tensor,
+        outgoing: Tensor,
+        come: list[int] | None = None,
+        sizes: list[int] | None = None,
+    ) -> None:
         if self.meeting is not None:
-            self.meeting.append((incoming, outgoing))
+            self.known[incoming.data_ptr()] = (self.meeting, len(self.meeting))
+            self.meeting.append((outgoing, sizes))
             return
         ranks, mine = self.known[incoming.data_ptr()]
-        for source, (_, theirs) in enumerate(ranks):
-            incoming.view(len(ranks), -1)[source] = theirs.view(len(ranks), -1)[mine]
+        chunks = [outgoing.split(sizes or len(outgoing) // len(ranks))[mine] for outgoing, sizes in ranks]
+        assert come is None or [len(chunk) for chunk in chunks] == come
+        incoming.copy_(torch.cat(chunks))
 
 
 def job(
@@ -132,6 +152,7 @@ def job(
     replicated: bool = False,
     first: int = 0,
     collective: SimulatedAllToAll | None = None,
+    relayed: bool = False,
 ) -> Job:
     """Run the prompts in one process, and hand every rank what it would hold."""
     ranks = plan.num_ranks
@@ -146,7 +167,17 @@ def job(
     steps = []
     tables = PlanTables.of(plan, DEVICE)
     shapes = [
-        StepShape(rank, ranks, ranks, group_size, sequences, positions, replicated) for rank in range(ranks)
+        StepShape(
+            rank,
+            ranks,
+            plan.topology.gpus_per_node,
+            group_size,
+            sequences,
+            positions,
+            replicated,
+            relayed,
+        )
+        for rank in range(ranks)
     ]
     caches = []
     for shape in shapes:
@@ -158,7 +189,9 @@ def job(
     for shape in shapes:
         returns = replicated or decoder.config.top_k > 1 or group_size < ranks
         row_bytes = 4 * decoder.config.hidden_size
-        if collective is None:
+        if relayed:
+            mail = relayed_mail(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
+        elif collective is None:
             mail = one_sided_mail(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
         else:
             mail = collective_mail(shape, decoder.config.top_k, row_bytes, returns, DEVICE)
@@ -172,7 +205,7 @@ def job(
             [caches[member].data_ptr() for member in members],
             request.sampling,
             request.end_tokens,
-            one_sided=collective is None,
+            one_sided=relayed or collective is None,
         )
         number = shape.sequence_of_rows() - offset
         real = (number >= 0) & (number < len(request.prompts))
@@ -184,12 +217,12 @@ def job(
         steps.append(step)
     if collective is not None:
         collective.meet([step.mail.dispatch for step in steps])
-        collective.meet([step.mail.returns for step in steps])
+        collective.meet([step.mail.sums if relayed else step.mail.returns for step in steps])
     return Job(steps, [*caches, *(each for made in memory.sets for each in made)])
 
 
-def plan_of(config: ModelConfig, ranks: int, shuffled: bool) -> Plan:
-    plan = contiguous_plan(config, Topology(gpus_per_node=ranks))
+def plan_of(config: ModelConfig, ranks: int, shuffled: bool, nodes: int = 1) -> Plan:
+    plan = contiguous_plan(config, Topology(num_nodes=nodes, gpus_per_node=ranks // nodes))
     if not shuffled:
         return plan
     generator = np.random.default_rng(0)
@@ -227,12 +260,20 @@ def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
     assert not any(step.failed.any() for step in ours.steps)
 
 
+@pytest.mark.parametrize("relayed", [False, True])
 @torch.inference_mode()
 def test_a_rank_that_says_nothing_is_given_up(
-    tiny_config: Callable[..., ModelConfig], tiny_decoder: Callable[..., Decoder]
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    monkeypatch: pytest.MonkeyPatch,
+    relayed: bool,
 ) -> None:
+    exchange = SimulatedAllToAll() if relayed else None
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
     decoder = tiny_decoder(tiny_config(num_hidden_layers=2))
-    ours = job(decoder, Request([[3, 1, 4], [1, 5]], max_new_tokens=3), plan_of(decoder.config, 2, True), 2)
+    plan = plan_of(decoder.config, 4 if relayed else 2, True, nodes=2 if relayed else 1)
+    request = Request([[3, 1, 4], [1, 5]], max_new_tokens=3)
+    ours = job(decoder, request, plan, 2, collective=exchange, relayed=relayed)
     alone = ours.steps[0]
     for _ in alone.run():
         pass  # the other rank has died before its first exchange
@@ -262,6 +303,61 @@ def test_mail_that_a_collective_moves_says_the_same(
     ours = job(decoder, request, plan, group_size, replicated, collective=exchange)
     ours.run(2)
     assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "group_size", "top_k"),
+    [
+        (2, 2, 1, 2),
+        (2, 2, 2, 3),
+        (2, 2, 4, 3),
+        (2, 2, 4, 1),
+        pytest.param(2, 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param(3, 2, 6, 2, marks=pytest.mark.slow),
+        pytest.param(2, 3, 3, 2, marks=pytest.mark.slow),
+    ],
+)
+@torch.inference_mode()
+def test_tokens_that_travel_by_relays(
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: int,
+    per_node: int,
+    group_size: int,
+    top_k: int,
+) -> None:
+    """Nodes of several ranks: the tokens of one process, and the messages that placement counts."""
+    exchange, ranks = SimulatedAllToAll(), nodes * per_node
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    decoder = tiny_decoder(tiny_config(top_k, num_hidden_layers=2, num_experts=12))
+    request = Request([[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5]], max_new_tokens=3)
+    engine = Engine(decoder, single_process())
+    recorder = JobRecorder(engine)
+    logits: dict[int, Tensor] = {}  # of each sequence's latest choice
+
+    def observe(rows: Rows, logits_TV: Tensor) -> None:
+        logits.update(zip(rows.sequence_T.tolist(), logits_TV, strict=True))
+
+    expected = engine.generate(request, observe).tokens
+    trace = recorder.trace()
+    plan = plan_of(decoder.config, ranks, True, nodes)
+    foretold = count_traffic(trace.select(trace.phase == DECODE), plan, group_size, hierarchical=True)
+
+    ours = job(decoder, request, plan, group_size, collective=exchange, relayed=True)
+    ours.run(2)
+    assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
+    for step in ours.steps:
+        assert not step.failed.any()
+        for row in (step.chosen[1] >= 0).nonzero()[:, 0]:
+            theirs = logits[int(step.sequence[row])]
+            torch.testing.assert_close(step.logits[row].cpu(), theirs, rtol=0, atol=1e-4)
+    intra, inter = sum(step.dispatched.sum(0) for step in ours.steps).tolist()
+    passed = sum(int(step.passed.sum()) for step in ours.steps)
+    returned = sum(step.returned.sum(0) for step in ours.steps).tolist()
+    assert (intra + passed, inter) == (foretold.dispatch_intra, foretold.dispatch_inter)
+    assert returned == [foretold.return_intra, foretold.return_inter]
+    assert passed and inter
 
 
 @pytest.mark.parametrize(("top_k", "activation"), [(1, "gelu"), (2, "swiglu")])
@@ -296,3 +392,24 @@ def test_grouped_products_of_rows_in_order_say_the_same(
     step.partials.zero_()
     step._experts_in_order(layer)
     torch.testing.assert_close(step.partials[0, pairs.long()], few, rtol=0.02, atol=0.02 * few.std().item())
+
+
+@torch.inference_mode()
+def test_what_a_step_shares_is_what_it_wrote_into_its_cache(
+    tiny_config: Callable[..., ModelConfig], tiny_decoder: Callable[..., Decoder]
+) -> None:
+    decoder = tiny_decoder(tiny_config(num_hidden_layers=2)).to(DEVICE)
+    config, shape = decoder.config, StepShape(0, 1, 1, 1, sequences=3, positions=16)
+    tables = PlanTables.of(contiguous_plan(config, Topology(gpus_per_node=1)), DEVICE)
+    mail = one_sided_mail(shape, config.top_k, 4 * config.hidden_size, False, SimulatedMemory(1).of(0))
+    cache = torch.zeros(cache_shape(config, 3, 16), device=DEVICE)
+    step = DecodeStep(decoder, shape, tables, mail, [cache.data_ptr()], GREEDY, (), share=lambda _: None)
+    position = torch.tensor([2, 0, 5])
+    step.start(0, torch.tensor([3, 1, 4]), position, torch.tensor([1, 0, 1]))
+    for _ in step.run():
+        pass
+    assert step.born_owned.tolist() == [[1, 0, 1]] * 2
+    for row in (0, 2):
+        written = cache[:, :, row, :, position[row]]  # [layers, 2, kv heads, width]
+        assert written.any()
+        torch.testing.assert_close(step.born[:, row].view(written.shape), written)

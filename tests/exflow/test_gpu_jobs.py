@@ -45,10 +45,22 @@ NEW = 24
 CASES = [
     f"{strategy} {transport} {plan}" for strategy, transport, plan in product(STRATEGIES, TRANSPORTS, PLANS)
 ]
+RELAYED = ("dispatch-combine", "node-coherent", "coherent")
+ON_NODES = [
+    f"{strategy} {transport} {plan}"
+    for strategy, transport, plan in product(RELAYED, ("eager", "relayed"), PLANS)
+]
 
 
-def prepare(folder: Path, model: Path, plans: dict[str, Plan], dies_at: int = 0) -> dict[str, Any]:
-    """Write what cases_job.py reads."""
+def prepare(
+    folder: Path,
+    model: Path,
+    plans: dict[str, Plan],
+    names: list[str],
+    nodes: int = 1,
+    dies_at: int = 0,
+) -> None:
+    """Write what cases_job.py reads. On several nodes all goes by relays."""
     for name, plan in plans.items():
         plan.save(folder / f"{name}.json")
     cases = [
@@ -57,19 +69,17 @@ def prepare(folder: Path, model: Path, plans: dict[str, Plan], dies_at: int = 0)
             "strategy": strategy,
             "transport": transport,
             "plan": str(folder / f"{plan}.json"),
-            "hierarchical": False,
+            "hierarchical": nodes > 1,
         }
-        for name in CASES
+        for name in names
         for strategy, transport, plan in [name.split()]
-        if plan in plans and (not dies_at or name.startswith("coherent one-sided"))
     ]
     job = {"model": str(model), "cases": cases, "requests": REQUESTS, "new": NEW, "dies_at": dies_at}
-    job |= {"device": "cuda", "nodes": 1}
+    job |= {"device": "cuda", "nodes": nodes}
     (folder / "job.json").write_text(json.dumps(job))
-    return job
 
 
-def plan_of(decoder: Decoder, slots: int) -> Plan:
+def plan_of(decoder: Decoder, slots: int, topology: Topology) -> Plan:
     """Every expert once in each layer and any of them in the slots that are left, all of them anywhere."""
     windows_NS = torch.randint(257, (8, 64), generator=torch.Generator().manual_seed(5))
     trace = profile(decoder, windows_NS, path=None)
@@ -77,7 +87,7 @@ def plan_of(decoder: Decoder, slots: int) -> Plan:
     rows = [
         rng.permutation([*range(8), *rng.integers(0, 8, slots - 8)]) for _ in decoder.config.moe_layer_ids
     ]
-    return Plan.of_slots(np.stack(rows), Topology(gpus_per_node=RANKS), trace, method="random")
+    return Plan.of_slots(np.stack(rows), topology, trace, method="random")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -91,15 +101,19 @@ def outcome(
     """What the job found, and the tokens of one process."""
     config = tiny_config(**MODELS[request.param])
     folder, model = tmp_path_factory.mktemp("job"), tiny_checkpoint(config)
-    plans = {name: plan_of(tiny_decoder(config), slots) for name, slots in PLANS.items()}
-    prepare(folder, model, plans)
+    topology = Topology(gpus_per_node=RANKS)
+    plans = {name: plan_of(tiny_decoder(config), slots, topology) for name, slots in PLANS.items()}
+    prepare(folder, model, plans, CASES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     worker = str(Path(__file__).with_name("cases_job.py"))
     done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text()), tokens_of_one_process(model)
+
+
+def tokens_of_one_process(model: Path) -> list[Any]:
     alone = load_model(model, "cuda", transport="eager")
-    tokens = [alone.generate(Request(prompts, NEW)).tokens for prompts in REQUESTS]
-    return json.loads((folder / "found.json").read_text()), tokens
+    return [alone.generate(Request(prompts, NEW)).tokens for prompts in REQUESTS]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -120,10 +134,72 @@ def test_captured_steps_count_the_traffic_of_eager_ones(
         assert {key: each[key] for key in counted} == {key: eager[key] for key in counted}
 
 
+def start_nodes(folder: Path) -> list[subprocess.Popen[str]]:
+    """Two agents that stand for nodes: each sees two GPUs, and starts a rank on each."""
+    every = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS)))).split(",")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    torchrun += ["--rdzv-backend", "static", "--master-addr", "localhost", "--master-port", "29619"]
+    worker = [str(Path(__file__).with_name("cases_job.py")), str(folder)]
+    return [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(node), *worker],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(every[2 * node : 2 * node + 2])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def on_nodes(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+) -> tuple[dict[str, Any], list[Any]]:
+    """What two nodes of two GPUs found, and the tokens of one process."""
+    if GPUS < 4:
+        pytest.skip(f"needs four CUDA GPUs, torch sees {GPUS}")
+    config = tiny_config(**MODELS[request.param])
+    folder, model = tmp_path_factory.mktemp("nodes"), tiny_checkpoint(config)
+    topology = Topology(num_nodes=2, gpus_per_node=2)
+    plans = {name: plan_of(tiny_decoder(config), slots, topology) for name, slots in PLANS.items()}
+    prepare(folder, model, plans, ON_NODES, nodes=2)
+    nodes = start_nodes(folder)
+    try:
+        words = [node.communicate(timeout=400)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], words
+    return json.loads((folder / "found.json").read_text()), tokens_of_one_process(model)
+
+
+@pytest.mark.parametrize("case", ON_NODES)
+def test_nodes_find_the_tokens_of_one_process(on_nodes: tuple[dict[str, Any], list[Any]], case: str) -> None:
+    found, tokens = on_nodes
+    assert found[case]["tokens"] == tokens
+
+
+@pytest.mark.parametrize(("strategy", "plan"), list(product(RELAYED, PLANS)))
+def test_captured_relays_count_the_messages_of_eager_ones(
+    on_nodes: tuple[dict[str, Any], list[Any]], strategy: str, plan: str
+) -> None:
+    found, _ = on_nodes
+    eager, relayed = (found[f"{strategy} {transport} {plan}"]["decode"] for transport in ("eager", "relayed"))
+    counted = [key for key in eager if key.startswith(("dispatch", "return", "kv_", "hidden"))]
+    assert eager["dispatch_inter"] and eager["dispatch_intra"]
+    assert {key: relayed[key] for key in counted} == {key: eager[key] for key in counted}
+
+
 def test_a_rank_that_dies_does_not_leave_the_others_spinning(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], tiny_decoder: Callable[..., Decoder]
 ) -> None:
-    prepare(tmp_path, tiny_checkpoint(), {"plain": plan_of(tiny_decoder(), 8)}, dies_at=5)
+    plans = {"plain": plan_of(tiny_decoder(), 8, Topology(gpus_per_node=RANKS))}
+    prepare(tmp_path, tiny_checkpoint(), plans, ["coherent one-sided plain"], dies_at=5)
     # without torchrun, whose agent would end the others before they find out
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "TORCHELASTIC_RUN_ID": "test"}
     place |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}

@@ -135,7 +135,7 @@ def test_fewer_messages_cross_between_nodes(outcome: Outcome) -> None:
         (Topology(num_nodes=4, gpus_per_node=1), 2, "coherent", "auto", "have no nodes of several ranks"),
         (TOPOLOGY, 1, "coherent", "auto", "one expert sends one message anyway"),
         (TOPOLOGY, 2, "replicated", "auto", "does not go with --strategy replicated"),
-        (TOPOLOGY, 2, "coherent", "one-sided", "does not go with --transport one-sided; give eager"),
+        (TOPOLOGY, 2, "coherent", "one-sided", "does not go with --transport one-sided; give relayed"),
     ],
 )
 def test_where_there_is_nothing_to_relay(
@@ -143,4 +143,5 @@ def test_where_there_is_nothing_to_relay(
 ) -> None:
     with pytest.raises(InputError, match=message):
         check_relays(topology, top_k, strategy, transport)
-    assert check_relays(TOPOLOGY, 2, "coherent", "auto") == "eager"
+    for goes_with in ("auto", "relayed", "eager"):
+        check_relays(TOPOLOGY, 2, "coherent", goes_with)

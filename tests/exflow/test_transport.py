@@ -69,7 +69,7 @@ def test_auto_falls_back_to_eager_and_says_why(
     assert choose_transport("eager", GPUS, rotary) == transport_named("eager", "cuda", rotary) == "eager"
 
 
-@pytest.mark.parametrize("name", ["one-sided", "collective"])
+@pytest.mark.parametrize("name", ["one-sided", "relayed", "collective"])
 def test_what_was_asked_for_by_name_is_refused(rotary: ModelConfig, name: str) -> None:
     expected = f"--transport {name}: captured decode steps do not know the model's norm, rope"
     for refused in (
@@ -79,3 +79,47 @@ def test_what_was_asked_for_by_name_is_refused(rotary: ModelConfig, name: str) -
         with pytest.raises(InputError) as error:
             refused()
         assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "options", "fault", "chosen", "said"),
+    [
+        (2, {}, "", "relayed", ""),
+        (2, {}, "no NVLink", "collective", "decode steps are not relayed: no NVLink"),
+        (1, {}, "", "collective", "decode steps are not relayed: there is one rank on each node"),
+        (2, {"replicated": True}, "", "collective", ""),
+        (2, {"hierarchical": True}, "no NVLink", "eager", "decode steps are not relayed: no NVLink"),
+        (4, {}, "", "one-sided", ""),
+    ],
+)
+def test_what_auto_takes_on_nodes(
+    tiny_config: Callable[..., ModelConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    per_node: int,
+    options: dict[str, bool],
+    fault: str,
+    chosen: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr("exflow.transport._fault_of_symmetric_memory", lambda cluster: fault)
+    nodes = Cluster(0, 4, per_node, torch.device("cuda"))
+    assert choose_transport("auto", nodes, tiny_config(), **options) == chosen
+    assert capsys.readouterr().err == (f"exflow: {said}\n" if said else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "per_node", "replicated", "message"),
+    [
+        ("one-sided", 2, False, "--transport one-sided: the ranks are on 2 nodes"),
+        ("relayed", 4, False, "--transport relayed: the ranks are on one node"),
+        ("relayed", 1, False, "--transport relayed: there is one rank on each node"),
+        ("relayed", 2, True, "--transport relayed: does not go with --strategy replicated"),
+    ],
+)
+def test_transports_that_do_not_work_on_such_nodes(
+    tiny_config: Callable[..., ModelConfig], name: str, per_node: int, replicated: bool, message: str
+) -> None:
+    nodes = Cluster(0, 4, per_node, torch.device("cuda"))
+    with pytest.raises(InputError, match=message):
+        choose_transport(name, nodes, tiny_config(), replicated)

@@ -1,0 +1,57 @@
+"""How a decode step scales: a curve a strategy over sizes of cluster, as drawings of their own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exflow.files import atomic_path
+from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, curve, frame, marker
+from exflow.report.svg import WIDTH, drawing, standing_alone, text
+
+CURVES = (  # what is drawn, in the order of the colours
+    ("dispatch-combine", "contiguous"),
+    ("dispatch-combine", "affinity"),
+    ("node-coherent", "affinity"),
+    ("coherent", "affinity"),
+    ("replicated", "affinity"),
+)
+DRAWN = {  # by name of the file: the figure of a step, and its title
+    "step-time": ("step_ms", "milliseconds a step"),
+    "throughput": ("tokens_per_s_per_gpu", "tokens/s a GPU"),
+}
+_LINE = 20.0  # of the legend
+
+Sizes = Sequence[dict[str, Any]]  # as `Simulation.as_json` has them
+
+
+def write_scaling(sizes: Sizes, folder: Path) -> None:
+    """A file for each drawing. Raises InputError where they cannot be written."""
+    for name, (figure, title) in DRAWN.items():
+        with atomic_path(folder / f"{name}.svg") as temporary:
+            temporary.write_text(scaling_drawing(sizes, figure, title), encoding="utf-8")
+
+
+def scaling_drawing(sizes: Sizes, figure: str, title: str) -> str:
+    """The content of an SVG file; of every variant the sizes where it fits into memory."""
+    lines = [_points(sizes, name, figure) for name in CURVES]
+    gpus = sorted({size["gpus"] for size in sizes})
+    x = Axis(gpus[0], gpus[-1], LEFT + 10, WIDTH - 24, gpus, logarithmic=True)
+    y = axis_of([0.0, *(value for points in lines for _, value in points)], TOP + HIGH, TOP)
+    parts = [frame(x, y, "GPUs", f"{title}, predicted")]
+    for colour, ((strategy, placement), points) in enumerate(zip(CURVES, lines, strict=True)):
+        row = TOP + HIGH + FOOT + _LINE * colour
+        parts += [marker((LEFT + 6, row - 4), colour), text(LEFT + 20, row, f"{strategy}, {placement}")]
+        if points:
+            places = [(x.at(at), y.at(value)) for at, value in points]
+            parts += [curve(places, colour), *(marker(place, colour) for place in places)]
+    height = TOP + HIGH + FOOT + _LINE * len(CURVES)
+    return standing_alone(drawing(height, f"{title} by number of GPUs, a curve a strategy", parts))
+
+
+def _points(sizes: Sizes, name: tuple[str, str], figure: str) -> list[tuple[int, float]]:
+    return sorted(
+        (size["gpus"], each[figure])
+        for size in sizes
+        for each in size["steps"]
+        if (each["strategy"], each["placement"]) == name and each["fits"]
+    )

@@ -1,0 +1,150 @@
+"""Between nodes a token's row travels once, to its relay there: the rank with the owner's place in its node.
+
+A relay passes the row on to the ranks of its node that serve the token. Partial sums come back the same
+way: the ranks of a node give theirs to the relay, which sums them and sends one row to the next owner. In
+its own node the owner is the relay. Inside a node ranks write into each other's memory; what goes to
+another node is written into a chunk that a collective moves, in which rows are numbered by row. A relay
+keeps every row it passes on, so that `receive` tells it of the token, which it may neither serve nor own.
+"""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.gate import SLOTS, STAMP, put_row
+from exflow.kernels.settle import add_sums, sum_here
+from exflow.kernels.wire import (
+    after_earlier_kernels,
+    number_of,
+    pointer_at,
+    row_of,
+    sequence_of,
+    signal,
+    wait_for_all,
+)
+
+
+@triton.jit
+def pass_on(
+    arrived,
+    buffers,
+    like,
+    step,
+    passed,
+    layer,
+    layers,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
+    SLOTS_PER_RANK: tl.constexpr,
+    WORDS: tl.constexpr,
+    HIDDEN_AT: tl.constexpr,
+    FAR_HIDDEN_AT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (rows, nodes). Gives what came from another node to the ranks of this one that serve it, and to
+    itself.
+
+    arrived [RANKS] int64: the chunks of ranks of other nodes, 0 where there is none; buffers [2, RANKS]
+    int64: the ranks' buffers, by the number's parity, rows numbered by sequence; like: any tensor of the
+    type that travels; passed [sequences] int32, copies to other ranks of this node, added to.
+    """
+    after_earlier_kernels(PDL)
+    row = tl.program_id(0)
+    source = tl.program_id(1) * RANKS_PER_NODE + RANK % RANKS_PER_NODE
+    chunk = tl.load(arrived + source)
+    number = number_of(step, layer, layers)
+    if chunk != 0:
+        word = tl.arange(0, WORDS)
+        words = tl.load(pointer_at(chunk, tl.pointer_type(tl.int32)) + row * WORDS + word)
+        if tl.sum(tl.where(word == STAMP, words, 0), 0) == number:
+            d = tl.arange(0, BLOCK_D)
+            x = tl.load(pointer_at(chunk + FAR_HIDDEN_AT, like.dtype) + row * D + d, mask=d < D, other=0.0)
+            sequence = sequence_of(row, source, RANKS, GROUP)
+            is_slot = (word >= SLOTS) & (word < SLOTS + TOP_K)
+            hosts = tl.where(is_slot, words // SLOTS_PER_RANK, -1)
+            first: tl.constexpr = RANK // RANKS_PER_NODE * RANKS_PER_NODE
+            copies = 0
+            for rank in tl.static_range(first, first + RANKS_PER_NODE):
+                base = tl.load(buffers + number % 2 * RANKS + rank)
+                if rank == RANK:
+                    put_row(base, sequence, words, x, like, WORDS, HIDDEN_AT, D, BLOCK_D)
+                else:
+                    if tl.max((hosts == rank).to(tl.int32), 0) != 0:
+                        copies += 1
+                        put_row(base, sequence, words, x, like, WORDS, HIDDEN_AT, D, BLOCK_D)
+            tl.store(passed + sequence, tl.load(passed + sequence) + copies)
+
+
+@triton.jit
+def send_sums(
+    partials,
+    weights,
+    owner_of,
+    relay_of,
+    like,
+    at,
+    flags,
+    flag_addresses,
+    failed,
+    patience,
+    buffers,
+    step,
+    sent,
+    layer,
+    layers,
+    sequences,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANKS_PER_NODE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    FAR_SUMS_AT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (sequences,). Sends what the ranks of this node made of a token that this rank relays to its
+    next owner.
+
+    at [2] int64: where the node's partial sums arrive, by the number's parity, rows numbered by sequence;
+    buffers [2, RANKS] int64: my chunk at each rank of this node, likewise, and the outgoing one for each
+    rank of another; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
+    Where this rank is the next owner, `settle` sums.
+    """
+    after_earlier_kernels(PDL)
+    sequence = tl.program_id(0)
+    number = number_of(step, layer, layers)
+    if sequence == 0:
+        signal(flag_addresses, number, RANKS_PER_NODE, BLOCK_G)
+    wait_for_all(flags, number, failed, patience, RANKS_PER_NODE)
+    owner = tl.load(owner_of + sequence)
+    if (tl.load(relay_of + sequence) == RANK) & (owner != RANK):
+        d = tl.arange(0, BLOCK_D)
+        in_row = d < D
+        base = tl.load(at + number % 2)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        total, says = add_sums(total, base, sequence, number, d, in_row, like, RANK % RANKS_PER_NODE,
+                               RANKS_PER_NODE, CHUNK, SUMS_AT, D)  # fmt: skip
+        for k in tl.static_range(TOP_K):
+            says += (tl.load(weights + sequence * TOP_K + k) >= 0).to(tl.int32)
+        if says > 0:
+            pairs = sequences * TOP_K
+            total += sum_here(partials, weights, sequence, d, in_row, pairs, D, TOP_K, SPLITS, BLOCK_D)
+            far = owner // RANKS_PER_NODE != RANK // RANKS_PER_NODE
+            place = tl.where(far, row_of(sequence, RANKS, GROUP), sequence)
+            chunk = tl.load(buffers + number % 2 * RANKS + owner)
+            sums = chunk + tl.where(far, FAR_SUMS_AT, SUMS_AT)
+            tl.store(chunk.to(tl.pointer_type(tl.int32)) + place, number)
+            value = total.to(like.dtype.element_ty)
+            tl.store(pointer_at(sums, like.dtype) + place * D + d, value, mask=in_row)
+            count = sent + sequence * 2 + far.to(tl.int32)
+            tl.store(count, tl.load(count) + 1)
