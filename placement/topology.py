@@ -1,6 +1,5 @@
 """Where the GPUs are: nodes, the GPUs inside each, and what a message between two of them costs."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +72,18 @@ def _check_costs(cost: tuple[tuple[float, ...], ...], num_ranks: int) -> None:
         raise InputError(
             f"topology: link_cost is not {num_ranks} rows of {num_ranks}; give one for each rank"
         )
-    for one, row in enumerate(cost):
-        for other, price in enumerate(row):
-            if not (math.isfinite(price) and (price == 0 if one == other else price > 0)):
-                raise InputError(
-                    f"topology: link_cost[{one}][{other}] is {price}; "
-                    "give 0 on the diagonal and a positive number elsewhere"
-                )
-            if price != cost[other][one]:
-                raise InputError(
-                    f"topology: link_cost[{one}][{other}] is {price}, but {cost[other][one]} the other way; "
-                    "give both ways the same cost"
-                )
+    price = np.array(cost, dtype=np.float64)  # millions of pairs: not one by one
+    fair = np.isfinite(price) & (price > 0)
+    np.fill_diagonal(fair, np.diagonal(price) == 0)
+    wrong = np.argwhere(~fair | (price != price.T))
+    if len(wrong):
+        one, other = wrong[0].tolist()
+        if not fair[one, other]:
+            raise InputError(
+                f"topology: link_cost[{one}][{other}] is {cost[one][other]}; "
+                "give 0 on the diagonal and a positive number elsewhere"
+            )
+        raise InputError(
+            f"topology: link_cost[{one}][{other}] is {cost[one][other]}, but {cost[other][one]} the other "
+            "way; give both ways the same cost"
+        )
