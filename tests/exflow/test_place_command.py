@@ -281,26 +281,21 @@ def test_help_shows_the_panels() -> None:
 
 _INTERRUPTED = """
 import os, signal, sys, time
-from contextlib import contextmanager
 from exflow import cli
 
-class Line:
-    began = None
-    def update(self, text):
-        if Line.began is None and text.startswith("placing: objective"):
-            Line.began = time.monotonic()
+class Line(cli.TimedWork):
+    told = None
+    def tell(self, detail):
+        if Line.told is None and detail.startswith("objective"):
+            Line.told = time.monotonic()
             os.killpg(0, signal.SIGINT)
 
-@contextmanager
-def status(text):
-    yield Line()
-
-cli.status = status
+cli.TimedWork = Line
 try:
     cli.main()
 finally:
     with open(os.environ["SECONDS"], "w") as file:
-        file.write(str(time.monotonic() - Line.began))
+        file.write(str(time.monotonic() - Line.told))
 """
 
 

@@ -1,6 +1,5 @@
 """Training: it learns, is the same every time, and goes on after a stop as if there had been none."""
 
-import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
-from exflow import console
 from exflow.checkpoint import load_decoder, load_tokenizer
 from exflow.console import TrainingLog
 from exflow.corpus import Corpus
 from exflow.decoder import Decoder, Routing
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.optimiser import learning_rate
 from exflow.train import (
     Progress,
@@ -241,6 +238,13 @@ def test_resuming_from_a_damaged_state(settings: dict[str, Any], tmp_path: Path,
     assert str(error.value).endswith(f"; {REMEDY}") and "\n" not in str(error.value)
 
 
+def test_a_run_that_diverges_ends_and_saves_nothing_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["training"]["learning_rate"] = 1e30
+    with pytest.raises(WrongResult, match=r"^step [23]: the loss is (nan|inf); lower learning_rate"):
+        run(settings, tmp_path / "run")
+    assert [path.name for path in sorted((tmp_path / "run").glob("step-*"))] == ["step-000000"]
+
+
 def test_too_little_text(settings: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("ab\n" * 20)
@@ -406,22 +410,14 @@ REPORTS = [
 ]
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_the_log_on_the_screen(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr(console, "stderr", Console(file=screen, force_terminal=terminal, width=60))
+def test_checkpoints_are_noted_and_figures_are_beside_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with TrainingLog(steps=100) as log:
         for progress in REPORTS:
             log.report(progress)
-        assert log.bar.tasks[0].completed == 50
-        assert log.bar.tasks[0].description == "loss 3.250  busiest expert 1.50x  12,346 tokens/s"
-    lines = [
-        "step 0  held-out 5.123 bits per byte",
-        "step 50  loss 3.250  busiest expert 1.50x  12,346 tokens/s",
-        "step 50  held-out 2.500 bits per byte",
+        assert (log.task.completed, log.task.total) == (50, 100)
+        assert log.task.fields["detail"] == "loss 3.250, busiest expert 1.50x, 12,346 tokens/s"
+        assert log.held_out_bits_per_byte == 2.5
+    assert capsys.readouterr().err.splitlines() == [
+        "exflow: step 0: held-out text takes 5.123 bits per byte",
+        "exflow: step 50: held-out text takes 2.500 bits per byte",
     ]
-    if terminal:  # the bar is drawn in between, and shows the figures itself
-        assert lines[0] in screen.getvalue() and lines[2] in screen.getvalue()
-        assert lines[1] not in screen.getvalue() and "loss 3.250" in screen.getvalue()
-    else:
-        assert screen.getvalue().splitlines() == lines
