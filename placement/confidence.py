@@ -123,6 +123,22 @@ def held_out_figures(
     }
 
 
+def ratio(
+    ours: npt.NDArray[np.integer],
+    theirs: npt.NDArray[np.integer],
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Bounds:
+    """The sum of ours over the sum of theirs, each [N] by sequence, with an interval as in `interval`.
+
+    Paired: both are of the same drawn sequences. Theirs must not all be 0.
+    """
+    times = _draw(len(ours), draws, level, seed)
+    return _percentiles(_quotients(times @ ours, times @ theirs), level)
+
+
 def _contiguous(plan: Plan, train: RoutingTrace) -> Plan:
     """As `place` makes it by method contiguous, with as many slots."""
     slots = contiguous_slots(plan.experts_per_layer, plan.num_slots)

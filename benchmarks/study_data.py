@@ -1,0 +1,162 @@
+"""What the study looks at: models, each with the routing of several text domains, and a model in training."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from exflow.checkpoint import load_decoder, load_tokenizer
+from exflow.corpus import read_text, split_held_out
+from exflow.errors import InputError
+from exflow.placement.confidence import of_sequences
+from exflow.placement.topology import Topology
+from exflow.profile import profile, windows_of_text
+from exflow.profiling.importers.registry import read_trace
+from exflow.profiling.merge import merge
+from exflow.profiling.trace import RoutingTrace
+
+DEMO = Path(__file__).parents[1] / "models" / "gpt-moe-demo"
+EARLY = DEMO / "early-traces"
+HELD_OUT = 0.05  # of every text, its end: configs/gpt-moe-demo.yaml trained on the rest
+FINAL = "final"  # the step of the demo model itself
+LENGTH, TOKENS = 512, 16_384  # of a sequence; of a domain
+
+TEXTS = {
+    "novels": ("gutenberg_middlemarch.txt", "gutenberg_moby_dick.txt", "gutenberg_war_and_peace.txt"),
+    "speeches": ("nltk_inaugural.txt", "nltk_state_union.txt"),
+    "drama": ("tinyshakespeare.txt",),
+    "maths": ("gsm8k_train.txt",),
+    "rust": ("rust_book.md",),
+    "wikipedia": ("boolq_passages.txt", "wikitext2_valid.txt"),  # of this kind nothing was trained on ...
+}
+REFERENCE = "python"  # ... nor of the language reference, which Python ships
+
+RECORDED = {  # model -> GPUs, and a file for each domain
+    "Mixtral-8x7B": (
+        4,
+        {
+            "coding": "mixtral8x7b_coding.npz",
+            "humanities": "mixtral8x7b_humanities.npz",
+            "maths": "mixtral8x7b_math.npz",
+            "roleplay": "mixtral8x7b_roleplay.npz",
+        },
+    ),
+    "gpt-oss-20b": (
+        4,
+        {
+            "GPQA": "gptoss20b_gpqa_main.npz",
+            "MMLU": "gptoss20b_mmlu_validation.npz",
+            "MMLU_Pro": "gptoss20b_mmlu_pro_validation.npz",
+        },
+    ),
+    "DeepSeek-V2-Lite": (8, {"intent": "esft_dsv2lite_intent.npz", "law": "esft_dsv2lite_law.npz"}),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, the routing of its domains, and the GPUs that it is placed on."""
+
+    name: str
+    domains: dict[str, RoutingTrace]
+    topology: Topology
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """Of all domains, one after the other."""
+        return merge(list(self.domains.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model in training: how it routes after so many steps, or when it is done."""
+
+    step: str
+    trace: RoutingTrace
+
+
+def demo_model(texts: Path, model: Path = DEMO, device: str = "cpu") -> Subject:
+    """The demo model, or a checkpoint of its training, on text that it was not trained on.
+
+    texts: the folder of the files in TEXTS. Raises InputError for a file that is missing or too short.
+    """
+    contents = {
+        domain: [split_held_out(read_text(texts / name), HELD_OUT)[1] for name in names]
+        for domain, names in TEXTS.items()
+    }
+    contents[REFERENCE] = list(topics.values())
+    tokenizer, decoder = load_tokenizer(model), load_decoder(model, torch.device(device), torch.float32)
+    domains = {
+        domain: profile(decoder, windows_of_text(tokenizer, parts, LENGTH, TOKENS), path=None)
+        for domain, parts in contents.items()
+    }
+    return Subject(model.name, domains, Topology(gpus_per_node=4))
+
+
+def recorded_model(name: str, traces: Path) -> Subject:
+    """A model of RECORDED. Raises InputError for a file that is missing or damaged."""
+    gpus, files = RECORDED[name]
+    domains = {domain: independent_sequences(traces / file) for domain, file in files.items()}
+    return Subject(name, domains, Topology(gpus_per_node=gpus))
+
+
+def independent_sequences(file: Path) -> RoutingTrace:
+    """A recorded trace without what its sequences have in common: those that loop (`seq_repetition`), those
+    that another repeats (of each `group` the last one holds them all), and the prompt that all begin with."""
+    trace = read_trace([file])
+    with np.load(file, allow_pickle=False) as archive:
+        _, first = np.unique(archive["seq"], return_index=True)
+        last = np.ones(len(first), dtype=bool)
+        if "group" in archive.files:
+            group = archive["group"][first]
+            last = np.append(group[1:] != group[:-1], True)
+        loops = archive["seq_repetition"] if "seq_repetition" in archive.files else np.zeros_like(last)
+    return without_common_prompt(of_sequences(trace, np.flatnonzero(last & ~loops)))
+
+
+def without_common_prompt(trace: RoutingTrace) -> RoutingTrace:
+    """The rows after the last position at which more than half of the sequences route exactly alike.
+
+    Else a plan would be judged by tokens that it has seen, whatever sequences are held out.
+    """
+    rows = np.column_stack([trace.position, trace.experts.reshape(trace.num_tokens, -1)])
+    _, kind, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    alike = times[kind] > max(1.0, len(np.unique(trace.sequence)) / 2)
+    return numbered(trace.select(trace.position > trace.position[alike].max(initial=-1)))
+
+
+def numbered(trace: RoutingTrace) -> RoutingTrace:
+    """Its sequences numbered 0, 1, ... without gaps."""
+    return of_sequences(trace, np.arange(len(np.unique(trace.sequence))))
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """The traces step-NNNNNN in a folder, in order. Raises InputError where there are none."""
+    found = {
+        int(step[1]): path
+        for path in sorted(folder.glob("step-*"))
+        if (step := re.fullmatch(r"step-(\d+)", path.name))
+    }
+    if not found:
+        raise InputError(f"{folder}: holds no traces step-000000, step-000050, ...; give a folder that does")
+    return [Checkpoint(str(step), RoutingTrace.load(path)) for step, path in found.items()]
+
+
+def folds(trace: RoutingTrace, count: int) -> list[npt.NDArray[np.int64]]:
+    """The places of the trace's sequences, dealt into `count` parts of about equal size.
+
+    Raises InputError where there are fewer sequences than parts.
+    """
+    sequences = len(np.unique(trace.sequence))
+    if sequences < count:
+        raise InputError(f"the trace has {sequences} sequence(s), {count} are needed; record more")
+    return [np.arange(start, sequences, count) for start in range(count)]
+
+
+def without(trace: RoutingTrace, places: npt.NDArray[np.int64]) -> RoutingTrace:
+    """The trace's other sequences."""
+    return of_sequences(trace, np.setdiff1d(np.arange(len(np.unique(trace.sequence))), places))
