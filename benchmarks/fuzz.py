@@ -3,13 +3,15 @@
     python benchmarks/fuzz.py --seconds 20                  # each reader in turn, and a table
     python benchmarks/fuzz.py --inputs 500 --only plan      # readers whose name begins with plan
     python benchmarks/fuzz.py --plain                       # without atheris, where that is installed
+    python benchmarks/fuzz.py --inputs 200000 --cores 16 --json fuzz.json     # plain, on many cores
 
 With atheris the changes are guided by coverage; without it they are drawn blindly, and the output says so.
 An input is a valid file after one to three changes: to its bytes, to the numbers in its text, or to its
 structure (the tree of JSON and YAML, the header of safetensors and of .npy, the members of an archive); or a
 structure drawn at random. It must be read, or refused with an InputError of one line. Anything else is a
 crash: another exception, a signal, more than CPU_SECONDS, or more than ROOM_BYTES of address space. Inputs
-follow from the seed, the reader's name and their number; the first of each kind of crash is kept in a folder.
+follow from the seed, the reader's name and their number, on one core or many; the first of each kind of crash
+is kept in a folder. Files are in memory where there is a /dev/shm: on a disk they take most of the time.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import io
 import json
 import mmap
 import os
+import platform
 import random
 import re
 import resource
@@ -33,8 +36,8 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -64,7 +67,8 @@ from exflow.train_config import load_train_config
 ROOT = Path(__file__).parents[1]
 CPU_SECONDS, WALL_SECONDS = 2, 20  # of one input: the second is for a reader that waits
 ROOM_BYTES = 4 << 30  # of address space, beyond what the process has before it reads
-BATCH = 200  # inputs of one child
+BATCH = 2000  # inputs of one child
+MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -171,13 +175,19 @@ def changed_structure(rng: random.Random, content: bytes) -> bytes:
         chosen = rng.randrange(len(rows))
         rows[chosen] = changed_structure(rng, rows[chosen])
         return b"\n".join(rows) + b"\n"
-    try:
-        value = json.loads(content) if content.lstrip()[:1] in (b"{", b"[") else yaml.safe_load(content)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        return changed_bytes(rng, content)
+    value = parsed(content)
     if not isinstance(value, dict | list) or b"&" in content:  # an anchor may make a tree without end
         return changed_bytes(rng, content)
     return text_of(rng, changed_tree(rng, value))
+
+
+@lru_cache(maxsize=64)  # valid files come again and again
+def parsed(content: bytes) -> Any:
+    """The tree of JSON or YAML, not to be changed; None of anything else."""
+    try:
+        return json.loads(content) if content.lstrip()[:1] in (b"{", b"[") else yaml.safe_load(content)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return None
 
 
 def changed_archive(rng: random.Random, content: bytes) -> bytes:
@@ -323,23 +333,64 @@ def _ran_out(error: BaseException | None) -> bool:
     return False
 
 
-def fuzz(target: Target, folder: Path, seed: int, inputs: int, seconds: float) -> Result:
-    """Try the inputs 0, 1, ... until `inputs` or `seconds` are over; `folder` is scratch."""
+def fuzz(
+    target: Target, folder: Path, seed: int, inputs: int, seconds: float, lane: int = 0, lanes: int = 1
+) -> Result:
+    """Try the inputs 0, 1, ... until `inputs` or `seconds` are over; `folder` is scratch.
+
+    Of `lanes` that share the inputs this is number `lane`: each takes every so many-th batch.
+    """
     result, stop = Result(), time.monotonic() + seconds
     place = folder / target.name
     place.mkdir(parents=True)
     for name, content in target.files.items():
         (place / name).write_bytes(content)
-    while result.tried < inputs and time.monotonic() < stop:
-        last = min(result.tried + BATCH, inputs)
-        done, found, status = _in_child(target, place, seed, range(result.tried, last), stop)
-        if status:
-            found.append((done, _death(status)))
-            done += 1
-        for number, crash in found:
-            result.crashes.setdefault(crash, []).append(number)
-        result.tried = done
+    size = min(BATCH, -(-inputs // lanes))
+    for first in range(lane * size, inputs, lanes * size):
+        numbers = range(first, min(first + size, inputs))
+        while numbers and time.monotonic() < stop:
+            done, found, status = _in_child(target, place, seed, numbers, stop)
+            if status:
+                found.append((done, _death(status)))
+                done += 1
+            for number, crash in found:
+                result.crashes.setdefault(crash, []).append(number)
+            result.tried += done - numbers.start
+            numbers = range(done, numbers.stop)
+        if time.monotonic() >= stop:
+            break
     return result
+
+
+def fuzz_in_lanes(target: Target, folder: Path, seed: int, inputs: int, seconds: float, lanes: int) -> Result:
+    """As `fuzz`, with the inputs shared by so many processes."""
+    children = [_start_lane(target, folder, seed, inputs, seconds, lane, lanes) for lane in range(lanes)]
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        raise RuntimeError(f"{target.name}: a lane of the fuzzer itself failed")
+    whole = Result()
+    for lane in range(lanes):
+        part = Result(**json.loads((folder / f"lane-{lane}.json").read_text()))
+        whole.tried += part.tried
+        for crash, numbers in part.crashes.items():
+            whole.crashes[crash] = sorted(whole.crashes.get(crash, []) + numbers)
+    return whole
+
+
+def _start_lane(
+    target: Target, folder: Path, seed: int, inputs: int, seconds: float, lane: int, lanes: int
+) -> int:
+    """The id of the process."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    try:
+        result = fuzz(target, folder / f"lane-{lane}", seed, inputs, seconds, lane, lanes)
+        (folder / f"lane-{lane}.json").write_text(json.dumps(asdict(result)))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _death(status: int) -> str:
@@ -632,31 +683,40 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for each reader")
     parser.add_argument("--inputs", type=int, help="for each reader (1000, without --seconds)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="the readers whose name begins so")
+    parser.add_argument("--only", nargs="*", default=[""], help="the readers whose names begin so")
     parser.add_argument("--plain", action="store_true", help="without atheris, even where it is installed")
+    parser.add_argument("--cores", type=int, default=1, help="that share the inputs; more than one is plain")
+    parser.add_argument("--json", type=Path, help="file for the figures, written after each reader")
     parser.add_argument("--crashes", type=Path, default=Path("fuzz-crashes"), help="folder for what crashes")
     given = parser.parse_args()
     inputs = given.inputs or (1000 if given.seconds == float("inf") else sys.maxsize)
-    chosen = [target for target in targets() if target.name.startswith(given.only)]
-    by_coverage = not given.plain and instrument()
+    chosen = [target for target in targets() if target.name.startswith(tuple(given.only))]
+    by_coverage = not given.plain and given.cores == 1 and instrument()
     how = "atheris, guided by coverage" if by_coverage else "plain mutation, not guided by coverage"
-    print(f"{how}; seed {given.seed}\n{'reader':24} {'inputs':>8} {'crashes':>8}", flush=True)
-    crashed = False
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        scratch = Path(name)
-        for target in chosen:
+    print(f"{how}; seed {given.seed}\n{'reader':24} {'inputs':>8} {'crashes':>8} {'per s':>8}", flush=True)
+    figures: dict[str, dict[str, float]] = {}
+    gc.freeze()  # children are forked, and collecting what they share with this process would copy it
+    for target in chosen:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as name:
             if by_coverage:
-                result = guided(target, scratch, given.crashes, given.seed, inputs, given.seconds)
+                result = guided(target, Path(name), given.crashes, given.seed, inputs, given.seconds)
             else:
-                result = fuzz(target, scratch, given.seed, inputs, given.seconds)
+                result = fuzz_in_lanes(target, Path(name), given.seed, inputs, given.seconds, given.cores)
                 keep(target, given.seed, result, given.crashes)
-            show(target, result)
-            crashed |= bool(result.crashes)
-    return int(crashed)
+        seconds = time.monotonic() - start
+        crashes = sum(map(len, result.crashes.values()))
+        figures[target.name] = {"inputs": result.tried, "crashes": crashes, "seconds": round(seconds, 1)}
+        show(target, result, seconds)
+        if given.json:
+            run = {"how": how, "seed": given.seed, "cores": given.cores, "python": platform.python_version()}
+            given.json.write_text(json.dumps(run | {"readers": figures}, indent=1) + "\n")
+    return int(any(each["crashes"] for each in figures.values()))
 
 
-def show(target: Target, result: Result) -> None:
-    print(f"{target.name:24} {result.tried:8} {sum(map(len, result.crashes.values())):8}", flush=True)
+def show(target: Target, result: Result, seconds: float) -> None:
+    crashes, rate = sum(map(len, result.crashes.values())), result.tried / seconds
+    print(f"{target.name:24} {result.tried:8} {crashes:8} {rate:8.0f}", flush=True)
     for crash, numbers in result.crashes.items():
         print(f"    {len(numbers)} times, first input {numbers[0]}: {crash}", flush=True)
 

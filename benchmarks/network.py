@@ -1,4 +1,4 @@
-"""Hosts on one machine: namespaces joined by rate-limited cables to a switch. Needs root, and Linux."""
+"""Hosts on one machine: namespaces joined by cables, of any quality, to a switch. Needs root, and Linux."""
 
 import os
 import shutil
@@ -27,14 +27,19 @@ class Host:
         """The command line that runs `arguments` on this host."""
         return ["ip", "netns", "exec", self.name, *arguments]
 
+    def cut_off(self) -> None:
+        """Pull the cable: nothing comes through any more, and nobody is told."""
+        _run("ip", "-n", self.name, "link", "set", CABLE, "down")
+
 
 @contextmanager
-def hosts(count: int, rate: str, delay: str | None = None) -> Iterator[list[Host]]:
-    """`count` hosts, each on a cable of `rate` (as tc spells it) either way, and one-way `delay`.
+def hosts(count: int, rate: str, delay: str | None = None, loss: str | None = None) -> Iterator[list[Host]]:
+    """`count` hosts, each on a cable of `rate` (as tc spells it) either way, one-way `delay`, and `loss`.
 
     They are gone afterwards, however it ends. Raises NoNetwork where namespaces, links or their limits are
-    not to be had (a delay needs the kernel's netem).
+    not to be had (delay and loss need the kernel's netem).
     """
+    faults = [*(("delay", delay) if delay else ()), *(("loss", loss) if loss else ())]
     if shutil.which("ip") is None or shutil.which("tc") is None or os.geteuid() != 0:
         raise NoNetwork("hosts on one machine need root and the commands ip and tc")
     stem = f"exflow-{os.getpid()}"
@@ -46,14 +51,14 @@ def hosts(count: int, rate: str, delay: str | None = None) -> Iterator[list[Host
         _run("ip", "-n", names[0], "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", names[0], "link", "set", "bridge", "up")
         for number, host in enumerate(made):
-            _connect(names[0], f"port{number}", host, rate, delay)
+            _connect(names[0], f"port{number}", host, rate, faults)
         yield made
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def _connect(switch: str, port: str, host: Host, rate: str, delay: str | None) -> None:
+def _connect(switch: str, port: str, host: Host, rate: str, faults: list[str]) -> None:
     """Lay a cable between a port of the switch and the host, limited at both ends: one for each direction."""
     _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", CABLE, "netns", host.name)
     _run("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", CABLE)
@@ -61,8 +66,8 @@ def _connect(switch: str, port: str, host: Host, rate: str, delay: str | None) -
     for name, end in ((switch, port), (host.name, CABLE)):
         limit = ["rate", rate, "burst", BURST, "latency", QUEUE]
         _run("tc", "-n", name, "qdisc", "add", "dev", end, "root", "handle", "1:", "tbf", *limit)
-        if delay is not None and end == CABLE:
-            _run("tc", "-n", name, "qdisc", "add", "dev", end, "parent", "1:1", "netem", "delay", delay)
+        if faults and end == CABLE:
+            _run("tc", "-n", name, "qdisc", "add", "dev", end, "parent", "1:1", "netem", *faults)
         _run("ip", "-n", name, "link", "set", end, "up")
     _run("ip", "-n", host.name, "link", "set", "lo", "up")
 

@@ -43,7 +43,7 @@ def bench_decode(job: BenchJob) -> dict[str, Any] | None:
     device = choose_device(job.device)
     if torchrun_place() is None:
         return run(job, Setting.of(job, None), alone(device))
-    with join_cluster(device.type) as cluster:
+    with join_cluster(device.type, job.patience_s) as cluster:
         topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
         setting = alike_on_all_ranks(cluster, lambda: Setting.of(job, topology))
         return run(job, setting, cluster)

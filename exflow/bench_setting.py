@@ -12,6 +12,7 @@ from exflow.device import choose_device
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.generate import dtype_named
+from exflow.launch import PATIENCE_S
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -42,6 +43,7 @@ class BenchJob:
     dtype: str | None
     device: str | None
     output: Path | None
+    patience_s: float = PATIENCE_S
 
     def check(self, nproc: int | None) -> None:
         """Find what is at fault without starting the ranks, of one node. Raises InputError."""

@@ -12,16 +12,15 @@ from typing import Annotated
 import typer
 
 from exflow.console import TimedWork, TrainingLog, Work, begin, say, say_error
-from exflow.errors import InputError, WrongResult
+from exflow.errors import InputError, WrongResult, out_of_memory
 from exflow.files import check_writable
 from exflow.launch import (
     BAD_INPUT,
     LOST_CONTACT,
+    PATIENCE_S,
     LostContact,
     RankDied,
-    Stopped,
-    answer_signals,
-    ctrl_c_ends_the_search,
+    end,
     run_ranks,
     torchrun_place,
 )
@@ -50,6 +49,12 @@ from exflow.show import (
     print_run,
     print_simulation,
     trace_figures,
+)
+from exflow.signals import (
+    Stopped,
+    answer_signals,
+    ctrl_c_ends_the_search,
+    leave_signals,
 )
 
 app = typer.Typer(
@@ -83,6 +88,10 @@ Phase = Annotated[
     str,
     typer.Option(help="Which tokens to count: all, prefill or decode.", autocompletion=one_of(PHASES)),
 ]
+Patience = Annotated[
+    float,
+    typer.Option(help="Seconds to wait for a rank, which may be slow, before the job is given up.", min=0.1),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
@@ -111,6 +120,9 @@ def profile(
         ),
     ] = None,
     weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what a stopped run has recorded.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -127,6 +139,7 @@ def profile(
             weights=weights,
             device=device,
             advance=work.advance,
+            resume=resume,
         )
     print_figures({"trace": str(output), **trace_figures(trace)}, as_json)
 
@@ -425,7 +438,8 @@ def report(
 
 @app.command(
     epilog=examples(
-        "exflow simulate trace/ --model configs/shapes/gpt-oss-20b --gpus 8 --gpus 32",
+        "exflow simulate trace/ --model configs/shapes/gpt-oss-20b --gpus 32 --expert-parallel 8 "
+        "--expert-parallel 32",
         "exflow simulate trace/ plan.json --model configs/shapes/gpt-oss-20b --batch 256",
         "exflow simulate trace/ --model shape/ --machine configs/machines/a100-hdr.yaml --gpus-per-node 4 "
         "--gpus 64 --figures drawings/",
@@ -445,8 +459,10 @@ def simulate(
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, without plans.", min=1)] = 8,
     expert_parallel: Annotated[
-        int | None,
-        typer.Option(help="GPUs that share all experts at most; more GPUs are further such groups.", min=1),
+        list[int] | None,
+        typer.Option(
+            help="GPUs that share all experts at most; more GPUs are further such groups. Repeatable.", min=1
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of the whole job.", min=1)] = None,
     batch_per_gpu: Annotated[
@@ -475,7 +491,7 @@ def simulate(
         plans=plans or [],
         gpus=gpus or [],
         gpus_per_node=gpus_per_node,
-        widest=expert_parallel,
+        widest=expert_parallel or [],
         batch=batch,
         batch_per_gpu=batch_per_gpu,
         context=context,
@@ -602,6 +618,7 @@ def generate(
         ),
     ] = False,
     device: Device = None,
+    patience: Patience = PATIENCE_S,
     as_json: Json = False,
 ) -> None:
     """Generate text, on one process or on many ranks (torchrun is started with --nproc)."""
@@ -625,6 +642,7 @@ def generate(
         transport,
         hierarchical,
         verify,
+        patience,
     )
     place = torchrun_place()
     if place is None:
@@ -690,6 +708,7 @@ def bench_decode(
         typer.Option(help="float32 or bfloat16; by default bfloat16 on GPUs.", autocompletion=one_of(DTYPES)),
     ] = None,
     device: Device = None,
+    patience: Patience = PATIENCE_S,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File of the results, written as they come.")
     ] = None,
@@ -711,6 +730,7 @@ def bench_decode(
         dtype=dtype,
         device=device,
         output=output,
+        patience_s=patience,
     )
     place = torchrun_place()
     if place is None:
@@ -791,26 +811,42 @@ def main() -> None:
     """Entry point of the `exflow` command."""
     # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of its warnings when a rank is lost: we say it
     answer_signals()
     begin()
+    try:
+        run()
+    except Stopped as stop:
+        say(str(stop))
+        end(128 + stop.signal)
+    finally:
+        leave_signals()
+
+
+def run() -> None:
+    """Do what the command line says, and say what came in the way."""
     place = torchrun_place()
     try:
         app()
     except InputError as error:
         if place is None or place.local_rank == 0:  # all ranks find the same fault: once a node is enough
             say_error(error)
-        sys.exit(BAD_INPUT)
+        end(BAD_INPUT)
     except (RankDied, WrongResult) as error:
         say(str(error))
-        sys.exit(1)
+        end(1)
     except LostContact as error:
-        if error.__cause__ is None:  # found by ourselves; else whoever started the ranks says which one died
+        if not error.told:
             say(str(error))
-        sys.stdout.flush()
-        os._exit(LOST_CONTACT)  # tidying up would wait for it
-    except Stopped as stop:
-        say(str(stop))
-        sys.exit(128 + stop.signal)
+        end(LOST_CONTACT)
+    except Exception as error:
+        if (shortage := out_of_memory(error)) is not None:
+            say(shortage if place is None else f"rank {place.rank}: {shortage}")
+        elif place is None:
+            raise
+        else:
+            sys.excepthook(*sys.exc_info())
+        end(1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from exflow.checkpoint import load_decoder
 from exflow.config import ModelConfig, load_model_config
 from exflow.decoder import Decoder
-from exflow.distributed import Cluster, alike_on_all_ranks
+from exflow.distributed import Cluster, alike_on_all_ranks, during
 from exflow.engine import Engine
 from exflow.errors import InputError
 from exflow.exchange import Exchange
@@ -113,9 +113,10 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     """
     plan = deployment.plan
     experts_here = experts_of(plan, cluster.rank)
-    decoder = alike_on_all_ranks(
-        cluster, lambda: decoder_of(deployment.weights, cluster.device, deployment.dtype, experts_here)
-    )
+    with during("the loading of the model"):
+        decoder = alike_on_all_ranks(
+            cluster, lambda: decoder_of(deployment.weights, cluster.device, deployment.dtype, experts_here)
+        )
     tables = PlanTables.of(plan, cluster.device)
     config = decoder.config
     strategy = make_strategy(

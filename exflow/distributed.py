@@ -1,5 +1,6 @@
 """This process's place among the others: ranks, nodes, device, process groups."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from exflow.errors import InputError
-from exflow.launch import LostContact, Place, torchrun_place
+from exflow.launch import PATIENCE_S, Place, torchrun_place
+from exflow.roll_call import RollCall, tells_of_a_lost_rank
 
 Result = TypeVar("Result")
 
-# gloo's words for it
-_SIGNS_OF_A_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_NO_INTERFACE = "Unable to find address"  # gloo's words
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Cluster:
     num_ranks: int
     ranks_per_node: int
     device: torch.device
+    patience_s: float = PATIENCE_S
 
     @property
     def num_nodes(self) -> int:
@@ -40,33 +42,47 @@ class Cluster:
 
 
 @contextmanager
-def join_cluster(device_type: str, timeout_s: float = 600) -> Iterator[Cluster]:
+def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[Cluster]:
     """Join the job that torchrun describes in the environment; gloo on CPUs, NCCL on GPUs.
 
-    Raises InputError for a job that cannot be, and LostContact if another rank goes away in an exchange.
+    Raises InputError for a job that cannot be, and LostContact if another rank goes away, or is waited for
+    longer than `patience_s`.
     """
     place = torchrun_place()
     assert place is not None
     device = _device_of(place, device_type)
-    dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device_type == "cuda" else None,
-    )
-    everyone_is_there = True
+    patience, roll_call = timedelta(seconds=patience_s), RollCall(place, patience_s)
     try:
-        yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device)
-    except LostContact:
-        everyone_is_there = False
-        raise
+        dist.init_process_group(
+            "nccl" if device_type == "cuda" else "gloo",
+            store=roll_call.open(),
+            rank=place.rank,
+            world_size=place.num_ranks,
+            timeout=patience,
+            device_id=device if device_type == "cuda" else None,
+        )
+        roll_call.joined = True
+        yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device, patience_s)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_RANK):
-            everyone_is_there = False
-            raise LostContact(str(error)) from error
+        if _NO_INTERFACE in str(error):
+            named = os.environ.get("GLOO_SOCKET_IFNAME")
+            raise InputError(
+                f"GLOO_SOCKET_IFNAME={named}: no such network interface; see `ip link`"
+            ) from error
+        if not tells_of_a_lost_rank(error):
+            raise
+        raise roll_call.lost(error) from error
+    dist.destroy_process_group()  # but after an error it would wait for a rank that may be gone
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Name what is done inside, for the message of a LostContact."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(what)
         raise
-    finally:
-        if everyone_is_there:  # taking leave would wait for a rank that is gone
-            dist.destroy_process_group()
 
 
 def _device_of(place: Place, device_type: str) -> torch.device:
@@ -104,6 +120,7 @@ def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
     return result[0]
 
 
+@during("a word of all ranks")
 def of_all(cluster: Cluster, mine: Result) -> list[Result]:
     """Every rank's `mine`, by rank. Collective."""
     if cluster.num_ranks == 1:
@@ -125,8 +142,10 @@ class CoherenceGroup:
         return len(self.ranks)
 
 
+@during("the making of groups")
 def coherence_group(cluster: Cluster, size: int) -> CoherenceGroup:
     """The block of `size` consecutive ranks that this rank lies in; every rank of the job must call it."""
     blocks = [range(first, first + size) for first in range(0, cluster.num_ranks, size)]
-    groups = [CoherenceGroup(block, dist.new_group(list(block))) for block in blocks]
+    patience = timedelta(seconds=cluster.patience_s)  # which a group does not have from its job
+    groups = [CoherenceGroup(block, dist.new_group(list(block), timeout=patience)) for block in blocks]
     return groups[cluster.rank // size]

@@ -15,7 +15,7 @@ from torch import Tensor
 from exflow.config import ModelConfig
 from exflow.console import note
 from exflow.decoder import Decoder, Rows
-from exflow.distributed import of_all
+from exflow.distributed import during, of_all
 from exflow.errors import InputError, WrongResult
 from exflow.exchange import Counters, total
 from exflow.kv_cache import KVCache
@@ -182,6 +182,7 @@ class _Run:
             dtype=self.decoder.embedding.weight.dtype,
         )
 
+    @during("the prompts")
     def prefill(self) -> None:
         """Run the prompts admitted here; leave the first new token of each to decode."""
         attention, layout = self.strategy.prefill(self.cache, self.sequence_N, self.lengths)
@@ -199,10 +200,11 @@ class _Run:
         self._choose(hidden_TD[last], Rows(rows.sequence_T[last], rows.position_T[last], PREFILL))
 
     def decode(self) -> None:
-        for done in range(1, self.request.max_new_tokens):
-            self.tell(done, self.request.max_new_tokens)
-            if not self.advance():
-                break
+        for step in range(1, self.request.max_new_tokens):
+            self.tell(step, self.request.max_new_tokens)
+            with during(f"decode step {step}"):
+                if not self.advance():
+                    break
 
     def advance(self) -> bool:
         """One step; False, and no step, once no rank owns a token."""

@@ -1,5 +1,7 @@
 """The errors that end a command with one line: the user's input is at fault, or what was computed is."""
 
+import re
+
 
 class InputError(ValueError):
     """Bad input: a missing, truncated or mismatched file, an impossible setting, an unwritable output.
@@ -18,6 +20,16 @@ class WrongResult(ArithmeticError):
     The message is one line that names the place (sequence, step) and what was found there. The command line
     prints it without a traceback and exits with code 1.
     """
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """One line on what lacked, if that is what `error` says; None for any other error."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, for GPUs
+    if not (named or "can't allocate memory" in str(error)):  # torch's words on CPUs
+        return None
+    amount = re.search(r"allocate (\d[\d.]* \w+)", str(error))
+    wanted = f" ({amount[1]} more were asked for)" if amount else ""
+    return f"out of memory{wanted}; give it less to do at a time, or more ranks, or more memory"
 
 
 def _printable(character: str) -> str:

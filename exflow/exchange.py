@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.distributed import Cluster, CoherenceGroup
+from exflow.distributed import Cluster, CoherenceGroup, during
 from exflow.expectation import Room
 
 Purpose = Literal["dispatch", "return"]
@@ -79,6 +79,7 @@ class PendingGather:
     work: dist.Work
     rows_MB: Tensor
 
+    @during("a gather of keys and values")
     def wait(self) -> Tensor:
         self.work.wait()  # on GPUs the stream waits, not the host
         return self.rows_MB
@@ -95,6 +96,7 @@ class Exchange:
     counters: Counters = field(default_factory=Counters)
     group: CoherenceGroup | None = None
 
+    @during("a dispatch")
     def dispatch(
         self, rows_NB: Tensor, dest_N: Tensor, note: list[int], room: Room, hidden_bytes: int
     ) -> Dispatched:
@@ -124,6 +126,7 @@ class Exchange:
         self._count(sent, "dispatch", hidden_bytes)
         return Dispatched(torch.cat(rows_of), notes, sent, came)
 
+    @during("a return")
     def give_back(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
         """Send each row to its rank (never this one); the rows of others [M, B], ordered by sender.
 
@@ -208,6 +211,7 @@ class Exchange:
         self.counters.wire_bytes += len(copies)
         return PendingGather(work, arrived.view(-1, row_bytes))
 
+    @during("an all-reduce")
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         dist.all_reduce(values)

@@ -1,10 +1,12 @@
 """Reading and writing files so that bad input gets a clear error and a stop leaves nothing half-written."""
 
+import errno
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,30 @@ import yaml
 from exflow.errors import InputError
 
 MAX_YAML_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
 
-    Readers see the old file or the whole new one, never a part. Raises InputError if the folder cannot be
-    written.
+    Readers see the old file or the whole new one, never a part. Raises InputError if the place cannot be
+    written: no such folder can be made, the disk is full.
     """
-    try:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is a device or the like, which a file would replace; choose another place")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:  # from here on, so that a signal at any moment finds what it has to remove
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    try:
+        temporary.touch()
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable by its owner alone
+        _reach_the_disk(temporary)
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,7 +53,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             new, old = Path(temporary, "new"), Path(temporary, "old")
             new.mkdir()
-            yield new
+            try:
+                yield new
+            except InputError as error:  # of a place that the user does not know
+                raise InputError(str(error).replace(str(new), str(path))) from error
+            for file in filter(Path.is_file, new.rglob("*")):
+                _reach_the_disk(file)
             try:
                 if path.exists():
                     path.rename(old)
@@ -61,7 +68,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     old.rename(path)
                 raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise _unwritable(path, error) from error
+
+
+def _reach_the_disk(file: Path) -> None:
+    """Wait until it has: a quota, or a file system over a network, refuses what was written only now."""
+    with file.open("rb") as opened:
+        os.fsync(opened)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    remedy = "make room there, or choose another place" if error.errno in _FULL else "choose another place"
+    return InputError(f"{path}: cannot be written ({error.strerror}); {remedy}")
 
 
 def check_writable(path: Path) -> None:
@@ -115,9 +133,3 @@ class PlainLoader(yaml.SafeLoader):
             problem = "anchors, aliases and tags are not for this file"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it
-    os.umask(mask)
-    return mask

@@ -20,7 +20,7 @@ from exflow.engine import Engine, Generation, Request, check_request
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job_trace import JobRecorder
-from exflow.launch import torchrun_place
+from exflow.launch import PATIENCE_S, torchrun_place
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.replay import ReplayedRouting
@@ -50,6 +50,7 @@ class GenerateJob:
     transport: str = "auto"
     hierarchical: bool = False
     verify: bool = False
+    patience_s: float = PATIENCE_S
 
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
@@ -120,7 +121,7 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
             engine = load_model(job.model, device, dtype_named(job.dtype), transport)
         engine.decoder.replay = job.replayed(device)
         return run(job, engine, job.request())
-    with join_cluster(device.type) as cluster:
+    with join_cluster(device.type, job.patience_s) as cluster:
         topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
         deployment, request, replay = alike_on_all_ranks(
             cluster, lambda: (job.deployment(topology), job.request(), job.replayed(cluster.device))

@@ -4,14 +4,14 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
 BAD_INPUT = 2  # exit code where the user's input is at fault
 LOST_CONTACT = 3  # exit code of a rank that found another one gone
+PATIENCE_S = 600.0  # how long a rank waits for another one, which may be slow, before it gives it up
 
 
 @dataclass(frozen=True)
@@ -37,45 +37,24 @@ class RankDied(RuntimeError):
 
 
 class LostContact(RuntimeError):
-    """Another rank went away in the middle of an exchange; whoever started the ranks knows why."""
+    """Another rank went away, or gave no sign of life for too long. `told`: by another rank of this node."""
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
-class Stopped(BaseException):
-    """A signal told the program to end. No KeyboardInterrupt: typer would answer that one itself."""
+def end(code: int) -> NoReturn:
+    """End the program with an exit code, and a rank at once.
 
-    def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
-        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {self.signal.name}")
-
-
-def answer_signals() -> None:
-    """Let Ctrl-C and its like raise Stopped, so that whoever writes a file can tidy up.
-
-    A rank ends at once and without a word: the process that started it says one.
+    A rank that tidied up would wait for others, and close its connections while it still runs: then the
+    others end first, and it is not seen which of them it was.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _stop if torchrun_place() is None else signal.SIG_DFL)
-
-
-@contextmanager
-def ctrl_c_ends_the_search() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, by which a search ends and gives the best so far."""
-    before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:  # outside a search: nothing to give
-        raise Stopped(signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise Stopped(number)
+    if torchrun_place() is None:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_ranks(arguments: list[str], num_ranks: int) -> None:
@@ -83,45 +62,55 @@ def run_ranks(arguments: list[str], num_ranks: int) -> None:
 
     Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise;
     exits with code BAD_INPUT if the ranks found the input at fault (the first of them has printed why). No
-    rank outlives the call, however it ends.
+    rank outlives the call, however it ends; one that does not listen is killed half a minute later.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # RankDied says it in one line
     cores_per_rank = max(1, (os.cpu_count() or 1) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores_per_rank))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-        signals_to_handle="SIGQUIT",  # and not those of answer_signals
-    )
     try:
-        elastic_launch(config, sys.executable)("-m", "exflow.cli", *arguments)
+        with tempfile.TemporaryDirectory(prefix="exflow-ranks-") as notes:  # torch would leave it behind
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=num_ranks,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,
+                monitor_interval=0.2,
+                logs_specs=DefaultLogsSpecs(log_dir=notes),
+                signals_to_handle="SIGQUIT",  # and not those that exflow.signals answers
+            )
+            elastic_launch(config, sys.executable)("-m", "exflow.cli", *arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if BAD_INPUT in codes.values():
             sys.exit(BAD_INPUT)
-        rank = culprit(codes)
-        how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
-        raise RankDied(f"rank {rank} of {num_ranks} died ({how}); the job was stopped") from None
+        raise RankDied(_cause_of_death(codes, num_ranks)) from None
+
+
+def _cause_of_death(codes: dict[int, int], num_ranks: int) -> str:
+    if LOST_CONTACT in codes.values():
+        return "the job was stopped"  # a rank has said why, and waited before that for us to see a death
+    rank = culprit(codes)
+    how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
+    hint = "; if nobody killed it, memory ran out (see dmesg)" if how == "SIGKILL" else ""
+    return f"rank {rank} of {num_ranks} died ({how}); the job was stopped{hint}"
 
 
 def culprit(codes: dict[int, int]) -> int:
-    """The rank that died of itself; others lost contact with it, or were then stopped by the agent (SIGTERM).
+    """The rank that died of itself; others were then stopped by the agent (SIGTERM).
 
     codes: exit codes by rank, those of signals negative, in the order in which they were seen.
     """
 
     def doubt(rank: int) -> int:
-        if codes[rank] in (LOST_CONTACT, -signal.SIGTERM):
-            return 3 if codes[rank] == LOST_CONTACT else 2
+        if codes[rank] == -signal.SIGTERM:
+            return 2
         return 0 if codes[rank] < 0 else 1
 
     return min(codes, key=doubt)

@@ -1,5 +1,7 @@
 """Run a model over text and record its routing: the `exflow profile` command."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,12 @@ def profile_text(
     weights: bool,
     device: str | None,
     advance: Advance,
+    resume: bool = False,
 ) -> RoutingTrace:
     """Load a model, run it over `texts` (files, folders or "{stdlib}"), record to `output`.
 
     model: the folder of a checkpoint, or "hf:" and the folder of a Hugging Face model.
+    resume: go on with what a run with the same arguments has recorded there.
     """
     files = find_texts(texts)
     contents = [read_text(file) for file in files]
@@ -52,12 +56,16 @@ def profile_text(
         longest = hugging_face.longest_sequence(causal_model)
         ids = hugging_face.encode(tokenizer, contents)
         windows = token_windows(ids, _length(length, longest, DEFAULT_LENGTH), max_tokens)
-        return profile_hugging_face(causal_model, windows, output, weights, advance=advance)
+        source = _source(folder, windows)
+        return profile_hugging_face(
+            causal_model, windows, output, weights, source=source, resume=resume, advance=advance
+        )
     own_tokenizer = load_tokenizer(Path(model))
     decoder = load_decoder(Path(model), on, torch.float32)
     longest = decoder.config.max_positions
     windows = windows_of_text(own_tokenizer, contents, _length(length, longest, DEFAULT_LENGTH), max_tokens)
-    return profile(decoder, windows, output, weights, advance=advance)
+    source = _source(Path(model), windows)
+    return profile(decoder, windows, output, weights, source=source, resume=resume, advance=advance)
 
 
 def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tokens: int) -> Tensor:
@@ -86,16 +94,21 @@ def profile(
     path: Path | None,
     weights: bool = False,
     batch_tokens: int = 8192,
+    source: str | None = None,
+    resume: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> RoutingTrace:
-    """Record the routing of every token of `windows_NS` [sequences, length]; streamed to `path` if given."""
+    """Record the routing of every token of `windows_NS` [sequences, length]; streamed to `path` if given.
+
+    source, resume: as for record().
+    """
     device = decoder.embedding.weight.device
 
     def run(batch_BS: Tensor, first: int) -> None:
         rows = rows_of_batch(len(batch_BS), batch_BS.shape[1], device, first_sequence=first)
         decoder(batch_BS.flatten().to(device), rows, CausalAttention(len(batch_BS)), AllExpertsHere())
 
-    return _record_batches(decoder, run, windows_NS, path, weights, batch_tokens, advance)
+    return _record_batches(decoder, run, windows_NS, path, weights, batch_tokens, source, resume, advance)
 
 
 def profile_hugging_face(
@@ -104,6 +117,8 @@ def profile_hugging_face(
     path: Path | None,
     weights: bool = False,
     batch_tokens: int = 8192,
+    source: str | None = None,
+    resume: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> RoutingTrace:
     """As `profile`, for a causal model of transformers. Raises InputError where it has no MoE layers."""
@@ -117,7 +132,7 @@ def profile_hugging_face(
     def run(batch_BS: Tensor, first: int) -> None:
         layers(input_ids=batch_BS.to(model.device), use_cache=False)
 
-    return _record_batches(model, run, windows_NS, path, weights, batch_tokens, advance)
+    return _record_batches(model, run, windows_NS, path, weights, batch_tokens, source, resume, advance)
 
 
 @torch.inference_mode()
@@ -128,17 +143,26 @@ def _record_batches(
     path: Path | None,
     weights: bool,
     batch_tokens: int,
+    source: str | None,
+    resume: bool,
     advance: Advance,
 ) -> RoutingTrace:
     """Record `run(batch [B, S], its first sequence)`, at most `batch_tokens` (or one sequence) at a time."""
     length = windows_NS.shape[1]
-    first = 0
-    with record(model, path, weights=weights) as recorder:
-        for batch_BS in torch.split(windows_NS, max(1, batch_tokens // length)):
+    with record(model, path, weights=weights, source=source, resume=resume) as recorder:
+        first = recorder.resumed
+        for batch_BS in torch.split(windows_NS[first:], max(1, batch_tokens // length)):
             run(batch_BS, first)
             first += len(batch_BS)
             advance(first * length, windows_NS.numel())
     return recorder.trace
+
+
+def _source(model: Path, windows_NS: Tensor) -> str:
+    """What is recorded, as a digest: the model's folder and its tokens."""
+    sha = hashlib.sha256(json.dumps([str(model.resolve()), *windows_NS.shape]).encode())
+    sha.update(windows_NS.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _length(asked: int | None, longest: int | None, default: int) -> int:

@@ -260,7 +260,7 @@ def print_simulation(result: dict[str, Any], as_json: bool) -> None:
     print(_SIMULATION_LEGEND)
     for size in result["sizes"]:
         fastest = "none fits" if size["fastest"] is None else ", ".join(size["fastest"])
-        print(f"{size['gpus']} GPUs: {fastest}")
+        print(f"{size['gpus']} GPUs in groups of {size['expert_parallel']}: {fastest}")
         for turn in size["turns"]:
             way, then = ("up" if turn["factor"] > 1 else "down"), turn["strategy"] or "none fits"
             print(f"    {turn['quantity']} {_readable(turn['value'])} {turn['unit']} and {way}: {then}")

@@ -45,7 +45,7 @@ class SimulateJob:
     plans: list[Path]
     gpus: list[int]
     gpus_per_node: int
-    widest: int | None
+    widest: list[int]
     batch: int | None
     batch_per_gpu: int | None
     context: int
@@ -61,8 +61,8 @@ class SimulateJob:
         """Raises InputError for settings that contradict each other."""
         if self.batch is not None and self.batch_per_gpu is not None:
             raise InputError("--batch and --batch-per-gpu: say the same of the job and of a GPU; give one")
-        if self.plans and self.widest is not None:
-            raise InputError(f"--expert-parallel {self.widest}: is for placements made here; leave it out")
+        if self.plans and self.widest:
+            raise InputError(f"--expert-parallel {self.widest[0]}: is for placements made here; leave it out")
         if not self.plans and not self.gpus:
             raise InputError("--gpus is missing: give the numbers of GPUs to simulate, or a plan")
 
@@ -166,7 +166,11 @@ def _placed_here(
 ) -> list[tuple[Layout, list[Variant]]]:
     """Made on three quarters of the sequences, judged on the others; once for each width of a group."""
     train, test = split_by_sequence(trace, HELD_OUT)
-    layouts = [Layout.of(gpus, job.gpus_per_node, trace.num_experts, job.widest) for gpus in job.gpus]
+    layouts = dict.fromkeys(
+        Layout.of(gpus, job.gpus_per_node, trace.num_experts, widest)
+        for gpus in job.gpus
+        for widest in job.widest or [gpus]
+    )
     of_group = {
         topology: variants(train, test, topology, job.time_limit, tell)
         for topology in dict.fromkeys(layout.topology for layout in layouts)

@@ -38,10 +38,13 @@ class TraceIndex(_Strict):
     top_k: int
     dtype: Literal["uint8", "uint16"]
     has_weights: bool
+    source: str | None = None  # written only where a recording may be gone on with
     shards: list[Shard]
 
     @classmethod
-    def of(cls, layout: RoutingLayout, has_weights: bool, shards: list[Shard]) -> "TraceIndex":
+    def of(
+        cls, layout: RoutingLayout, has_weights: bool, shards: list[Shard], source: str | None = None
+    ) -> "TraceIndex":
         return cls(
             model=layout.model,
             num_hidden_layers=layout.num_hidden_layers,
@@ -51,6 +54,7 @@ class TraceIndex(_Strict):
             top_k=layout.top_k,
             dtype="uint8" if layout.id_dtype.itemsize == 1 else "uint16",
             has_weights=has_weights,
+            source=source,
             shards=shards,
         )
 

@@ -52,20 +52,22 @@ class Recordable(Protocol):
 class Recorder:
     """Collects the passes of a recording; `trace` holds them once the `with` block is left."""
 
-    def __init__(self, layout: RoutingLayout, path: Path | None, weights: bool, shard_tokens: int) -> None:
+    def __init__(self, layout: RoutingLayout, path: Path | None, weights: bool, **writing: Any) -> None:
+        """writing: options of the TraceWriter, where there is a path."""
         self._layout = layout
         self._path = path
         self._weights = weights
-        self._writer = (
-            None
-            if path is None
-            else TraceWriter(path, layout, has_weights=weights, shard_tokens=shard_tokens)
-        )
+        self._writer = None if path is None else TraceWriter(path, layout, has_weights=weights, **writing)
         self._blocks: list[Rows] = []
         self._staging: Staging | None = None
         self._pass_ids: list[Tensor] = []
         self._pass_weights: list[Tensor] = []
         self._open = True
+
+    @property
+    def resumed(self) -> int:
+        """How many sequences were there already: the next one that is run gets this number."""
+        return 0 if self._writer is None else self._writer.resumed
 
     @property
     def trace(self) -> RoutingTrace:
@@ -100,23 +102,28 @@ class Recorder:
             staging.add_pass(self._pass_ids, self._pass_weights, sequence, position, phase)
             self._pass_ids, self._pass_weights = [], []
 
-    def close(self) -> None:
-        """Complete the trace with the whole passes seen so far."""
+    def close(self, cut_short: bool = False) -> None:
+        """Complete the trace with the whole passes seen so far; `cut_short` is as for TraceWriter.close."""
         self._open = False
         try:
             if self._staging is not None:
                 self._staging.flush()
         finally:
             if self._writer is not None:
-                self._writer.close()
+                self._writer.close(cut_short)
 
     def _start(self) -> "Staging":
         from exflow.profiling.staging import Staging  # torch is loaded only where a model runs
 
-        sink = self._blocks.append if self._writer is None else self._writer.append
+        sink = self._blocks.append if self._writer is None else self._write
         devices = [ids.device for ids in self._pass_ids]  # a model may be spread over several
         self._staging = Staging(self._layout, self._weights, devices, sink)
         return self._staging
+
+    def _write(self, rows: Rows) -> None:
+        assert self._writer is not None
+        rows["sequence"] += self._writer.resumed
+        self._writer.append(rows)
 
 
 @contextmanager
@@ -126,6 +133,8 @@ def record(
     *,
     weights: bool = False,
     shard_tokens: int = SHARD_TOKENS,
+    source: str | None = None,
+    resume: bool = False,
 ) -> Iterator[Recorder]:
     """Record the routing of every forward pass of `model` inside the block.
 
@@ -139,18 +148,24 @@ def record(
     at three times the size. Sequences are numbered in order of appearance; an id that starts again from an
     earlier position counts as a new sequence.
 
+    `source` and `resume` are as for TraceWriter: `recorder.resumed` sequences are then there already, and
+    those after them are to be run.
+
     Raises InputError if the model does not announce its routing and has no experts to listen to, or if `path`
     holds anything but a trace.
     """
-    source = model if isinstance(model, Recordable) else _listened_to(model)
+    announcer = model if isinstance(model, Recordable) else _listened_to(model)
     target = None if path is None else Path(path)
-    recorder = Recorder(source.routing_layout(), target, weights, shard_tokens)
-    remove = source.add_routing_listener(recorder.listen)
+    writing = {"shard_tokens": shard_tokens, "source": source, "resume": resume}
+    recorder = Recorder(announcer.routing_layout(), target, weights, **writing)
+    remove = announcer.add_routing_listener(recorder.listen)
+    cut_short = True
     try:
         yield recorder
+        cut_short = False
     finally:
         remove()
-        recorder.close()
+        recorder.close(cut_short)
 
 
 def _listened_to(model: "nn.Module") -> Recordable:

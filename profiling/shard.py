@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,31 @@ def concatenate(blocks: list[Rows]) -> Rows:
     if len(blocks) == 1:
         return blocks[0]
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def joined_in_a_file(blocks: list[Rows]) -> Rows:
+    """As `concatenate`, memory-mapped from a file without a name, which goes when the rows do.
+
+    So rows of any number take no memory that the system cannot have back. The file is where temporary files
+    are (TMPDIR). Raises InputError where it finds no room there.
+    """
+    rows: Rows = {}
+    try:
+        with tempfile.TemporaryFile(prefix="exflow-") as file:
+            for name, first in blocks[0].items():
+                start = file.tell()
+                for block in blocks:
+                    file.write(np.ascontiguousarray(block[name]).data)
+                file.flush()
+                shape = (sum(len(block[name]) for block in blocks), *first.shape[1:])
+                rows[name] = np.memmap(file, dtype=first.dtype, mode="r", offset=start, shape=shape)
+    except OSError as error:
+        size = sum(array.nbytes for block in blocks for array in block.values())
+        raise InputError(
+            f"{tempfile.gettempdir()}: the trace's {size >> 20} MiB cannot be joined there "
+            f"({error.strerror}); set TMPDIR to a folder with room"
+        ) from error
+    return rows
 
 
 def write_shard(path: Path, rows: Rows) -> None:

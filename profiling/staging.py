@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from exflow.errors import WrongResult
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.sequences import PADDING, SequenceNumbers
 from exflow.profiling.shard import Rows
@@ -50,7 +51,12 @@ class Staging:
         """`devices` says where each MoE layer is."""
         id_dtype = torch.uint8 if layout.id_dtype == np.uint8 else torch.uint16
         self._choice_dtypes = {"experts": id_dtype} | ({"weights": torch.float16} if weights else {})
-        self._row_dtypes = {"sequence": torch.int64, "position": torch.int32, "phase": torch.uint8}
+        self._row_dtypes = {
+            "sequence": torch.int64,
+            "position": torch.int32,
+            "phase": torch.uint8,
+            "finite": torch.bool,
+        }
         self._layers = [[layer for layer, at in enumerate(devices) if at == each] for each in set(devices)]
         self._pinned = any(device.type == "cuda" for device in devices)
         self._filling, self._full = self._new_buffer(layout.top_k), self._new_buffer(layout.top_k)
@@ -69,6 +75,8 @@ class Staging:
         """Add T rows: `ids` and `weights` hold a tensor [T, k] for each MoE layer, the others are [T].
 
         Rows whose sequence is PADDING are dropped, on the host, so that no device is asked for their number.
+        Raises WrongResult, once rows are handed on, for a token whose weights in the last layer are not
+        finite: there everything arrives that was NaN or infinite before.
         """
         given = {"experts": ids, "weights": weights}
         choices = [
@@ -76,6 +84,7 @@ class Staging:
             for layers in self._layers
         ]
         rows = {"sequence": sequence.to(torch.int64), "position": position.to(torch.int32)}
+        rows["finite"] = weights[-1].isfinite().all(dim=1)
         pieces = [rows, *choices]
         gpus = {tensor.device for named in pieces for tensor in named.values() if tensor.is_cuda}
         start, total = 0, len(sequence)
@@ -126,6 +135,7 @@ class Staging:
             parts = [named[name][taken].numpy()[real] for named in buffer.choices]
             rows[name] = parts[0] if len(parts) == 1 else self._merged(parts)
         rows["sequence"] = self._numbers.renumber(rows["sequence"], rows["position"])
+        _check_finite(rows)
         self._sink(rows)
 
     def _merged(self, parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -135,3 +145,14 @@ class Staging:
         for layers, part in zip(self._layers, parts, strict=True):
             whole[:, layers] = part
         return whole
+
+
+def _check_finite(rows: Rows) -> None:
+    finite = rows.pop("finite")
+    if not finite.all():
+        row = int(finite.argmin())
+        sequence, position = rows["sequence"][row], rows["position"][row]
+        raise WrongResult(
+            f"sequence {sequence}, position {position}: the gate's weights are NaN or infinite, so that its "
+            "routing means nothing; try float32, or another checkpoint"
+        )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.profiling.index import read_index
 from exflow.profiling.layout import RoutingLayout
-from exflow.profiling.shard import Rows, concatenate, map_shard
+from exflow.profiling.shard import Rows, concatenate, joined_in_a_file, map_shard
 from exflow.profiling.validate import (
     check_ids,
     check_order,
@@ -27,6 +27,7 @@ from exflow.profiling.writer import TraceWriter
 PREFILL, DECODE = 0, 1
 
 _CHUNK_TOKENS = 1 << 16  # rows hashed at a time, so that a mapped trace is not copied into memory
+MOST_IN_MEMORY = 256 << 20  # bytes of a trace of several shards that are joined in memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +140,9 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Open the trace folder at `path`, memory-mapped (a trace of several shards is read into memory).
+        """Open the trace folder at `path`, memory-mapped.
 
+        Several shards are joined: in memory up to MOST_IN_MEMORY bytes, else in a temporary file (TMPDIR).
         Raises InputError naming the file where anything is missing, damaged or contradicts the index.
         """
         folder = Path(path)
@@ -152,7 +154,9 @@ class RoutingTrace:
             block = map_shard(folder, shard, index)
             check_values(str(folder / shard.file), block, index.layout)
             blocks.append(block)
-        rows = concatenate(blocks)
+        size = sum(array.nbytes for block in blocks for array in block.values())
+        join = concatenate if len(blocks) == 1 or size <= MOST_IN_MEMORY else joined_in_a_file
+        rows = join(blocks)
         check_order(str(folder), rows["sequence"], rows["position"])
         return cls._of(rows, index.layout)
 
@@ -184,7 +188,7 @@ class RoutingTrace:
         rows = np.isin(self.phase, codes[phase])
         if not rows.any():
             raise InputError(f"phase {phase}: the trace holds no such tokens; give all, or another trace")
-        return self.select(rows)
+        return self if rows.all() else self.select(rows)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the metadata and all rows; it does not depend on how the rows are sharded."""

@@ -10,6 +10,8 @@ from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows
 
 _MAX_INT32 = np.iinfo(np.int32).max
+_EXPONENT = 0x7C00  # of a float16: all ones in NaN and infinity, and in nothing else
+_CHUNK_TOKENS = 1 << 14  # rows looked at together, so that a mapped array is not copied into memory
 
 
 def checked_integers(
@@ -25,12 +27,29 @@ def checked_integers(
 
 
 def checked_weights(values: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
-    """Gate weights as float16; InputError unless they are floating-point numbers of this shape."""
+    """Gate weights as float16; InputError unless they are finite floating-point numbers of this shape."""
     array = np.asarray(values)
     if array.dtype.kind != "f":
         raise InputError(f"weights: dtype is {array.dtype}; give floating-point numbers")
     _check_shape("weights", array, shape)
-    return array.astype(np.float16, copy=False)
+    with np.errstate(over="ignore"):  # what is too large for it becomes infinite, and is refused
+        halves = array.astype(np.float16, copy=False)
+    check_weights("weights", halves)
+    return halves
+
+
+def check_weights(name: str, weights: npt.NDArray[np.float16]) -> None:
+    """InputError, beginning with `name`, if a gate weight [tokens, layers, top_k] is NaN or infinite."""
+    bits = weights.view(weights.dtype.str.replace("f", "u"))  # of its own byte order
+    for start in range(0, len(bits), _CHUNK_TOKENS):
+        wrong = (bits[start : start + _CHUNK_TOKENS] & _EXPONENT) == _EXPONENT
+        if wrong.any():
+            row, layer, choice = np.argwhere(wrong)[0].tolist()
+            row += start
+            raise InputError(
+                f"{name}: row {row} holds {weights[row, layer, choice]} in MoE layer {layer}; gate weights "
+                "are finite (within float16): correct it, or leave the weights out"
+            )
 
 
 def check_ids(name: str, experts: npt.NDArray[Any], layout: RoutingLayout) -> None:
@@ -51,6 +70,8 @@ def check_values(where: str, rows: Rows, layout: RoutingLayout) -> None:
 
     Reads a memory-mapped array at most twice and allocates nothing of its size.
     """
+    if "weights" in rows:
+        check_weights(f"{where}: weights", rows["weights"])
     check_ids(f"{where}: experts", rows["experts"], layout)
     for name, stop in (("sequence", _MAX_INT32 + 1), ("position", _MAX_INT32 + 1), ("phase", 2)):
         _check_range(f"{where}: {name}", rows[name], stop)

@@ -5,11 +5,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from exflow.errors import InputError
 from exflow.files import read_json
-from exflow.profiling.index import FORMAT, INDEX_NAME, Shard, TraceIndex, write_index
+from exflow.profiling.index import FORMAT, INDEX_NAME, Shard, TraceIndex, read_index, write_index
 from exflow.profiling.layout import RoutingLayout
-from exflow.profiling.shard import Rows, concatenate, num_rows, row_slice, write_shard
+from exflow.profiling.shard import Rows, concatenate, map_shard, num_rows, row_slice, write_shard
 from exflow.profiling.validate import check_values
 
 SHARD_TOKENS = 1 << 16
@@ -27,10 +29,22 @@ class TraceWriter:
     A trace already at `path` stays readable until the first new shard is complete, and is then replaced:
     new shards take numbers above the old ones, the index moves from the old to the new in one step, and
     files that no index names are removed after it. InputError where `path` holds anything but a trace.
+
+    source: says in the index what is recorded, so that a stopped recording can be gone on with.
+    resume: go on with the recording at `path`, if there is one, whose sequences come one after the other.
+    `resumed` of them are kept: all but the last, which may be cut short. InputError where it is of another
+    source or model.
     """
 
     def __init__(
-        self, path: Path, layout: RoutingLayout, *, has_weights: bool, shard_tokens: int = SHARD_TOKENS
+        self,
+        path: Path,
+        layout: RoutingLayout,
+        *,
+        has_weights: bool,
+        shard_tokens: int = SHARD_TOKENS,
+        source: str | None = None,
+        resume: bool = False,
     ) -> None:
         if shard_tokens < 1:
             raise InputError(f"shard_tokens: is {shard_tokens}; give 1 or more")
@@ -38,6 +52,9 @@ class TraceWriter:
         self._layout = layout
         self._has_weights = has_weights
         self._shard_tokens = shard_tokens
+        self._source = source
+        self._has_recorded = False
+        self.resumed = 0
         self._shards: list[Shard] = []
         self._pending: list[Rows] = []
         self._num_pending = 0
@@ -45,6 +62,8 @@ class TraceWriter:
         self._next_number = _first_free_number(path)
         if not replaces:
             self._publish()  # from the start the folder is recognisable as a trace
+        elif resume:
+            self._take_over()
 
     def append(self, rows: Rows) -> None:
         """Append rows in the dtypes of the format; the arrays must not change until they are written.
@@ -52,6 +71,7 @@ class TraceWriter:
         InputError, and nothing appended, where a value is out of range.
         """
         check_values(str(self._folder), rows, self._layout)
+        self._has_recorded = True
         start, total = 0, num_rows(rows)
         while start < total:
             stop = min(total, start + self._shard_tokens - self._num_pending)
@@ -61,12 +81,17 @@ class TraceWriter:
             if self._num_pending == self._shard_tokens:
                 self._flush()
 
-    def close(self) -> None:
-        """Write the rows that are left."""
+    def close(self, cut_short: bool = False) -> None:
+        """Write the rows that are left; where there are none at all, the folder says so.
+
+        cut_short: by an error. If that came before anything was recorded, what was there stays as it is.
+        """
+        if cut_short and not self._has_recorded:
+            return
         if self._num_pending:
             self._flush()
         elif not self._shards:
-            self._publish()  # nothing was recorded, and that is what the folder must say
+            self._publish()
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +99,25 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(cut_short=error is not None)
+
+    def _take_over(self) -> None:
+        """Keep what is recorded already: shards as they are, and rows of the one with the last sequence."""
+        index = read_index(self._folder)
+        if index != TraceIndex.of(self._layout, self._has_weights, index.shards, self._source):
+            raise InputError(
+                f"{self._folder}: was recorded from another model or text, or with other settings; set them "
+                "back, or leave out --resume to record it anew"
+            )
+        blocks = [(shard, map_shard(self._folder, shard, index)) for shard in index.shards]
+        self.resumed = int(blocks[-1][1]["sequence"][-1]) if blocks else 0
+        for shard, rows in blocks:
+            kept = int(np.searchsorted(rows["sequence"], self.resumed))
+            if kept == shard.num_tokens:
+                self._shards.append(shard)
+            elif kept:
+                self.append({name: array.copy() for name, array in row_slice(rows, 0, kept).items()})
+        self._has_recorded = False
 
     def _flush(self) -> None:
         shard = Shard(file=f"shard-{self._next_number:05d}.safetensors", num_tokens=self._num_pending)
@@ -85,7 +128,7 @@ class TraceWriter:
         self._publish()
 
     def _publish(self) -> None:
-        write_index(self._folder, TraceIndex.of(self._layout, self._has_weights, self._shards))
+        write_index(self._folder, TraceIndex.of(self._layout, self._has_weights, self._shards, self._source))
         listed = {shard.file for shard in self._shards}
         for file in self._folder.iterdir():
             stale = _SHARD_FILE.fullmatch(file.name) and file.name not in listed

@@ -125,6 +125,21 @@ def test_the_fuzzer_sees(
     assert [path.name[:2] for path in (tmp_path / "kept" / "broken").iterdir()] == ["0-"]
 
 
+def _fails_at_times(folder: Path) -> None:
+    if len((folder / "file").read_bytes()) % 3 == 0:
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize("inputs", [2, 29])
+def test_lanes_share_the_inputs(inputs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FUZZ, "BATCH", 4)
+    target = FUZZ.Target("broken", {"file": b"[1, 2, 3]"}, ("file",), _fails_at_times)
+    alone = FUZZ.fuzz(target, tmp_path / "alone", seed=0, inputs=inputs, seconds=60)
+    assert (alone.tried, len(alone.crashes)) == (inputs, 1)
+    (tmp_path / "lanes").mkdir()
+    assert FUZZ.fuzz_in_lanes(target, tmp_path / "lanes", 0, inputs, 60, lanes=3) == alone
+
+
 def test_inputs_follow_from_the_seed(targets: dict[str, Any]) -> None:
     target = targets["plan"]
     inputs = [FUZZ.case(target, 3, number) for number in range(20)]

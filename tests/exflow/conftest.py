@@ -1,5 +1,7 @@
 """Tiny models that the tests of the runtime share. Every fixture here is a factory."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,3 +147,15 @@ def tiny_checkpoint(
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def network() -> Any:
+    """The module benchmarks/network.py: hosts on one machine."""
+    script = Path(__file__).parents[2] / "benchmarks" / "network.py"
+    spec = importlib.util.spec_from_file_location("network", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -19,12 +19,12 @@ from exflow.bench_setting import WARM_UP, BenchJob
 from exflow.config import ModelConfig
 from exflow.deploy import contiguous_plan
 from exflow.errors import InputError
-from exflow.launch import Stopped
 from exflow.placement.evaluate import evaluate
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.show import print_decode_bench
+from exflow.signals import Stopped
 
 STRATEGIES = ["dispatch-combine", "coherent", "replicated"]
 COUNTED = 8  # steps: 3 of warm-up, 5 timed; as many as a sequence of the trace has rows

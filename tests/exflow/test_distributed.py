@@ -4,7 +4,6 @@ One job a number of ranks runs all its cases (rank_job.py); the tests look at wh
 """
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from exflow import roll_call
 from exflow.checkpoint import load_decoder, save_checkpoint
 from exflow.config import ModelConfig, load_model_config
 from exflow.decoder import Decoder, MoE, Rows
 from exflow.deploy import Deployment, contiguous_plan, deploy, load_model
-from exflow.distributed import join_cluster
+from exflow.distributed import during, join_cluster
 from exflow.engine import Generation, Request
 from exflow.errors import InputError
 from exflow.job_trace import JobRecorder
@@ -566,11 +566,21 @@ def test_a_shape_alone_is_deployed(bench: Bench, lone_rank: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "sign", ["[pair.cc:547] Connection closed by peer [127.0.0.1]:26037", "writev: Broken pipe"]
+    ("sign", "words"),
+    [
+        ("[pair.cc:547] Connection closed by peer [127.0.0.1]:26037", "lost the connection to one"),
+        ("writev: Broken pipe", "lost the connection to one"),
+        ("[unbound_buffer.cc:78] Timed out waiting 9000ms for recv", "no sign of life from one"),
+    ],
 )
-def test_a_lost_rank_is_told_from_other_errors(lone_rank: None, sign: str) -> None:
-    with pytest.raises(LostContact, match=re.escape(sign)), join_cluster("cpu"):
+def test_a_lost_rank_is_told_from_other_errors(
+    lone_rank: None, monkeypatch: pytest.MonkeyPatch, sign: str, words: str
+) -> None:
+    monkeypatch.setattr(roll_call, "_GRACE_S", 0.0)
+    lost = pytest.raises(LostContact, match=f"{words} of 1 ranks (for 9 s )?in a gather, step 1")
+    with lost as caught, join_cluster("cpu", 9), during("step 1"), during("a gather"):
         raise RuntimeError(sign)
+    assert not caught.value.told
 
 
 def test_other_errors_are_no_lost_rank(lone_rank: None) -> None:

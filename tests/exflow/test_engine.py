@@ -11,10 +11,10 @@ from torch import Tensor
 
 from exflow.attention import CausalAttention, rows_of_batch
 from exflow.config import ModelConfig
-from exflow.decoder import Decoder, Rows
+from exflow.decoder import Block, Decoder, Rows
 from exflow.deploy import load_model
 from exflow.engine import Engine, Request
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.job_trace import Decisions, JobRecorder, merge_decisions
 from exflow.moe import AllExpertsHere
 from exflow.profiling.layout import RoutingLayout
@@ -97,6 +97,23 @@ def test_an_end_token_ends_its_sequence_and_no_other(decoder: Decoder) -> None:
     if len(first) == 1:
         at_once = engine_of(decoder).generate(replace(request, end_tokens=(first.pop(),)))
         assert at_once.steps == 0
+
+
+@pytest.mark.parametrize(("sequence", "step", "position"), [(1, 0, 10), (2, 4, 4)])
+def test_logits_that_are_not_finite_are_named(
+    decoder: Decoder, sequence: int, step: int, position: int
+) -> None:
+    """An activation that overflows at one token, in a middle layer."""
+    engine = engine_of(decoder)
+    engine.generate(Request([[1]], 2))  # sequence ids go on, the request's numbers do not
+
+    def overflow(module: Block, inputs: tuple[Tensor, Rows], output: tuple[Tensor, Rows]) -> None:
+        hidden_TD, rows = output
+        hidden_TD[(rows.sequence_T == 1 + sequence) & (rows.position_T == position), 3] = torch.inf
+
+    decoder.blocks[1].register_forward_hook(overflow)
+    with pytest.raises(WrongResult, match=rf"^sequence {sequence}, step {step} \(0 is .* NaN or infinite"):
+        engine.generate(Request(PROMPTS, 6))
 
 
 BAD_REQUESTS = {

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from exflow import cli
 from exflow.checkpoint import load_tokenizer
 from exflow.config import load_model_config
 from exflow.deploy import contiguous_plan, load_model
 from exflow.engine import Request
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.launch import LostContact, Place
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -29,7 +30,7 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
     generate = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--json", "--ignore-end"]
     generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "2"]
     done = subprocess.run(
-        [*generate, "--plan", str(plan), "--trace", str(tmp_path / "trace")],
+        [*generate, "--plan", str(plan), "--trace", str(tmp_path / "trace"), "--verify"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -41,6 +42,8 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
     prompts = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind and"])]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
     assert (result["strategy"], result["ranks"]) == ("coherent", 2)
+    assert result["verified"]["choices"] == 2 * 6
+    assert result["verified"]["largest_difference"] < result["verified"]["tolerance"] == 1e-4
     assert result["decode"]["dispatch_intra"] > 0 == result["decode"]["dispatch_inter"]
     assert RoutingTrace.load(tmp_path / "trace").num_tokens == sum(len(ids) for ids in prompts) + 2 * 5
 
@@ -79,17 +82,40 @@ def test_bad_input_is_told_once_a_node(
     assert capsys.readouterr().err == said
 
 
-def test_a_rank_that_lost_contact_says_what_it_alone_knows(
+def test_that_contact_was_lost_is_told_once_a_node(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing about a connection that broke: who started the ranks says which one died."""
     place = Place(rank=0, num_ranks=2, local_rank=0, ranks_per_node=2)
-    broken = LostContact("Connection closed by peer")
-    broken.__cause__ = RuntimeError()
-    assert end_of(monkeypatch, broken, place) == 3
+    assert end_of(monkeypatch, LostContact("no word from rank 1", told=True), place) == 3
     assert capsys.readouterr().err == ""
-    assert end_of(monkeypatch, LostContact("no word from another rank"), place) == 3
-    assert capsys.readouterr().err == "exflow: no word from another rank\n"
+    assert end_of(monkeypatch, LostContact("no word from rank 1"), place) == 3
+    assert capsys.readouterr().err == "exflow: no word from rank 1\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory; "),
+        (RuntimeError("can't allocate memory: you tried to allocate 99 bytes."), "out of memory (99 bytes "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."), "memory (2.50 GiB more "),
+    ],
+)
+def test_a_want_of_memory_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    for place, who in ((None, "exflow: "), (Place(3, 4, local_rank=3, ranks_per_node=4), "exflow: rank 3: ")):
+        assert end_of(monkeypatch, error, place) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(who)
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_a_wrong_result_is_told_by_the_rank_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of(monkeypatch, WrongResult("sequence 1"), Place(1, 4, local_rank=1, ranks_per_node=4)) == 1
+    assert capsys.readouterr().err == "exflow: sequence 1\n"
 
 
 def test_nproc_must_not_contradict_torchrun(

@@ -186,7 +186,7 @@ def test_turns_are_where_the_fastest_changes(choice: list[Variant]) -> None:
 def test_presets() -> None:
     """Each can be read; those of H200s are what a report assumes of one node, and of several."""
     found = {path.stem: times.load_machine(path) for path in MACHINES.glob("*.yaml")}
-    assert set(found) == {"h200", "h200-nccl", "a100-hdr", "hosts-1gbit"}
+    assert set(found) == {"h200", "h200-nccl", "h200-relayed", "a100-hdr", "hosts-1gbit"}
     assert replace(found["h200"], between=times._ONE_NODE.between) == times._ONE_NODE
     assert found["h200-nccl"] == times._SEVERAL_NODES
 
@@ -231,8 +231,8 @@ def test_the_command(run: Run) -> None:
         assert row["tokens_per_s"] == pytest.approx(4 * 64 / row["step_ms"] * 1e3)
     for name in ("step-time", "throughput"):
         assert Path("drawn", f"{name}.svg").read_text().startswith("<svg")
-    code, out, err = run(f"{line} --batch 8")
-    assert code == 0 and "16 GPUs: " in out and "dispatch-combine" in out
+    code, out, err = run(f"{line} --expert-parallel 2 --expert-parallel 4 --batch 8")
+    assert code == 0 and "16 GPUs in groups of 4: " in out and "16 GPUs in groups of 2: " in out
 
 
 def test_a_plan_is_simulated_on_its_own_gpus_and_on_multiples(run: Run) -> None:

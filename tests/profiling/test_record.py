@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.profiling.record import Recordable, RoutingLayout, RoutingListener, record
 from exflow.profiling.sequences import PADDING
 from exflow.profiling.shard import Rows, concatenate
@@ -86,6 +86,25 @@ def test_weights_are_left_out_unless_asked_for() -> None:
     with record(model) as recorder:
         model.generate(batch=1, steps=1)
     assert recorder.trace.weights is None
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_routing_by_weights_that_are_not_finite_is_refused(weights: bool) -> None:
+    """Recorded or not: choices among NaN mean nothing. Padding may hold anything."""
+    layout = RoutingLayout("broken", 2, (0, 1), 8, 2)
+    kept: list[Rows] = []
+    staging = Staging(layout, weights, [torch.device("cpu")] * 2, kept.append)
+    ids, given = torch.ones(3, 2, dtype=torch.int64), torch.full((3, 2), 0.5)
+    broken = given.clone()
+    broken[1, 0] = torch.nan
+    staging.add_pass([ids] * 2, [given, broken], torch.tensor([4, PADDING, 7]), torch.zeros(3), PREFILL)
+    staging.flush()
+    assert len(kept[0]["experts"]) == 2
+    broken[1, 0] = torch.inf
+    staging.add_pass([ids] * 2, [given, broken], torch.tensor([4, 7, 8]), torch.ones(3), DECODE)
+    with pytest.raises(WrongResult, match="sequence 1, position 1: the gate's weights are NaN or infinite"):
+        staging.flush()
+    assert len(kept) == 1
 
 
 def test_works_in_inference_mode_and_out_of_it() -> None:

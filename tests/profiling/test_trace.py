@@ -63,6 +63,28 @@ def test_a_trace_of_one_shard_is_mapped_not_read(tmp_path: Path) -> None:
         assert not array.flags.writeable
 
 
+def test_many_shards_beyond_what_memory_is_for_are_joined_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    experts, weights = rng.integers(0, 300, (50, 3, 2)), rng.random((50, 3, 2))
+    trace = RoutingTrace.from_arrays(experts, num_experts=300, sequence=np.arange(50) // 7, weights=weights)
+    trace.save(tmp_path / "t", shard_tokens=8)
+    assert not isinstance(RoutingTrace.load(tmp_path / "t").experts, np.memmap)
+    monkeypatch.setattr("exflow.profiling.trace.MOST_IN_MEMORY", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    loaded = RoutingTrace.load(tmp_path / "t")
+    for array in (loaded.experts, loaded.sequence, loaded.position, loaded.phase, loaded.weights):
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable
+    assert loaded.digest() == trace.digest()
+    assert loaded.of_phase("all") is loaded
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]  # the file has no name
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"nowhere: the trace's 0 MiB cannot be joined there .* set TMPDIR"):
+        RoutingTrace.load(tmp_path / "t")
+
+
 def test_defaults_of_from_arrays() -> None:
     trace = RoutingTrace.from_arrays([[1, 0], [2, 0], [0, 1]], num_experts=3, sequence=[4, 9, 4])
     assert trace.experts.shape == (3, 2, 1)

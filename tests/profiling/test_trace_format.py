@@ -272,3 +272,20 @@ def test_a_file_is_not_a_trace(tmp_path: Path, name: str, message: str) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such trace; record it again with exflow profile"):
         RoutingTrace.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_gate_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    """In an array, and in a file; past the rows that are looked at together."""
+    experts = np.zeros((20_000, 2, 1), np.uint8)
+    weights = np.full(experts.shape, 65504.0)  # the largest there is
+    RoutingTrace.from_arrays(experts, num_experts=2, weights=weights).save(tmp_path / "t")
+    assert RoutingTrace.load(tmp_path / "t").weights is not None
+    edit_shard(lambda t: t["weights"].__setitem__((17_001, 1), value))(tmp_path / "t")
+    message = f"weights: row 17001 holds {value} in MoE layer 1; gate weights are finite"
+    with pytest.raises(InputError) as caught:
+        RoutingTrace.load(tmp_path / "t")
+    assert str(caught.value).startswith(f"{tmp_path / 't' / 'shard-00000.safetensors'}: {message}")
+    weights[17_001, 1] = value
+    with pytest.raises(InputError, match=f"^{message}"):
+        RoutingTrace.from_arrays(experts, num_experts=2, weights=weights)

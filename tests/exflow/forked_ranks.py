@@ -1,0 +1,46 @@
+"""Jobs whose ranks are forked from one process: torch is loaded once, not by each of many ranks.
+
+`forked_ranks.py FOLDER RANKS [FOLDER RANKS ...]` runs rank_job.py on the ranks of one job after the other.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import rank_job
+from torch.distributed import TCPStore
+
+
+def run(folder: Path, ranks: int) -> None:
+    """One job, to its end. Exits with code 1, and ends the other ranks, where a rank fails."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
+    job = {"TORCHELASTIC_RUN_ID": "forked", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    job |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    children = {start(folder, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)}
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:  # which would wait for it
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
+def start(folder: Path, place: dict[str, str]) -> int:
+    """The process id of a rank."""
+    if child := os.fork():
+        return child
+    try:
+        os.environ.update(place)
+        rank_job.main(folder)
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    for folder, ranks in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        run(Path(folder), int(ranks))
