@@ -5,7 +5,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint test-oldest test-newest docs clean
 
 demo: .venv/ready
 	$(BIN)/exflow demo
@@ -18,6 +18,17 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The suite on the lower bounds of dependencies, and on the newest there are; each in a set-up of its own
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest hypothesis setuptools
+	.venv-oldest/bin/pytest -p no:warnings
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/pytest
+
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -28,4 +39,4 @@ docs: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist site *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist site *.egg-info

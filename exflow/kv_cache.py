@@ -126,16 +126,16 @@ class DecodeAttention:
     """AttentionContext of one decode step: each row is the newest token of its sequence.
 
     length: positions to look at, an upper bound over all sequences. `born` collects the step's new keys and
-    values, to be shared with the group; `before` is called with the number of each layer to come.
+    values, to be shared with the group; `before` is called with this and the number of each layer to come.
     """
 
     cache: KVCache
     length: int
-    before: Callable[[int], None] = field(default=lambda layer: None)
+    before: Callable[["DecodeAttention", int], None] = lambda attention, layer: None
     born: list[NewKV] = field(default_factory=list)
 
     def attend(self, layer: Attention, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        self.before(layer.index)
+        self.before(self, layer.index)
         self.born.append(self.cache.append(layer.index, k_TJC, v_TJC, rows))
         keys, values = self.cache.read(layer.index, rows.sequence_T, self.length)
         seen_TP = seen_from(rows.position_T, self.length, layer.window)

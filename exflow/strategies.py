@@ -146,7 +146,7 @@ class OwnedTokens:
             return DecodeAttention(cache, length), self.in_group
         early, late = self.early, self.late
 
-        def before(layer: int) -> None:
+        def before(attention: DecodeAttention, layer: int) -> None:  # held by it, so it holds none
             if layer == 0:
                 early.finish()
             if layer == self.middle:
@@ -154,8 +154,7 @@ class OwnedTokens:
                 if layer:
                     early.start(attention.born, self._born_in(range(layer)))
 
-        attention = DecodeAttention(cache, length, before)
-        return attention, self.in_group
+        return DecodeAttention(cache, length, before), self.in_group
 
     def share(self, attention: DecodeAttention) -> None:
         if self.late is not None:

@@ -14,11 +14,14 @@ from torch.distributed import TCPStore
 
 def run(folder: Path, ranks: int) -> None:
     """One job, to its end. Exits with code 1, and ends the other ranks, where a rank fails."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
     job = {"TORCHELASTIC_RUN_ID": "forked", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    job |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    children = {start(folder, job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)}
+    job |= {"MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    port, told = os.pipe()
+    places = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    children = {start(folder, place, port) for place in places}
+    # as torchrun's agent has it; it has threads, and a child forked beside them can wait for ever
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(told, f"{store.port:5}".encode() * ranks)
     while children:
         child, status = os.wait()
         children.remove(child)
@@ -28,12 +31,12 @@ def run(folder: Path, ranks: int) -> None:
             sys.exit(1)
 
 
-def start(folder: Path, place: dict[str, str]) -> int:
-    """The process id of a rank."""
+def start(folder: Path, place: dict[str, str], port: int) -> int:
+    """The process id of a rank, which reads from the file `port` where the store is."""
     if child := os.fork():
         return child
     try:
-        os.environ.update(place)
+        os.environ.update(place, MASTER_PORT=os.read(port, 5).decode().strip())
         rank_job.main(folder)
         os._exit(0)
     except BaseException:

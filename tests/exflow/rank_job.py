@@ -5,6 +5,7 @@ logits); rank 0 writes the merged traces too. The collectives are counted here a
 rows as they lie in the buffers, so that the program's own counters can be checked against something else.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -81,6 +82,7 @@ from exflow.distributed import Cluster, join_cluster  # noqa: E402
 from exflow.engine import Engine, Request  # noqa: E402
 from exflow.errors import InputError  # noqa: E402
 from exflow.job_trace import JobRecorder  # noqa: E402
+from exflow.kv_cache import KVCache  # noqa: E402
 from exflow.placement.plan import Plan  # noqa: E402
 from exflow.profiling.trace import RoutingTrace  # noqa: E402
 from exflow.replay import ReplayedRouting  # noqa: E402
@@ -102,7 +104,7 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
         engine.decoder.replay = ReplayedRouting.of(trace, engine.decoder.config, cluster.device)
     for request in case["requests"][:-1]:
         engine.generate(request_of(request))
-    recorder, computed = JobRecorder(engine), computed_choices(engine)
+    recorder, computed, caches = JobRecorder(engine), computed_choices(engine), live_caches()
     places, logits = [], []
     spy.log, spy.bytes_sent, spy.chunks = [], [], []
     spy.begin_pass()
@@ -124,6 +126,7 @@ def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict
         "chunks": spy.chunks,
         "experts_held": experts_held(engine),
         "computed": computed,
+        "more_caches": live_caches() - caches,
     }
     return seen, (torch.cat(places).numpy(), torch.cat(logits).numpy())
 
@@ -134,6 +137,11 @@ def request_of(stored: dict[str, Any]) -> Request:
 
 def experts_held(engine: Engine) -> list[int]:
     return [len(module.experts.w_in) for module in engine.decoder.modules() if isinstance(module, MoE)]
+
+
+def live_caches() -> int:
+    """Caches of keys and values that something still holds; nothing is collected, so cycles count."""
+    return sum(isinstance(each, KVCache) for each in gc.get_objects())
 
 
 def computed_choices(engine: Engine) -> list[int]:
@@ -153,6 +161,7 @@ def computed_choices(engine: Engine) -> list[int]:
 
 
 def main(folder: Path) -> None:
+    gc.disable()
     torch.set_num_threads(1)
     with join_cluster("cpu") as cluster:
         seen, arrays = {}, {}

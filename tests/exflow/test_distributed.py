@@ -466,6 +466,12 @@ def without_times(generation: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in generation.items() if not key.endswith("_s")}
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.request == "second"], ids=lambda c: c.name)
+def test_the_keys_and_values_of_a_request_go_with_it(case: Case, job: Job) -> None:
+    """At the latest when the next one begins, and not only when Python collects cycles."""
+    assert [seen["more_caches"] for seen in job.of(case)] == [0] * case.ranks
+
+
 @every_case
 def test_each_choice_is_computed_once_and_where_the_plan_says(case: Case, bench: Bench, job: Job) -> None:
     plan, trace = Plan.load(bench.plan(case)), bench.reference(case).trace
