@@ -14,6 +14,7 @@ is a folder of recorded routing (.npz).
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from generated_routing import generate
 
 from exflow.config import ModelConfig, load_model_config
 from exflow.cost_model import Link, Load, Machine, predict
-from exflow.files import atomic_path, read_json, write_json
+from exflow.files import atomic_path, read_json
 from exflow.placement.objective import Objective
 from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
@@ -447,7 +448,7 @@ def against_vanilla(choice: list[Variant], point: Point) -> dict[str, Any]:
     return figures
 
 
-DRAWING = ("deepseek", "h200", "64")  # scenario, machine, sequences a GPU
+DRAWING = ("gpt-oss", "h200", "64")  # scenario, machine, sequences a GPU
 
 
 # -- What is printed -----------------------------------------------------------------------------------------
@@ -541,6 +542,12 @@ def _show_paper(row: dict[str, Any]) -> None:
             print(f"    {name:28} exchanges {-each['exchange_less']:+.0%}, throughput {gains}, {rest}")
 
 
+def in_lines(document: dict[str, Any]) -> str:
+    """JSON with a line for every row."""
+    text = json.dumps(document, indent=1)
+    return re.sub(r"\{[^{}\[\]]*\}", lambda row: " ".join(row[0].split()), text) + "\n"
+
+
 def rounded(value: Any) -> Any:
     """With four digits: nothing here is known better."""
     if isinstance(value, dict):
@@ -596,7 +603,8 @@ def main() -> None:
             for machine, sizes in simulate(scenario, arguments.traces, arguments.gpus or []).items():
                 entry["machines"].setdefault(machine, {}).update(sizes)
     document[arguments.part] = rounded(entry)
-    write_json(arguments.output, document)
+    with atomic_path(arguments.output) as path:
+        path.write_text(in_lines(document), encoding="utf-8")
     show({arguments.part: entry})
 
 
