@@ -411,7 +411,7 @@ def main() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast is not used
     transformers.logging.set_verbosity_error()
     with join_cluster(
-        device.type, timeout_s=180
+        device.type, patience_s=180
     ) as cluster:  # a rank that fails alone is not waited for long
         run(arguments, cluster)
 
