@@ -1,15 +1,17 @@
 """How the decode benchmark's steps scale with GPUs: measured on some numbers of them, predicted on more.
 
     python benchmarks/decode_scaling.py results/decode-2xh100.json results/decode-4xh100.json \
-        --predict CASES8 --batch 256 -o FILE.json [--drawing FILE.svg]
+        --predict CASES2 CASES4 CASES8 --batch 256 -o FILE.json [--drawing FILE.svg]
 
-RESULTs are of decode.py on the same cards. CASES8 is what decode_cases.py --ranks 8 wrote: its steps are
-predicted by the cost model with the links and the memory that the last RESULT measured. Tokens per second of
-dispatch-combine with affinity placement, one-sided and over NCCL, beside what the model says of each.
+RESULTs are of decode.py on the same cards, fewest first. CASESn is what decode_cases.py --ranks n wrote: its
+steps are predicted by the cost model with the links and the memory that the RESULT of as many GPUs measured,
+or else the last. Tokens per second of dispatch-combine with affinity placement, one-sided and over NCCL,
+beside what the model says of each.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,55 +35,33 @@ def machine_of(figures: dict[str, Any]) -> Machine:
     return Machine(**{name: value for name, value in figures.items() if name in known} | links)
 
 
-def measured(result: dict[str, Any], batch: int) -> list[dict[str, Any]]:
-    ranks = int(result["hardware"].split()[0])
-    return [
-        {
-            "case": case["case"],
-            "gpus": ranks,
-            "transport": row["transport"],
-            "measured": row["tokens_per_s"],
-            "predicted": batch / predicted_us(case, row["transport"]) * 1e6,
-        }
+def gpus_of(result: dict[str, Any]) -> int:
+    return int(result["hardware"].split()[0])
+
+
+def measured(result: dict[str, Any], batch: int) -> dict[tuple[str, int, str], float]:
+    """Tokens per second, by case, GPUs and transport."""
+    return {
+        (case["case"], gpus_of(result), row["transport"]): row["tokens_per_s"]
         for case in result["cases"]
         for row in case["rows"]
         if case["batch"] == batch and (row["strategy"], row["placement"]) == (STRATEGY, PLACEMENT)
-    ]
+    }
 
 
-def predicted_us(case: dict[str, Any], transport: str) -> float:
-    """What was predicted on the spot, before the step was timed."""
-    wanted = (transport, PLACEMENT)
-    return float(
-        next(
-            each["step_us"][STRATEGY]
-            for each in case["predicted"]
-            if (each["transport"], each["placement"]) == wanted
-        )
-    )
-
-
-def foretold(folder: Path, batch: int, context: int, machines: list[Machine]) -> list[dict[str, Any]]:
-    """On as many GPUs as the cases' plans have."""
-    rows = []
+def predicted(
+    folder: Path, batch: int, results: list[dict[str, Any]]
+) -> Iterator[tuple[tuple[str, int, str], float]]:
+    """The same of the cases in a folder, on as many GPUs as their plans have."""
     for at in sorted(folder.iterdir()):
         path = at / "config.json"
         config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
         plan = Plan.load(at / f"{PLACEMENT}.json")
-        load = Load.of(config, plan, batch, context, 2)
-        for machine in machines:
-            step_s = next(
-                each.step_s for each in predictions(load, plan, machine) if each.strategy == STRATEGY
-            )
-            rows.append(
-                {
-                    "case": at.name,
-                    "gpus": plan.num_ranks,
-                    "transport": machine.transport,
-                    "predicted": batch / step_s,
-                }
-            )
-    return rows
+        result = next((each for each in results if gpus_of(each) == plan.num_ranks), results[-1])
+        load = Load.of(config, plan, batch, result["context"], 2)
+        for machine in map(machine_of, result["machines"]):
+            steps = {each.strategy: each.step_s for each in predictions(load, plan, machine)}
+            yield (at.name, plan.num_ranks, machine.transport), batch / steps[STRATEGY]
 
 
 def picture(rows: list[dict[str, Any]], case: str, batch: int) -> str:
@@ -112,21 +92,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--predict", type=Path, required=True, help="folder that decode_cases.py wrote")
+    parser.add_argument(
+        "--predict", type=Path, nargs="+", required=True, help="folders that decode_cases.py wrote"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--case", default="top1-64", help="that is drawn")
     parser.add_argument("--drawing", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     results = [read_json(path, "result", "run benchmarks/decode.py") for path in given.results]
-    machines = [machine_of(figures) for figures in results[-1]["machines"]]
-    rows = [row for result in results for row in measured(result, given.batch)]
-    rows += foretold(given.predict, given.batch, results[-1]["context"], machines)
-    rows.sort(key=lambda row: (row["case"], row["transport"], row["gpus"]))
+    speeds = {key: speed for result in results for key, speed in measured(result, given.batch).items()}
+    foreseen = dict(pair for folder in given.predict for pair in predicted(folder, given.batch, results))
+    rows: list[dict[str, Any]] = [
+        {"case": key[0], "gpus": key[1], "transport": key[2]}
+        | ({"measured": speeds[key]} if key in speeds else {})
+        | {"predicted": foreseen[key]}
+        for key in sorted(foreseen, key=lambda key: (key[0], key[2], key[1]))
+        if key[0] in {case for case, *_ in speeds}
+    ]
     for row in rows:
         took = f"{row['measured']:10,.0f}" if "measured" in row else "         -"
-        foreseen = f"{row['predicted']:10,.0f} tokens/s"
-        print(f"{row['case']:10} {row['transport']:11} {row['gpus']} GPUs {took} {foreseen}")
+        print(f"{row['case']:10} {row['transport']:11} {row['gpus']} GPUs {took} {row['predicted']:10,.0f}")
     document = {"batch": given.batch, "machines": results[-1]["hardware"], "rows": rows}
     with atomic_path(given.output) as path:
         path.write_text(json.dumps(document, indent=1) + "\n")
