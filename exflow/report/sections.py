@@ -43,10 +43,13 @@ def _about(report: Report) -> Section:
     if any(each.on_its_own_trace for each in report.plans):
         said = (
             "A plan looks better on the trace that it was made from than on new tokens: make the report from "
-            "another trace of the model, or place with --holdout."
+            "another trace of the model, or place with <code>--holdout</code>."
         )
     if not report.plans:
-        said = "Without a plan, and without GPUs (--gpus or --topology), there is no traffic to show."
+        said = (
+            "Without a plan, and without GPUs (<code>--gpus</code> or <code>--topology</code>), there is no "
+            "traffic to show."
+        )
     plans = f"<h3>Plans</h3>{summary.plans_table(report)}" if report.plans else ""
     note = f'<p class="note">{said}</p>' if said else ""
     return Section("about", "What this is", summary.facts(report) + plans + note)
@@ -153,7 +156,8 @@ def _certainty(report: Report) -> Section:
     intro = (
         "Each plan under the strategy that it was made for, on more and more sequences of this trace. Where "
         f"a line still moves, or its {term('interval')} is wide, record more. The plans stay as they are: "
-        "whether more tokens would make a better plan is what exflow place --learning-curve tells."
+        "whether more tokens would make a better plan is what <code>exflow place --learning-curve</code> "
+        "tells."
     )
     if not made:
         intro = "Too few sequences to tell: an interval needs eight at least."
@@ -164,10 +168,11 @@ def _steps(report: Report) -> Section:
     made = steps.step_figure(report)
     if made is None:
         missing = (
-            "Not predicted: that needs the model's sizes. Give --model FOLDER, a checkpoint or a config.json."
+            "Not predicted: that needs the model's sizes. Give <code>--model FOLDER</code>, a "
+            "checkpoint or a config.json."
         )
         return _section("steps", "Time of a decode step", [], missing)
-    said = "".join(f"<li>{escape(each)}</li>" for each in steps.assumptions(report))
+    said = "".join(f"<li>{each}</li>" for each in steps.assumptions(report))
     intro = (
         f"<p><strong>A prediction by the cost model, nothing was run.</strong> It assumes:</p><ul>{said}</ul>"
     )

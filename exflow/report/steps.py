@@ -1,5 +1,6 @@
 """Predicted times of a decode step as bars, with what they assume."""
 
+from html import escape
 from typing import TYPE_CHECKING
 
 from exflow.report.data import Report
@@ -48,13 +49,13 @@ def step_figure(report: Report) -> Figure | None:
 
 
 def assumptions(report: Report) -> list[str]:
-    """What the predictions rest on, a sentence each."""
+    """What the predictions rest on, a sentence each, in HTML."""
     setting = report.setting
     assert setting is not None
     machines = {id(time.machine): time.machine for each in report.plans for time in each.times}
     model = setting.model
     said = [
-        f"The model is {model.name}: {model.num_hidden_layers} layers, {model.hidden_size} wide, "
+        f"The model is {escape(model.name)}: {model.num_hidden_layers} layers, {model.hidden_size} wide, "
         f"{model.expert_weights / 1e6:.3g} million weights an expert, K/V of {model.kv_width} numbers a "
         "layer; bfloat16.",
         f"{setting.batch} sequences in the whole job, each at position {setting.context}.",
@@ -75,7 +76,8 @@ def assumptions(report: Report) -> list[str]:
         )
     if setting.machine is None:
         said.append(
-            "These are H200s: inside a node as measured, between nodes as assumed. Give --machine for yours."
+            "These are H200s: inside a node as measured, between nodes as assumed. Give "
+            "<code>--machine</code> for yours."
         )
     return said
 

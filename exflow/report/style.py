@@ -15,6 +15,7 @@ p,ul{max-width:74ch;margin:6px 0 12px}
 header p,.note,figcaption,small{color:var(--ink-2)}
 .note,figcaption,footer{font-size:14px}
 small{font-size:.92em}
+code{white-space:nowrap}
 section{background:var(--surface);
 border:1px solid var(--grid);border-radius:8px;padding:20px 22px;margin:18px 0}
 nav ul{display:flex;flex-wrap:wrap;gap:4px 16px;list-style:none;padding:0;max-width:none;font-size:14px}
@@ -43,6 +44,7 @@ thead th{color:var(--ink-2);font-size:12.5px;vertical-align:bottom;border-top:0;
 white-space:normal;min-width:64px}
 .scroll thead th{position:sticky;top:0;background:var(--surface)}
 tbody th,thead .name,.words th,.words td{text-align:left}
+.words td{white-space:normal;vertical-align:top}
 tr.first>*{border-top:1px solid var(--muted)}
 tr:not(.first)>th:first-child{color:transparent}
 details{margin:6px 0}

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.report.run import ReportJob, run_report
 
+TRACES = Path(__file__).parents[3] / "shared" / "traces"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
@@ -79,14 +82,27 @@ document.body.append(out);
 })();</script>"""
 
 
-def make_page(folder: Path, experts: int, layers: int, top_k: int, topology: Topology) -> Path:
+def random_trace(experts: int, layers: int, top_k: int) -> RoutingTrace:
     rng = np.random.default_rng(0)
-    trace = RoutingTrace.from_arrays(
+    return RoutingTrace.from_arrays(
         np.argsort(rng.random((400, layers, experts)), axis=2)[:, :, :top_k],
         num_experts=experts,
         sequence=np.arange(400) // 10,
         model="<script>alert(1)</script>",
     )
+
+
+def recorded_trace() -> RoutingTrace:
+    """Real routing of gpt-oss-20b: 24 layers, 32 experts, top-4."""
+    path = TRACES / "gptoss20b_mmlu_validation.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is absent; it is not part of the repository")
+    recorded = np.load(path, allow_pickle=False)
+    sequence, count = recorded["seq"], int(recorded["num_experts"])
+    return RoutingTrace.from_arrays(recorded["experts"], num_experts=count, sequence=sequence)
+
+
+def make_page(folder: Path, trace: RoutingTrace, topology: Topology) -> Path:
     trace.save(folder / "trace")
     place(trace, topology, solving=Solving(method="load-only")).save(folder / "plan.json")
     job = ReportJob(folder / "trace", [folder / "plan.json"], folder / "report.html")
@@ -112,14 +128,21 @@ def read(page: Path, *options: str, width: int = 1200) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("experts", "layers", "top_k", "topology"),
+    ("trace", "topology"),
     [
-        (8, 4, 2, Topology(gpus_per_node=4)),
-        (256, 58, 8, Topology(num_nodes=4, gpus_per_node=8)),
+        pytest.param(partial(random_trace, 8, 4, 2), Topology(gpus_per_node=4), id="small"),
+        pytest.param(
+            recorded_trace, Topology(num_nodes=2, gpus_per_node=4), id="gpt-oss-20b", marks=pytest.mark.data
+        ),
+        pytest.param(
+            partial(random_trace, 256, 58, 8),
+            Topology(num_nodes=4, gpus_per_node=8),
+            id="DeepSeek-V3's shape",
+        ),
     ],
 )
-def test_the_page_works(tmp_path: Path, experts: int, layers: int, top_k: int, topology: Topology) -> None:
-    seen = read(make_page(tmp_path, experts, layers, top_k, topology))
+def test_the_page_works(tmp_path: Path, trace: Callable[[], RoutingTrace], topology: Topology) -> None:
+    seen = read(make_page(tmp_path, trace(), topology))
     assert seen["seen"] == []
     assert seen["requests"] == []
     assert seen["ready_ms"] < 3000
@@ -138,7 +161,7 @@ def test_the_page_works(tmp_path: Path, experts: int, layers: int, top_k: int, t
 
 
 def test_dark_and_narrow(tmp_path: Path) -> None:
-    page = make_page(tmp_path, 8, 4, 2, Topology(gpus_per_node=4))
+    page = make_page(tmp_path, random_trace(8, 4, 2), Topology(gpus_per_node=4))
     light = read(page)
     dark = read(page, "--force-dark-mode", "--blink-settings=preferredColorScheme=0", width=500)
     assert (light["dark"], dark["dark"]) == (False, True)
