@@ -1,6 +1,5 @@
 """The commands export and import-plan: plans in other engines' formats, there and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,6 @@ from exflow.profiling.trace import RoutingTrace
 def run_export(plan: Path, format: str, output: Path) -> Exported:
     """Write the plan for another engine. Raises InputError where it cannot be."""
     return export_plan(Plan.load(plan), format, output)
-
-
-def print_export(done: Exported, as_json: bool) -> None:
-    """The files, the engine's options to copy, and its traps."""
-    if as_json:
-        result = {
-            "file": str(done.path),
-            "sidecar": str(done.sidecar),
-            "format": done.format,
-            "options": list(done.usage.options),
-            "traps": list(done.usage.traps),
-        }
-        print(json.dumps(result, indent=1))
-        return
-    print(f"{done.path} for {done.format}; {done.sidecar.name} keeps what it cannot say, for import-plan")
-    print("\nUse it with")
-    for line in done.usage.options:
-        print(f"  {line}")
-    print("\nMind that")
-    for trap in done.usage.traps:
-        print(f"- {trap}")
 
 
 def run_import_plan(

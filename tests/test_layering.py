@@ -128,7 +128,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
     for build in ("first", "second"):
-        os.utime(source / "exflow" / "cli.py")  # as in another checkout
+        os.utime(source / "exflow" / "console.py")  # as in another checkout
         subprocess.run([*pip, "-w", str(tmp_path / build), str(source)], check=True, env=environment)
         shutil.rmtree(source / "build")
     wheel, again = (next((tmp_path / build).glob("exflow-*.whl")) for build in ("first", "second"))

@@ -16,6 +16,7 @@ from exflow import bench_decode, bench_setting, cli
 from exflow.bench_decode import fill_with_noise
 from exflow.bench_report import Case, Outcome, Report
 from exflow.bench_setting import WARM_UP, BenchJob
+from exflow.cli.show import print_decode_bench
 from exflow.config import ModelConfig
 from exflow.deploy import contiguous_plan
 from exflow.errors import InputError
@@ -23,7 +24,6 @@ from exflow.placement.evaluate import evaluate
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
-from exflow.show import print_decode_bench
 from exflow.signals import Stopped
 
 STRATEGIES = ["dispatch-combine", "coherent", "replicated"]

@@ -12,6 +12,7 @@ import torch
 
 from exflow import cli
 from exflow.checkpoint import load_tokenizer
+from exflow.cli import run
 from exflow.config import load_model_config
 from exflow.deploy import contiguous_plan, load_model
 from exflow.engine import Request
@@ -122,7 +123,7 @@ def test_nproc_must_not_contradict_torchrun(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "answer_signals", lambda: None)
-    monkeypatch.setattr(cli, "torchrun_place", lambda: Place(0, num_ranks=4, local_rank=0, ranks_per_node=4))
+    monkeypatch.setattr(run, "torchrun_place", lambda: Place(0, num_ranks=4, local_rank=0, ranks_per_node=4))
     monkeypatch.setattr(sys, "argv", ["exflow", "generate", "model", "--prompt", "Rain", "--nproc", "2"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

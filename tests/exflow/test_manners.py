@@ -18,7 +18,8 @@ import pytest
 import typer
 from rich.console import Console
 
-from exflow import cli, console, options
+from exflow import cli, console
+from exflow.cli import options
 from exflow.placement.exporters import registry as exporters
 from exflow.placement.importers import registry as plan_importers
 from exflow.placement.objective import Objective

@@ -281,18 +281,18 @@ def test_help_shows_the_panels() -> None:
 
 _INTERRUPTED = """
 import os, signal, sys, time
-from exflow import cli
+from exflow.cli import main, place
 
-class Line(cli.TimedWork):
+class Line(place.TimedWork):
     told = None
     def tell(self, detail):
         if Line.told is None and detail.startswith("objective"):
             Line.told = time.monotonic()
             os.killpg(0, signal.SIGINT)
 
-cli.TimedWork = Line
+place.TimedWork = Line
 try:
-    cli.main()
+    main()
 finally:
     with open(os.environ["SECONDS"], "w") as file:
         file.write(str(time.monotonic() - Line.told))

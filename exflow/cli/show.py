@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from exflow.doctor import Finding
     from exflow.place import Placement
+    from exflow.placement.exporters.registry import Exported
     from exflow.placement.plan import Plan
     from exflow.profiling.trace import RoutingTrace
 
@@ -157,6 +158,27 @@ def print_run(checkpoint: Path, held_out_bits_per_byte: float, as_json: bool) ->
         print_json({"checkpoint": str(checkpoint), "held_out_bits_per_byte": held_out_bits_per_byte})
         return
     print(checkpoint)
+
+
+def print_export(done: "Exported", as_json: bool) -> None:
+    """The files, the engine's options to copy, and its traps."""
+    if as_json:
+        result = {
+            "file": str(done.path),
+            "sidecar": str(done.sidecar),
+            "format": done.format,
+            "options": list(done.usage.options),
+            "traps": list(done.usage.traps),
+        }
+        print_json(result)
+        return
+    print(f"{done.path} for {done.format}; {done.sidecar.name} keeps what it cannot say, for import-plan")
+    print("\nUse it with")
+    for line in done.usage.options:
+        print(f"  {line}")
+    print("\nMind that")
+    for trap in done.usage.traps:
+        print(f"- {trap}")
 
 
 def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:

@@ -1,7 +1,8 @@
-"""What all verbs have in common: general options, names that the shell completes, examples."""
+"""What verbs have in common: options, names that the shell completes, examples."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,26 @@ DEVICES = ("cpu", "cuda")
 def one_of(names: Sequence[str]) -> Callable[[], list[str]]:
     """What the shell completes an option to."""
     return lambda: list(names)
+
+
+Trace = Annotated[Path, typer.Argument(help="Folder of a routing trace.", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)]
+NewPlan = Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")]
+Nodes = Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)]
+TopologyFile = Annotated[Path | None, typer.Option(help="YAML file of GPUs and links, instead of --gpus.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="A file or folder of text; {stdlib} is Python's library. Repeatable."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda; by default cuda where there is one.", autocompletion=one_of(DEVICES)),
+]
+Phase = Annotated[
+    str,
+    typer.Option(help="Which tokens to count: all, prefill or decode.", autocompletion=one_of(PHASES)),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 def examples(*lines: str) -> str:
