@@ -2,10 +2,10 @@
 
     python benchmarks/decode_cases.py TRACES -o CASES [--ranks 2]
 
-TRACES is a folder of recorded routing (.npz: experts, seq, optionally group, num_experts). A trace is split
-by sequence: on three in four the affinity placement is made, the others are replayed. Each case is a folder
-with a model's config.json, the trace to replay, and plans contiguous.json and affinity.json. Of 16 experts no
-real routing is at hand: that case is generated.
+TRACES is a folder of recorded routing (recorded.py), which is taken as it is. A trace is split by sequence:
+on three in four the affinity placement is made, the others are replayed. Each case is a folder with a model's
+config.json, the trace to replay, and plans contiguous.json and affinity.json. Of 16 experts no real routing
+is at hand: that case is generated.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from generated_routing import generate
+from recorded import NoTrace, joined, read
 
 from exflow.config import ModelConfig, load_model_config
 from exflow.placement.objective import Objective
@@ -29,20 +30,21 @@ SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 
 @dataclass(frozen=True)
 class Source:
-    """Whose routing: files by pattern, None for generated; the first `choices` of each token."""
+    """Whose routing, None for generated: of all its domains, or these; the first `choices` of each token."""
 
-    pattern: str | None
+    model: str | None
     choices: int
+    domains: tuple[str, ...] = ()
     shape: str | None = None  # of configs/shapes; None is the grid's own
 
 
 SOURCES = {
-    "top1-8": Source("mixtral8x7b_*.npz", 1),
+    "top1-8": Source("Mixtral-8x7B", 1),
     "top1-16": Source(None, 1),
-    "top1-32": Source("gptoss20b_mmlu_validation.npz", 1),
-    "top1-64": Source("esft_dsv2lite_*.npz", 1),
-    "gpt-oss-20b": Source("gptoss20b_mmlu_validation.npz", 4, "gpt-oss-20b"),
-    "mixtral-8x7b": Source("mixtral8x7b_*.npz", 2, "mixtral-8x7b"),
+    "top1-32": Source("gpt-oss-20b", 1, ("MMLU",)),
+    "top1-64": Source("DeepSeek-V2-Lite", 1),
+    "gpt-oss-20b": Source("gpt-oss-20b", 4, ("MMLU",), shape="gpt-oss-20b"),
+    "mixtral-8x7b": Source("Mixtral-8x7B", 2, shape="mixtral-8x7b"),
 }
 
 
@@ -61,26 +63,19 @@ def grid_config(name: str, experts: int) -> ModelConfig:
     )
 
 
-def recorded(pattern: str, folder: Path, layers: int, choices: int) -> tuple[RoutingTrace, RoutingTrace]:
-    """To place by, and to replay; groups of sequences that belong together stay together."""
-    experts, groups, found = [], [], 0
-    for file in sorted(folder.glob(pattern)):
-        archive = np.load(file, allow_pickle=False)
-        _, group = np.unique(archive["group" if "group" in archive else "seq"], return_inverse=True)
-        experts.append(archive["experts"][:, :layers, :choices])
-        groups.append(group + found)
-        found += group.max() + 1
-        number = int(archive["num_experts"])
-    if not experts:
-        raise SystemExit(f"{folder} has no {pattern}; give the folder of the traces")
-    of_group, every = np.concatenate(groups), np.concatenate(experts)
-    held_out = of_group % 4 == 3
+def routing(source: Source, config: ModelConfig, traces: Path) -> tuple[RoutingTrace, RoutingTrace]:
+    """To place by, and to replay."""
+    if source.model is None:
+        return generated(config.num_experts, source.choices)
+    found = joined(read(traces, source.model, source.domains).values())
+    experts = found.trace.experts[:, : config.num_hidden_layers, : source.choices]
+    number, held_out = found.trace.num_experts, found.held_out
     # replayed in short sequences, and mixed, so that a batch is of many texts, as requests of many users are
-    replayed = every[held_out]
+    replayed = experts[held_out]
     piece = np.arange(len(replayed)) // 32
     mixed = np.random.default_rng(0).permutation(piece[-1] + 1)
     return (
-        RoutingTrace.from_arrays(every[~held_out], num_experts=number, sequence=of_group[~held_out]),
+        RoutingTrace.from_arrays(experts[~held_out], num_experts=number, sequence=found.unit[~held_out]),
         RoutingTrace.from_arrays(replayed, num_experts=number, sequence=mixed[piece]),
     )
 
@@ -105,10 +100,7 @@ def write_case(name: str, source: Source, traces: Path, folder: Path, ranks: int
         config = load_model_config(SHAPES / source.shape)
     else:
         config = grid_config(name, int(name.rpartition("-")[2]))
-    if source.pattern:
-        train, test = recorded(source.pattern, traces, config.num_hidden_layers, source.choices)
-    else:
-        train, test = generated(config.num_experts, source.choices)
+    train, test = routing(source, config, traces)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.model_dump_json())
     test.save(folder / "trace")
@@ -127,9 +119,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
-    for name, source in SOURCES.items():
-        write_case(name, source, arguments.traces, arguments.output / name, arguments.ranks)
-        print(name, flush=True)
+    try:
+        for name, source in SOURCES.items():
+            write_case(name, source, arguments.traces, arguments.output / name, arguments.ranks)
+            print(name, flush=True)
+    except NoTrace as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 The hosts are network namespaces of this machine, joined by cables of --rate (network.py); root is needed. On
 each runs one rank of a multi-node torchrun, over gloo. Models have random weights, few and narrow parts, and
 the layers, the experts and the ratio of K/V width to hidden width of the model whose routing they replay.
-TRACES is a folder of recorded routing (.npz). A trace is split by sequence: on three in four the affinity
-placement is made, windows of the others are replayed. Each run is the same request: a batch of sequences of
---steps decode steps.
+TRACES is a folder of recorded routing (recorded.py). A trace is split by sequence: on three in four the
+affinity placement is made, windows of the others are replayed. Each run is the same request: a batch of
+sequences of --steps decode steps.
 
 What links and ranks can do is measured first, in the same job; the model never sees the runs it is judged by.
 All ranks share the cores of one machine, so that what a rank computes slows down the others: the measuring
@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from network import CABLE, Host, NoNetwork, hosts
+from recorded import NoTrace, joined, read
 
 from exflow.auto import moved_by
 from exflow.config import ModelConfig
@@ -52,27 +53,24 @@ PORT = "29500"
 
 @dataclass(frozen=True)
 class Shape:
-    """Whose routing, and how wide: `choices` of the trace's are taken, None for all.
+    """Whose routing, and how wide: all domains of the model or these; of the choices so many, None for all.
 
     In the original K/V width over hidden width is 1024 / 2880 (gpt-oss) and 576 / 2048 (DeepSeek, whose
     context is a latent); `top1` is one narrow head.
     """
 
-    files: tuple[str, ...]
+    model: str
+    domains: tuple[str, ...]
     choices: int | None
     hidden: int
     head_dim: int
 
 
 SHAPES = {
-    "top1": Shape(("gptoss20b_mmlu_validation.npz",), 1, 2048, 32),
-    "gpt-oss": Shape(("gptoss20b_mmlu_validation.npz",), None, 1440, 256),
-    "deepseek": Shape(("esft_dsv2lite_intent.npz", "esft_dsv2lite_law.npz"), None, 1024, 144),
+    "top1": Shape("gpt-oss-20b", ("MMLU",), 1, 2048, 32),
+    "gpt-oss": Shape("gpt-oss-20b", ("MMLU",), None, 1440, 256),
+    "deepseek": Shape("DeepSeek-V2-Lite", (), None, 1024, 144),
 }
-
-
-class NoTrace(RuntimeError):
-    """The routing that a shape is to replay is not there."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,8 @@ class Split:
 def split(name: str, folder: Path, length: int) -> Split:
     """Raises NoTrace if the folder lacks it."""
     shape = SHAPES[name]
-    for file in shape.files:
-        if not (folder / file).is_file():
-            raise NoTrace(f"{folder.name} has no {file}")
-    archives = [np.load(folder / file, allow_pickle=False) for file in shape.files]
-    experts = np.concatenate([archive["experts"][:, :, : shape.choices] for archive in archives])
-    parts = [np.unique(archive["seq"], return_inverse=True)[1] for archive in archives]
-    firsts = np.cumsum([0, *(part.max() + 1 for part in parts)])
-    sequence = np.concatenate([part + first for part, first in zip(parts, firsts, strict=False)])
+    found = joined(read(folder, shape.model, shape.domains).values())
+    experts, sequence = found.trace.experts[:, :, : shape.choices], found.trace.sequence
     config = ModelConfig(
         name=name,
         vocab_size=512,
@@ -105,10 +97,10 @@ def split(name: str, folder: Path, length: int) -> Split:
         num_kv_heads=1,
         head_dim=shape.head_dim,
         intermediate_size=16,
-        num_experts=int(archives[0]["num_experts"]),
+        num_experts=found.trace.num_experts,
         top_k=experts.shape[2],
     )
-    held_out = sequence % 4 == 3
+    held_out = found.held_out
     train = RoutingTrace.from_arrays(
         experts[~held_out], num_experts=config.num_experts, sequence=sequence[~held_out], model=name
     )

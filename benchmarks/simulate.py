@@ -26,7 +26,8 @@ from typing import Any
 
 import hosts
 import numpy as np
-from decode_cases import SHAPES, SOURCES, generated, grid_config, recorded, write_case
+from decode_cases import SHAPES, SOURCES, generated, grid_config, write_case
+from decode_cases import routing as routing_of
 from generated_routing import generate
 
 from exflow.config import ModelConfig, load_model_config
@@ -316,9 +317,7 @@ def routing(model: str, traces: Path) -> tuple[ModelConfig, RoutingTrace, Routin
     source = SOURCES[model]
     experts = int(model.rpartition("-")[2]) if source.shape is None else 0
     config = load_model_config(SHAPES / source.shape) if source.shape else grid_config(model, experts)
-    if source.pattern is None:
-        return config, *generated(config.num_experts, source.choices)
-    return config, *recorded(source.pattern, traces, config.num_hidden_layers, source.choices)
+    return config, *routing_of(source, config, traces)
 
 
 def _trace(experts: np.ndarray[Any, np.dtype[Any]], config: ModelConfig) -> RoutingTrace:

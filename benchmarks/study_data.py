@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import numpy.typing as npt
 import torch
+from recorded import independent, read
 
 from exflow.checkpoint import load_decoder, load_tokenizer
 from exflow.corpus import read_text, split_held_out
@@ -15,7 +16,6 @@ from exflow.errors import InputError
 from exflow.placement.confidence import of_sequences
 from exflow.placement.topology import Topology
 from exflow.profile import profile, windows_of_text
-from exflow.profiling.importers.registry import read_trace
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import RoutingTrace
 
@@ -35,26 +35,7 @@ TEXTS = {
 }
 REFERENCE = "python"  # ... nor of the language reference, which Python ships
 
-RECORDED = {  # model -> GPUs, and a file for each domain
-    "Mixtral-8x7B": (
-        4,
-        {
-            "coding": "mixtral8x7b_coding.npz",
-            "humanities": "mixtral8x7b_humanities.npz",
-            "maths": "mixtral8x7b_math.npz",
-            "roleplay": "mixtral8x7b_roleplay.npz",
-        },
-    ),
-    "gpt-oss-20b": (
-        4,
-        {
-            "GPQA": "gptoss20b_gpqa_main.npz",
-            "MMLU": "gptoss20b_mmlu_validation.npz",
-            "MMLU_Pro": "gptoss20b_mmlu_pro_validation.npz",
-        },
-    ),
-    "DeepSeek-V2-Lite": (8, {"intent": "esft_dsv2lite_intent.npz", "law": "esft_dsv2lite_law.npz"}),
-}
+RECORDED = {"Mixtral-8x7B": 4, "gpt-oss-20b": 4, "DeepSeek-V2-Lite": 8}  # model -> GPUs
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,40 +79,12 @@ def demo_model(texts: Path, model: Path = DEMO, device: str = "cpu") -> Subject:
 
 
 def recorded_model(name: str, traces: Path) -> Subject:
-    """A model of RECORDED. Raises InputError for a file that is missing or damaged."""
-    gpus, files = RECORDED[name]
-    domains = {domain: independent_sequences(traces / file) for domain, file in files.items()}
-    return Subject(name, domains, Topology(gpus_per_node=gpus))
+    """A model of RECORDED, without what its sequences have in common.
 
-
-def independent_sequences(file: Path) -> RoutingTrace:
-    """A recorded trace without what its sequences have in common: those that loop (`seq_repetition`), those
-    that another repeats (of each `group` the last one holds them all), and the prompt that all begin with."""
-    trace = read_trace([file])
-    with np.load(file, allow_pickle=False) as archive:
-        _, first = np.unique(archive["seq"], return_index=True)
-        last = np.ones(len(first), dtype=bool)
-        if "group" in archive.files:
-            group = archive["group"][first]
-            last = np.append(group[1:] != group[:-1], True)
-        loops = archive["seq_repetition"] if "seq_repetition" in archive.files else np.zeros_like(last)
-    return without_common_prompt(of_sequences(trace, np.flatnonzero(last & ~loops)))
-
-
-def without_common_prompt(trace: RoutingTrace) -> RoutingTrace:
-    """The rows after the last position at which more than half of the sequences route exactly alike.
-
-    Else a plan would be judged by tokens that it has seen, whatever sequences are held out.
+    Raises InputError for a file that is missing or damaged.
     """
-    rows = np.column_stack([trace.position, trace.experts.reshape(trace.num_tokens, -1)])
-    _, kind, times = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
-    alike = times[kind] > max(1.0, len(np.unique(trace.sequence)) / 2)
-    return numbered(trace.select(trace.position > trace.position[alike].max(initial=-1)))
-
-
-def numbered(trace: RoutingTrace) -> RoutingTrace:
-    """Its sequences numbered 0, 1, ... without gaps."""
-    return of_sequences(trace, np.arange(len(np.unique(trace.sequence))))
+    domains = {domain: independent(found).trace for domain, found in read(traces, name).items()}
+    return Subject(name, domains, Topology(gpus_per_node=RECORDED[name]))
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

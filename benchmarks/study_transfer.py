@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from study_data import Subject, folds, numbered, without
+from recorded import numbered
+from study_data import Subject, folds, without
 from study_figures import Matrix, markdown, matrices, span
 
 from exflow.placement.confidence import Bounds, of_sequences, ratio

@@ -6,7 +6,6 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -145,25 +144,6 @@ def test_loads_alone_are_told_apart_from_affinity() -> None:
     assert found.by_load["value"] == pytest.approx(0.25, abs=0.05)
     assert found.entropy == pytest.approx(3, abs=0.01)
     assert found.imbalance < 1.2
-
-
-def test_a_prompt_that_all_sequences_begin_with_is_left_out(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    experts = random.integers(0, 8, (6, 10, 3, 2))
-    experts[:, :4] = experts[0, :4]
-    sequence, position = np.repeat(np.arange(6), 10), np.tile(np.arange(10), 6)
-    facts: dict[str, Any] = {"group": sequence // 2, "seq_repetition": np.arange(6) == 3}
-    np.savez(
-        tmp_path / "some.npz",
-        experts=experts.reshape(60, 3, 2).astype(np.uint8),
-        seq=sequence,
-        pos=position,
-        num_experts=8,
-        **facts,
-    )
-    trace = study_data.independent_sequences(tmp_path / "some.npz")
-    np.testing.assert_array_equal(trace.experts, experts[[1, 5], 4:].reshape(12, 3, 2))
-    assert trace.sequence.tolist() == [0] * 6 + [1] * 6
 
 
 def test_what_is_not_given_is_left_out_and_what_is_missing_is_an_error(
