@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 
 from exflow.config import ModelConfig
-from exflow.decode_step import DecodeStep
+from exflow.decode_step import NOT_FINITE, DecodeStep
 from exflow.decoder import Decoder, Rows
 from exflow.distributed import Cluster, CoherenceGroup, coherence_group
-from exflow.engine import Observer
+from exflow.engine import Observer, not_finite
 from exflow.exchange import Counters
 from exflow.kernels.share import take_born
 from exflow.kv_cache import KVCache, cache_shape
@@ -25,6 +25,7 @@ from exflow.launch import LostContact
 from exflow.mail import (
     Allocate,
     Mail,
+    PeerMemory,
     StepShape,
     collective_mail,
     local_memory,
@@ -76,10 +77,19 @@ class Capture:
         sampling: Sampling,
         end_tokens: tuple[int, ...],
         kind: type[DecodeStep] = DecodeStep,
+        beside: "CapturedDecode | None" = None,
     ) -> "CapturedDecode":
-        """Allocate, compile and capture for at most so many sequences and positions. Collective."""
+        """Allocate, compile and capture for at most so many sequences and positions. Collective.
+
+        beside: another step, whose K/V cache and working memory serve this one as well if `has_room`, since
+        only one of them runs at a time.
+        """
+        return CapturedDecode(self, self.shape(sequences, positions), sampling, end_tokens, kind, beside)
+
+    def shape(self, sequences: int, positions: int) -> StepShape:
+        """Of the step for at most so many sequences and positions."""
         cluster = self.cluster
-        shape = StepShape(
+        return StepShape(
             cluster.rank,
             cluster.num_ranks,
             cluster.ranks_per_node,
@@ -89,7 +99,9 @@ class Capture:
             self.replicated,
             self.transport == "relayed",
         )
-        return CapturedDecode(self, shape, sampling, end_tokens, kind)
+
+    def cache_size(self, shape: StepShape) -> torch.Size:
+        return torch.Size(cache_shape(self.decoder.config, shape.rows, shape.positions))
 
 
 class CapturedDecode:
@@ -103,6 +115,7 @@ class CapturedDecode:
         sampling: Sampling,
         end_tokens: tuple[int, ...],
         kind: type[DecodeStep],
+        beside: "CapturedDecode | None",
     ) -> None:
         self.capture, self.shape = capture, shape
         start, decoder, cluster = time.perf_counter(), capture.decoder, capture.cluster
@@ -112,9 +125,10 @@ class CapturedDecode:
         in_place = one_sided and shape.group_size <= len(shape.peers)  # the group's caches can be written to
         alone = local_memory(weight.device)
         peers = symmetric_memory(cluster) if one_sided and shape.num_ranks > 1 else alone
-        size = torch.Size(cache_shape(config, shape.rows, shape.positions))
-        memory = (peers if in_place and shares else alone)(size.numel() * weight.dtype.itemsize)
-        self.cache = memory.own.view(weight.dtype).view(size)
+        size = capture.cache_size(shape)
+        allocate = peers if in_place and shares else alone
+        self.memory: PeerMemory = beside.memory if beside else allocate(size.numel() * weight.dtype.itemsize)
+        self.cache = self.memory.own.view(weight.dtype)[: size.numel()].view(size)
         share = None
         if shares and not in_place:
             # no method of this object: a cycle would keep the graph from being freed
@@ -124,14 +138,14 @@ class CapturedDecode:
             shape,
             capture.tables,
             self._mail(config, one_sided, peers),
-            self._caches(memory.bases, in_place and shares),
-            sampling,
+            self._caches(self.memory.bases, in_place and shares),
+            replace(sampling, seed=0),  # a request brings its own
             end_tokens,
             decoder.replay,
             one_sided,
             share,
         )
-        self.graph = self._captured() if weight.device.type == "cuda" else None
+        self.graph = self._captured(beside) if weight.device.type == "cuda" else None
         self.capture_s = time.perf_counter() - start
 
     @property
@@ -155,7 +169,7 @@ class CapturedDecode:
         first = self.shape.rank // self.shape.group_size * self.shape.group_size
         return bases[first : first + self.shape.group_size] if shared else [self.cache.data_ptr()]
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _captured(self, beside: "CapturedDecode | None") -> torch.cuda.CUDAGraph:
         """The step as a graph. The steps before it, in which no token is owned, compile the kernels."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -166,7 +180,7 @@ class CapturedDecode:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=beside.graph.pool() if beside and beside.graph else None):
             self.run()
         return graph
 
@@ -185,14 +199,17 @@ class CapturedDecode:
         """The cache for a request whose first sequence has this id; padding has ids too, of no sequence."""
         return KVCache(self.cache, self.shape.sequence_ids(first_sequence))
 
-    def begin(self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows) -> None:
-        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest ones here."""
+    def begin(
+        self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows, seed: int = 0
+    ) -> None:
+        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest ones here,
+        `seed` is of the samples to come."""
         id_M = self.shape.sequence_ids(first_sequence)
         length_M = torch.tensor([*lengths, 0])[(id_M - first_sequence).clamp(-1, len(lengths))]
         place_T = torch.searchsorted(id_M, rows.sequence_T.cpu())
         token_M, owned_M = torch.zeros_like(id_M), torch.zeros_like(id_M)
         token_M[place_T], owned_M[place_T] = token_T.cpu(), 1
-        self.step.start(first_sequence, token_M, length_M, owned_M)
+        self.step.start(first_sequence, token_M, length_M, owned_M, seed)
         self._meet()
 
     def _meet(self) -> None:
@@ -211,11 +228,14 @@ class CapturedDecode:
 
     def serves(self, sequences: int, positions: int, sampling: Sampling, end_tokens: tuple[int, ...]) -> bool:
         """Whether this is the step that `Capture.make` would make, or one with more room for positions."""
-        same = (
-            self.shape.sequences == bucket(sequences, self.shape.num_ranks)
-            and positions <= self.shape.positions
-        )
-        return same and (self.step.sampling, self.step.end_tokens) == (sampling, end_tokens)
+        wanted, step = self.capture.shape(sequences, positions), self.step
+        room = wanted == replace(self.shape, positions=wanted.positions) and positions <= self.shape.positions
+        return room and (step.sampling, step.end_tokens) == (replace(sampling, seed=0), end_tokens)
+
+    def has_room(self, sequences: int, positions: int) -> bool:
+        """Whether the K/V cache can be that of a step for so many."""
+        wanted = self.capture.cache_size(self.capture.shape(sequences, positions))
+        return wanted.numel() * self.cache.dtype.itemsize <= self.memory.own.nbytes
 
     def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
         """Tell what the latest step did: the routing of each layer, the logits of each choice."""
@@ -237,9 +257,13 @@ class CapturedDecode:
             observe(Rows(step.sequence[here], position_M[here], DECODE), step.logits[here])
 
     def check(self) -> None:
-        """Raise LostContact if this rank waited for another one in vain."""
+        """Raise LostContact if this rank waited for another one in vain, and WrongResult for a token chosen
+        here from logits that are not finite."""
         if number := int(self.step.failed):
             raise LostContact(f"no word from another rank in exchange {number} of the decode steps")
+        if len(wrong := (self.step.chosen == NOT_FINITE).nonzero()):
+            step, row = wrong[0].tolist()  # the first step comes first
+            raise not_finite(int(self.step.number[row]), step + 1)
 
     def all_ended(self) -> bool:
         """Whether no rank owns a token any more; collective."""

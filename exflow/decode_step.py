@@ -28,9 +28,10 @@ from exflow.kernels.settle import put_partials, settle
 from exflow.mail import Far, Mail, Mailbox, StepShape, words_of
 from exflow.moe import PlanTables
 from exflow.replay import ReplayedRouting
-from exflow.sampling import Sampling, choose_tokens
+from exflow.sampling import Sampling, scores_of
 
 MANY_ROWS = 96  # of a slot, in the mean: torch's grouped products are faster than ours from there on
+NOT_FINITE = -2  # noted instead of a token whose logits are not
 PATIENCE = 20_000_000  # looks at another rank's flag before it is given up: 10 s and more
 
 
@@ -138,6 +139,7 @@ class DecodeStep:
         self.sequence, self.number = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
         self.token, self.position = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
         self.owned = zeros(rows)
+        self.seed = zeros(dtype=torch.int64)
         self.failed = zeros(1)
         # what a layer works in
         self.hidden, self.normed = zeros(2, rows, hidden, dtype=self.dtype)
@@ -185,9 +187,11 @@ class DecodeStep:
         sensible = triton.cdiv(shape.positions, 128)
         return min(16, int(triton.next_power_of_2(wanted)), int(triton.next_power_of_2(sensible)))
 
-    def start(self, first_sequence: int, token_M: Tensor, position_M: Tensor, owned_M: Tensor) -> None:
-        """Begin a request: its first sequence's id, and each row's newest token, position, and whether it is
-        owned here.
+    def start(
+        self, first_sequence: int, token_M: Tensor, position_M: Tensor, owned_M: Tensor, seed: int
+    ) -> None:
+        """Begin a request: its first sequence's id, each row's newest token, position, and whether it is
+        owned here, and the seed of its samples.
 
         Prompt n of the request is sequence first_sequence + n, and as a row of the batch the one whose home
         is that sequence's: first_sequence % num_ranks + n.
@@ -197,6 +201,7 @@ class DecodeStep:
         self.token.copy_(token_M)
         self.position.copy_(position_M)
         self.owned.copy_(owned_M)
+        self.seed.fill_(seed)
         self.done.zero_()
         self.chosen.fill_(-1)
         for counter in (self.dispatched, self.passed, self.returned, self.attended):
@@ -222,7 +227,8 @@ class DecodeStep:
         if self.share is not None:
             self.share(self)
         self.logits = decoder.logits(self.normed)
-        self._advance(choose_tokens(self.logits, self.sampling, self.number, self.position + 1))
+        places = self.number, self.position + 1
+        self._advance(scores_of(self.logits, self.sampling, *places, self.seed))
 
     def _attend(self, layer: int, block: Block) -> None:
         """Attention of the owned rows, added to the residual stream."""
@@ -540,10 +546,12 @@ class DecodeStep:
             **self.overlap,
         )
 
-    def _advance(self, token_M: Tensor) -> None:
-        """Note the tokens chosen for the owned rows; what has ended is owned by nobody from now on."""
-        owned = self.owned != 0
-        self.chosen.index_copy_(0, self.done, token_M.where(owned, -1)[None])
+    def _advance(self, scores_MV: Tensor) -> None:
+        """Choose and note the tokens of the owned rows; what has ended is owned by nobody from now on."""
+        token_M = scores_MV.argmax(dim=-1)
+        best_M = scores_MV.gather(1, token_M[:, None])[:, 0]  # NaN if any of its row is
+        noted_M = token_M.where(best_M.isfinite(), NOT_FINITE).where(self.owned != 0, -1)
+        self.chosen.index_copy_(0, self.done, noted_M[None])
         for end in self.end_tokens:
             self.owned.mul_(token_M != end)
         self.token.copy_(token_M)

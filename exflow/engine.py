@@ -5,7 +5,7 @@ Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exflow.captured import Capture, CapturedDecode
 
 LOOK_EVERY = 16  # captured steps between two looks at whether all sequences have ended
+MOST_CAPTURED = 16  # steps kept, each with buffers of its own beside the K/V cache
 
 Item = TypeVar("Item")
 Observer = Callable[[Rows, Tensor], None]
@@ -80,7 +81,7 @@ class Engine:
         self.decoder = decoder
         self.strategy = strategy
         self.capture = capture
-        self.captured: CapturedDecode | None = None
+        self.captured: list[CapturedDecode] = []  # over one K/V cache, the one used last in front
         self.device = decoder.embedding.weight.device
         self.first_sequence = 0  # sequence ids go on from request to request
 
@@ -125,22 +126,54 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    @torch.inference_mode()
+    def prepare(
+        self,
+        batches: Iterable[int],
+        positions: int,
+        sampling: Sampling = GREEDY,
+        end_tokens: tuple[int, ...] = (),
+    ) -> None:
+        """Capture decode steps before the first request comes; nothing where steps run eagerly. Collective.
+
+        batches: sequences of the requests to come; positions: the most that a prompt and its new tokens will
+        have. Sampling and end tokens are those of the requests, but for the seed.
+        """
+        if self.capture is None:
+            return
+        more = self.capture.cluster.num_ranks - 1  # where the first sequence's home is another rank
+        sizes = (size for batch in batches for size in (batch, batch + more))
+        for size in sorted(sizes, reverse=True):  # the largest one's cache has room for the others
+            self._captured_step(size, positions, sampling, end_tokens)
+
     def capture_for(self, request: Request) -> "CapturedDecode":
-        """The captured step that serves `request`: the one at hand, or a new one in its place. Collective."""
+        """The captured step that serves `request`: one at hand, or a new one. Collective."""
         assert self.capture is not None
         positions = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
         sequences = self.first_sequence % self.capture.cluster.num_ranks + len(request.prompts)
-        wanted = (sequences, positions, request.sampling, request.end_tokens)
-        if self.captured is None or not self.captured.serves(*wanted):
-            self.captured = None  # its memory first
-            self.captured = self.capture.make(*wanted)
+        return self._captured_step(sequences, positions, request.sampling, request.end_tokens)
+
+    def _captured_step(
+        self, sequences: int, positions: int, sampling: Sampling, end_tokens: tuple[int, ...]
+    ) -> "CapturedDecode":
+        assert self.capture is not None
+        wanted = (sequences, positions, sampling, end_tokens)
+        found = next((each for each in self.captured if each.serves(*wanted)), None)
+        if found is not None:
+            self.captured.remove(found)
+        else:
+            if self.captured and not self.captured[0].has_room(sequences, positions):
+                self.captured.clear()  # their memory first
+            del self.captured[MOST_CAPTURED - 1 :]
+            found = self.capture.make(*wanted, beside=self.captured[0] if self.captured else None)
             if self.capture.cluster.rank == 0:
-                note(self.captured.description)
-        return self.captured
+                note(found.description)
+        self.captured.insert(0, found)
+        return found
 
     def close(self) -> None:
-        """Free the captured step: NCCL does not let a group go while a graph holds its collectives."""
-        self.captured = None
+        """Free the captured steps: NCCL does not let a group go while a graph holds its collectives."""
+        self.captured.clear()
 
     def of_all_ranks(self, mine: Item) -> list[Item]:
         """Every rank's `mine`, by rank; collective, and not counted."""
@@ -239,10 +272,7 @@ class _Run:
         row = int(finite_T.logical_not().nonzero()[0, 0])
         number = int(rows.sequence_T[row]) - self.first
         step = int(rows.position_T[row]) + 1 - self.lengths[number]
-        raise WrongResult(
-            f"sequence {number}, step {step} (0 is the prompt's): the logits hold NaN or infinite values; "
-            "the weights are finite, so what they compute overflows: try float32, or another checkpoint"
-        )
+        raise not_finite(number, step)
 
     def collect(self, chosen_by_rank: list[dict[tuple[int, int], int]]) -> list[list[int]]:
         """The new tokens of each sequence, in order, whoever chose them."""
@@ -263,7 +293,8 @@ class _CapturedRun(_Run):
     def prefill(self) -> None:
         super().prefill()
         self.strategy.finish_sharing()
-        self.captured.begin(self.first, self.lengths, self.token_T, self.rows)
+        seed = self.request.sampling.seed
+        self.captured.begin(self.first, self.lengths, self.token_T, self.rows, seed)
 
     def decode(self) -> None:
         captured, taken = self.captured, 0
@@ -282,6 +313,13 @@ class _CapturedRun(_Run):
         if self.strategy.exchange is not None:
             vars(self.strategy.exchange.counters).update(vars(captured.counters(taken)))
         self.steps = max((position - self.lengths[number] for number, position, _ in chosen), default=0)
+
+
+def not_finite(number: int, step: int) -> WrongResult:
+    return WrongResult(
+        f"sequence {number}, step {step} (0 is the prompt's): the logits hold NaN or infinite values; "
+        "the weights are finite, so what they compute overflows: try float32, or another checkpoint"
+    )
 
 
 def check_request(request: Request, config: ModelConfig) -> None:

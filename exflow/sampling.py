@@ -40,15 +40,25 @@ def choose_tokens(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, pos
     return scores_of(logits_TV, sampling, sequence_T, position_T).argmax(dim=-1)
 
 
-def scores_of(logits_TV: Tensor, sampling: Sampling, sequence_T: Tensor, position_T: Tensor) -> Tensor:
-    """What the next token of each row has the largest of [T, V]: logits, or with noise what they come to."""
+def scores_of(
+    logits_TV: Tensor,
+    sampling: Sampling,
+    sequence_T: Tensor,
+    position_T: Tensor,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """What the next token of each row has the largest of [T, V]: logits, or with noise what they come to.
+
+    seed [] int64: for sampling's, where that is on the logits' device already.
+    """
     if sampling.temperature == 0:
         return logits_TV
     below_best_TV = logits_TV - logits_TV.amax(dim=-1, keepdim=True)  # so that no temperature overflows
     scores_TV = keep_top_p(below_best_TV / sampling.temperature, sampling.top_p)
     entry_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
     place_TV = (sequence_T[:, None] << 40) + (position_T[:, None] << 20) + entry_V  # vocabularies < 2**20
-    seed = torch.full((), sampling.seed, device=logits_TV.device)  # no copy from the host: it may be captured
+    if seed is None:
+        seed = torch.tensor(sampling.seed, device=logits_TV.device)
     uniform_TV = uniform(mix(place_TV ^ mix(seed)))
     return scores_TV - torch.log(-torch.log(uniform_TV))  # the Gumbel-max trick
 

@@ -46,9 +46,11 @@ def run_case(job: dict[str, Any], case: dict[str, Any], cluster: Cluster) -> dic
     with closing(deploy(deployment, cluster)) as engine:
         watch = observe if job["dies_at"] else None
         generations = [engine.generate(Request(prompts, job["new"]), watch) for prompts in job["requests"]]
+        batches = [captured.shape.sequences for captured in engine.captured]
     return {
         "tokens": [generation.tokens for generation in generations],
         "decode": asdict(generations[-1].decode),
+        "batches": batches,
     }
 
 

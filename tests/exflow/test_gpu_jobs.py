@@ -38,8 +38,9 @@ TRANSPORTS = ("eager", "collective", "one-sided")
 PLANS = {"plain": 8, "replicas": 12}  # slots in each layer
 MODELS: dict[str, dict[str, Any]] = {"top1": {}, "top2-swiglu": {"top_k": 2, "activation": "swiglu"}}
 REQUESTS = [
-    [[65, 66, 67], [72, 69, 76, 76], [42], [1, 2, 3, 4, 5, 6], [200] * 7, [9] * 3, [8, 7], [5]],
-    [[17, 250], [3], [90, 91, 92], [4, 4, 4], [60], [61, 62]],  # another bucket, other homes
+    [[65, 66, 67], [72, 69, 76, 76], [42], [1, 2, 3, 4, 5, 6], [200] * 7, [9] * 3],
+    [[17, 250], [3]],  # another bucket; on four GPUs other homes
+    [[90, 91, 92], [4, 4, 4], [60], [61, 62], [8, 7]],  # the first one's bucket
 ]
 NEW = 24
 CASES = [
@@ -120,6 +121,12 @@ def tokens_of_one_process(model: Path) -> list[Any]:
 def test_tokens_are_those_of_one_process(outcome: tuple[dict[str, Any], list[Any]], case: str) -> None:
     found, tokens = outcome
     assert found[case]["tokens"] == tokens
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "eager" not in case])
+def test_a_step_is_captured_once_a_bucket(outcome: tuple[dict[str, Any], list[Any]], case: str) -> None:
+    found, _ = outcome
+    assert found[case]["batches"] == [8, 4 if RANKS == 4 else 2]
 
 
 @pytest.mark.parametrize(("strategy", "plan"), list(product(STRATEGIES[:2], PLANS)))
