@@ -10,8 +10,8 @@ affinity placement is made, windows of the others are replayed. Each run is the 
 sequences of --steps decode steps.
 
 What links and ranks can do is measured first, in the same job; the model never sees the runs it is judged by.
-All ranks share the cores of one machine, so that what a rank computes slows down the others: the measuring
-is done while all of them work.
+Where the machine has fewer cores than the ranks have --threads, what a rank computes slows down the others:
+the measuring is done while all of them work.
 """
 
 import argparse
@@ -134,12 +134,13 @@ class Job:
     seconds: float
     strategies: list[str]  # replicated, or the ranks of a coherence group
     placements: list[str]
+    threads: int  # of a rank
 
 
 def run_job(network: list[Host], folder: Path, job: Job) -> None:
     """Run hosts_rank.py on every host. Raises RuntimeError if a rank fails or takes far too long."""
     (folder / "job.json").write_text(json.dumps(vars(job)))
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": str(job.threads)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(network))]
     torchrun += ["--nproc-per-node", "1", "--rdzv-backend", "static"]
     torchrun += ["--master-addr", network[0].address, "--master-port", PORT]
@@ -256,6 +257,7 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
         arguments.seconds,
         arguments.strategies or strategies_of(count),
         list(PLACEMENTS),
+        arguments.threads,
     )
     with tempfile.TemporaryDirectory(prefix="exflow-hosts-") as temporary:
         folder = Path(temporary)
@@ -327,7 +329,7 @@ def setting() -> dict[str, Any]:
     shown = [Path(part).name if part.startswith("/") else part for part in sys.argv]
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores shared by all hosts",
+        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores for all hosts",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(["python", *shown]),
@@ -349,6 +351,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--delay", help="one way, as 0.1ms; needs the kernel's netem")
     parser.add_argument("--batch", type=int, default=128, help="sequences for each host")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of each rank, on cores of its own if there are"
+    )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

@@ -6,9 +6,10 @@ network and ranks can do to FOLDER/machine.json, then a line for each run to FOL
 
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def measure_here(
     )
     layer_s, token_s = compute_seconds(cluster, config, trace, tokens, steps)
     # what is read from memory is in the seconds of layers and tokens
-    return Machine(link, link, math.inf, math.inf, layer_s, token_s, hides=0.0, shared=True)
+    return Machine(link, link, math.inf, math.inf, layer_s, token_s, hides=0.0)
 
 
 def compute_seconds(
@@ -140,13 +141,24 @@ def slowest(seconds: float) -> float:
     return float(worst)
 
 
+def keep_to_own_cores(rank: int, num_ranks: int, threads: int) -> bool:
+    """Whether there are so many cores for every rank; then this one has its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    if num_ranks * threads > len(cores):
+        return False
+    os.sched_setaffinity(0, cores[rank * threads : (rank + 1) * threads])
+    return True
+
+
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     job = json.loads((folder / "job.json").read_text())
+    torch.set_num_threads(job["threads"])
+    alone = keep_to_own_cores(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), job["threads"])
     config = ModelConfig.model_validate_json((folder / "config.json").read_text())
     trace = RoutingTrace.load(folder / "replayed")
     with join_cluster("cpu") as cluster, torch.inference_mode():
         machine = measure_here(cluster, config, trace, job["batch"] // cluster.num_ranks, job["steps"])
+        machine = replace(machine, shared=not alone)
         if cluster.rank == 0:
             (folder / "machine.json").write_text(json.dumps(asdict(machine)))
         plans = {name: Plan.load(folder / f"{name}.json") for name in job["placements"]}

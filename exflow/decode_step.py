@@ -18,6 +18,7 @@ from torch.nn.functional import grouped_mm
 
 from exflow.config import ModelConfig
 from exflow.decoder import Block, Decoder, MoE, Norm
+from exflow.kernels.advance import advance
 from exflow.kernels.decode_attention import decode_attention, merge_splits
 from exflow.kernels.gate import gate_and_put
 from exflow.kernels.grouped_mlp import expert_down, expert_up
@@ -140,6 +141,7 @@ class DecodeStep:
         self.token, self.position = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
         self.owned = zeros(rows)
         self.seed = zeros(dtype=torch.int64)
+        self.end_of = torch.tensor([*end_tokens, -1], device=self.device)  # [end tokens and one more]
         self.failed = zeros(1)
         # what a layer works in
         self.hidden, self.normed = zeros(2, rows, hidden, dtype=self.dtype)
@@ -227,8 +229,10 @@ class DecodeStep:
         if self.share is not None:
             self.share(self)
         self.logits = decoder.logits(self.normed)
-        places = self.number, self.position + 1
-        self._advance(scores_of(self.logits, self.sampling, *places, self.seed))
+        scores_MV = self.logits
+        if self.sampling.temperature > 0:  # else the positions after these are not needed
+            scores_MV = scores_of(self.logits, self.sampling, self.number, self.position + 1, self.seed)
+        self._advance(scores_MV)
 
     def _attend(self, layer: int, block: Block) -> None:
         """Attention of the owned rows, added to the residual stream."""
@@ -547,14 +551,23 @@ class DecodeStep:
         )
 
     def _advance(self, scores_MV: Tensor) -> None:
-        """Choose and note the tokens of the owned rows; what has ended is owned by nobody from now on."""
-        token_M = scores_MV.argmax(dim=-1)
-        best_M = scores_MV.gather(1, token_M[:, None])[:, 0]  # NaN if any of its row is
-        noted_M = token_M.where(best_M.isfinite(), NOT_FINITE).where(self.owned != 0, -1)
-        self.chosen.index_copy_(0, self.done, noted_M[None])
-        for end in self.end_tokens:
-            self.owned.mul_(token_M != end)
-        self.token.copy_(token_M)
-        self.position += 1
-        self.done += 1
-        self.step += 1
+        """Choose and note the tokens of the owned rows, which are the next step's."""
+        score_M, best_M = scores_MV.max(dim=-1)
+        rows = len(best_M)
+        advance[(1,)](
+            best_M,
+            score_M,
+            self.end_of,
+            self.chosen,
+            self.token,
+            self.position,
+            self.owned,
+            self.done,
+            self.step,
+            rows,
+            ENDS=len(self.end_tokens),
+            NOT_FINITE=NOT_FINITE,
+            BLOCK=triton.next_power_of_2(rows),
+            num_warps=1,
+            **self.overlap,
+        )

@@ -213,7 +213,7 @@ def job(
         token[real], position[real] = run.token_T[number[real]], run.rows.position_T[number[real]]
         owned = real if replicated else real & (shape.sequence_of_rows() % ranks == shape.rank)
         step.patience = 2
-        step.start(first, token, position, owned)
+        step.start(first, token, position, owned, request.sampling.seed)
         steps.append(step)
     if collective is not None:
         collective.meet([step.mail.dispatch for step in steps])
@@ -405,7 +405,7 @@ def test_what_a_step_shares_is_what_it_wrote_into_its_cache(
     cache = torch.zeros(cache_shape(config, 3, 16), device=DEVICE)
     step = DecodeStep(decoder, shape, tables, mail, [cache.data_ptr()], GREEDY, (), share=lambda _: None)
     position = torch.tensor([2, 0, 5])
-    step.start(0, torch.tensor([3, 1, 4]), position, torch.tensor([1, 0, 1]))
+    step.start(0, torch.tensor([3, 1, 4]), position, torch.tensor([1, 0, 1]), 0)
     for _ in step.run():
         pass
     assert step.born_owned.tolist() == [[1, 0, 1]] * 2
