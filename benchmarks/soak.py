@@ -18,6 +18,7 @@ tenth of the run to the last. Exit code 1 if a check fails.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -114,7 +115,9 @@ def run_rank(model: Path, load: Load, folder: Path) -> None:
 
 
 def own_memory_kib() -> int:
-    """Anonymous pages of this process: without those of files, which may be given up at any time."""
+    """Anonymous pages of this process: without those of files, which may be given up at any time, and those
+    that the allocator keeps though nothing is on them (how many depends on the sizes of past requests)."""
+    ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0])
 
@@ -197,6 +200,12 @@ def growth_mib(lines: list[dict[str, Any]]) -> float:
     return float(np.median(memory[-tenth:]) - np.median(memory[tenth : 2 * tenth] or memory)) / 1024
 
 
+def tenths_mib(lines: list[dict[str, Any]]) -> list[float]:
+    """The median in each tenth of a rank's requests: whether it goes on growing."""
+    parts = np.array_split([line["memory_kib"] / 1024 for line in lines], 10)
+    return [round(float(np.median(part)), 1) for part in parts if len(part)]
+
+
 def summary(load: Load, by_rank: list[list[dict[str, Any]]]) -> dict[str, Any]:
     lines, arrivals = by_rank[0], load.arrivals()
     latency = [line["ended"] - arrivals[sequence] for line in lines for sequence in line["sequences"]]
@@ -213,7 +222,7 @@ def summary(load: Load, by_rank: list[list[dict[str, Any]]]) -> dict[str, Any]:
         "most_waiting": max(line["waiting"] for line in lines),
         "memory_mib": [
             {"first": rank[0]["memory_kib"] // 1024, "most": max(line["memory_kib"] for line in rank) // 1024}
-            | {"growth": round(growth_mib(rank), 2)}
+            | {"growth": round(growth_mib(rank), 2), "by_tenth": tenths_mib(rank)}
             for rank in by_rank
         ],
     }

@@ -14,14 +14,16 @@ from typing import Any, cast
 import torch
 import triton
 from torch import Tensor
+from torch.nn import RMSNorm
 from torch.nn.functional import grouped_mm
 
 from exflow.config import ModelConfig
-from exflow.decoder import Block, Decoder, MoE, Norm
+from exflow.decoder import Attention, Block, Decoder, MoE, Norm
 from exflow.kernels.advance import advance
 from exflow.kernels.decode_attention import decode_attention, merge_splits
 from exflow.kernels.gate import gate_and_put
 from exflow.kernels.grouped_mlp import expert_down, expert_up
+from exflow.kernels.heads import prepare_heads
 from exflow.kernels.lined_up import activate, line_up, put_back
 from exflow.kernels.receive import receive
 from exflow.kernels.relay import pass_on, send_sums
@@ -29,6 +31,7 @@ from exflow.kernels.settle import put_partials, settle
 from exflow.mail import Far, Mail, Mailbox, StepShape, words_of
 from exflow.moe import PlanTables
 from exflow.replay import ReplayedRouting
+from exflow.rotary import Rotary
 from exflow.sampling import Sampling, scores_of
 
 MANY_ROWS = 96  # of a slot, in the mean: torch's grouped products are faster than ours from there on
@@ -84,6 +87,11 @@ def _programmatic_launch(device: torch.device) -> dict[str, Any]:
     return {"PDL": False}
 
 
+def _weight_and_bias(norm: Norm) -> tuple[Tensor, Tensor]:
+    """For a kernel; RMSNorm has no bias, and what is given instead is not read."""
+    return norm.weight, norm.weight if isinstance(norm, RMSNorm) else norm.bias
+
+
 class DecodeStep:
     """The buffers of one rank's step, and the step: `start` a request, then `run` for each of its tokens.
 
@@ -128,6 +136,7 @@ class DecodeStep:
             **self.overlap,
             "D": hidden,
             "TOP_K": self.top_k,
+            "RMS": config.norm == "rmsnorm",
             "RANK": shape.rank,
             "RANKS": shape.num_ranks,
             "GROUP": shape.group_size,
@@ -150,7 +159,13 @@ class DecodeStep:
         self.owner_of, self.relay_of = zeros(2, sequences)
         self.weights = zeros(sequences, self.top_k, dtype=torch.float32)
         self.pairs, self.counts = zeros(self.slots, pairs), zeros(self.slots)
-        self.gated = gated = config.activation == "swiglu"
+        gated = config.activation != "gelu"
+        self.activation = {
+            "KIND": config.activation,
+            "ALPHA": config.swiglu_alpha,
+            "LIMIT": config.swiglu_limit,
+            "BIASED": config.expert_bias,
+        }
         inner = config.intermediate_size
         per_slot = pairs / config.num_experts
         itemsize = self.dtype.itemsize
@@ -169,6 +184,10 @@ class DecodeStep:
         parts = (rows, heads, self.attention_splits)
         self.sums = zeros(*parts, width, dtype=torch.float32)
         self.peaks = zeros(*parts, 2, dtype=torch.float32)
+        self.turns = None
+        if config.rope is not None:
+            positions = torch.arange(shape.positions, device=self.device)
+            self.turns = Rotary(config.rope, config.head_dim).turns(positions)
         of_layers = config.num_hidden_layers if share else 0
         self.born = zeros(of_layers, rows, config.kv_width, dtype=self.dtype)
         self.born_owned = zeros(of_layers, rows)
@@ -237,7 +256,8 @@ class DecodeStep:
     def _attend(self, layer: int, block: Block) -> None:
         """Attention of the owned rows, added to the residual stream."""
         shape, config = self.shape, self.decoder.config
-        qkv = block.attention.qkv(self.normed)
+        qkv, attention = block.attention.qkv(self.normed), block.attention
+        self._prepare(qkv, attention)
         heads, width, splits = config.num_attention_heads, config.head_dim, self.attention_splits
         block_c = max(16, triton.next_power_of_2(width))
         decode_attention[(shape.rows, config.num_kv_heads, splits)](
@@ -251,9 +271,11 @@ class DecodeStep:
             self.attended,
             self.born,
             self.born_owned,
+            self.peaks if attention.sinks is None else attention.sinks,
             layer,
             shape.rows,
             shape.positions,
+            attention.window or shape.positions,
             width**-0.5,
             HEADS=heads,
             KV_HEADS=config.num_kv_heads,
@@ -262,6 +284,7 @@ class DecodeStep:
             MEMBERS=len(self.caches),
             SPLITS=splits,
             BORN=self.share is not None,
+            SINKS=attention.sinks is not None,
             BLOCK_P=min(64, 8192 // block_c),
             BLOCK_Q=max(16, triton.next_power_of_2(heads // config.num_kv_heads)),
             BLOCK_C=block_c,
@@ -280,7 +303,41 @@ class DecodeStep:
                 BLOCK_C=block_c,
                 **self.overlap,
             )
-        torch.addmm(self.hidden, self.attended_out.flatten(1), block.attention.out.weight.T, out=self.hidden)
+        torch.addmm(self.hidden, self.attended_out.flatten(1), attention.out.weight.T, out=self.hidden)
+        if attention.out.bias is not None:
+            self.hidden.add_(attention.out.bias)
+
+    def _prepare(self, qkv: Tensor, attention: Attention) -> None:
+        """What attention does to queries, keys and values first, if anything."""
+        config = self.decoder.config
+        normed = attention.q_norm is not None and attention.k_norm is not None
+        if not (normed or attention.clip is not None or self.turns is not None):
+            return
+        nothing = (qkv, qkv)  # is not read
+        q_norm, k_norm = (
+            nothing if norm is None else _weight_and_bias(norm)
+            for norm in (attention.q_norm, attention.k_norm)
+        )
+        prepare_heads[(self.shape.rows, 2 if attention.clip is None else 3)](
+            qkv,
+            self.owned,
+            self.position,
+            *q_norm,
+            *k_norm,
+            *(self.turns or nothing),
+            attention.clip or 0.0,
+            HEADS=config.num_attention_heads,
+            KV_HEADS=config.num_kv_heads,
+            WIDTH=config.head_dim,
+            NORM=config.qk_norm or "none",
+            RMS=config.norm == "rmsnorm",
+            EPS=config.norm_eps,
+            CLIP=attention.clip is not None,
+            ROTARY=self.turns is not None,
+            BLOCK_H=triton.next_power_of_2(config.num_attention_heads),
+            BLOCK_P=triton.next_power_of_2(-(-config.head_dim // 2)),
+            **self.overlap,
+        )
 
     def _moe(self, layer: MoE, following: Norm) -> Iterator[None]:
         """One MoE layer; `following` norms its result for what comes next."""
@@ -294,16 +351,21 @@ class DecodeStep:
     def _dispatch(self, layer: MoE) -> Iterator[None]:
         """Gate the owned rows, put each where it is served, and take in what came here."""
         shape, mail, replay = self.shape, self.mail.dispatch, self.replay
-        index, wide = layer.index, self.shapes["BLOCK_D"]
-        block_e = triton.next_power_of_2(self.decoder.config.num_experts)
+        index, wide, gate, config = (
+            layer.index,
+            self.shapes["BLOCK_D"],
+            layer.router.gate,
+            self.decoder.config,
+        )
+        block_e = triton.next_power_of_2(config.num_experts)
         words = {"WORDS": words_of(self.top_k), "HIDDEN_AT": mail.payload_at, "BY_SEQUENCE": mail.shared}
         words |= {"RELAYED": shape.relayed, "SLOTS_PER_RANK": self.slots}
         gate_and_put[(shape.rows,)](
             self.hidden,
             self.owned,
-            layer.norm.weight,
-            layer.norm.bias,
-            layer.router.gate.weight,
+            *_weight_and_bias(layer.norm),
+            gate.weight,
+            gate.weight if gate.bias is None else gate.bias,
             self.serving[index],
             self.next_owner[index],
             self.pairs if replay is None else replay.expert,
@@ -315,10 +377,12 @@ class DecodeStep:
             self.dispatched,
             index,
             self.layers,
-            EXPERTS=self.decoder.config.num_experts,
+            EXPERTS=config.num_experts,
             FAR_HIDDEN_AT=mail.far.payload_at if mail.far else 0,
             REPLICATED=shape.replicated,
             REPLAY=replay is not None,
+            GATE_BIAS=gate.bias is not None,
+            AMONG_ALL=config.gate_among_all,
             EPS=layer.norm.eps,
             BLOCK_E=block_e,
             STRIP=min(wide, 1024 if block_e <= 16 else 256),
@@ -339,8 +403,7 @@ class DecodeStep:
             self.failed,
             self.patience,
             self.step,
-            layer.norm.weight,
-            layer.norm.bias,
+            *_weight_and_bias(layer.norm),
             self.received,
             self.residual_at,
             self.owner_of,
@@ -420,8 +483,7 @@ class DecodeStep:
             self.failed,
             self.patience,
             self.step,
-            following.weight,
-            following.bias,
+            *_weight_and_bias(following),
             self.hidden,
             self.normed,
             self.owned,
@@ -470,18 +532,19 @@ class DecodeStep:
         """The slots' rows through their experts, weighted, into `partials`."""
         inner, hidden = self.inner.shape[1], self.hidden.shape[1]
         pairs = len(self.inner)
-        up, down = self.up, self.down
+        up, down, experts = self.up, self.down, layer.experts
         expert_up[(triton.cdiv(inner, up.wide), self.slots)](
             self.received,
             self.pairs,
             self.counts,
-            layer.experts.w_in,
+            experts.w_in,
+            experts.w_in if experts.b_in is None else experts.b_in,
             self.inner,
             pairs,
             D=hidden,
             F=inner,
             TOP_K=self.top_k,
-            GATED=self.gated,
+            **self.activation,
             BLOCK_F=up.wide,
             BLOCK_K=up.deep,
             BLOCK_R=up.rows,
@@ -494,12 +557,14 @@ class DecodeStep:
             self.pairs,
             self.counts,
             self.weights,
-            layer.experts.w_out,
+            experts.w_out,
+            experts.w_out if experts.b_out is None else experts.b_out,
             self.partials,
             pairs,
             D=hidden,
             F=inner,
             SPLITS=down.splits,
+            BIASED=experts.b_out is not None,
             BLOCK_D=down.wide,
             BLOCK_K=down.deep,
             BLOCK_R=down.rows,
@@ -530,11 +595,13 @@ class DecodeStep:
         experts = layer.experts
         activate[(pairs, triton.cdiv(inner, 1024))](
             grouped_mm(self.in_order, experts.w_in.mT, offs=self.ends),
+            experts.w_in if experts.b_in is None else experts.b_in,
             self.inner,
             self.ends,
             F=inner,
-            GATED=self.gated,
+            **self.activation,
             SLOTS=self.slots,
+            BLOCK_S=triton.next_power_of_2(self.slots),
             BLOCK_F=1024,
             **self.overlap,
         )
@@ -543,9 +610,12 @@ class DecodeStep:
             self.order,
             self.ends,
             self.weights,
+            experts.w_out if experts.b_out is None else experts.b_out,
             self.partials,
             D=hidden,
+            BIASED=experts.b_out is not None,
             SLOTS=self.slots,
+            BLOCK_S=triton.next_power_of_2(self.slots),
             BLOCK_D=self.shapes["BLOCK_D"],
             **self.overlap,
         )

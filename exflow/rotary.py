@@ -21,11 +21,15 @@ class Rotary:
 
     def __call__(self, position_T: Tensor, *heads_THC: Tensor) -> list[Tensor]:
         """Each of `heads_THC` turned by the tokens' positions."""
+        cos_T1P, sin_T1P = (part[:, None] for part in self.turns(position_T))
+        return [turned(heads, cos_T1P, sin_T1P) for heads in heads_THC]
+
+    def turns(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines and sines that each pair is turned by [T, C / 2] float32."""
         if self.frequency.device != position_T.device:
             self.frequency = self.frequency.to(position_T.device)
-        angle_T1P = (position_T[:, None].float() * self.frequency)[:, None]
-        cos, sin = self.scale * angle_T1P.cos(), self.scale * angle_T1P.sin()
-        return [turned(heads, cos, sin) for heads in heads_THC]
+        angle_TP = position_T[:, None].float() * self.frequency
+        return self.scale * angle_TP.cos(), self.scale * angle_TP.sin()
 
 
 def turned(heads_THC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from exflow.errors import InputError
 
 Transport = Literal["one-sided", "relayed", "collective", "eager"]
 NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
-UNKNOWN_TO_CAPTURED_STEPS = (  # settings that must be as in a model of our own
+UNTRIED_ON_GPUS = (  # settings that captured steps have met in Triton's interpreter alone
     "norm",
     "rope",
     "qk_norm",
@@ -31,22 +31,25 @@ def transport_named(name: str, device_type: str, config: ModelConfig) -> str:
     """`name` if it can be used for such a model on such devices, `auto` included. Else raises InputError."""
     if name not in ("auto", *NAMES):
         raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
-    if name not in ("auto", "eager") and (unknown := unknown_to_captured_steps(config)):
-        raise InputError(f"--transport {name}: {unknown}; give eager")
     if name not in ("auto", "eager") and not _runs_on(device_type, name):
         raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
     return name
 
 
-def unknown_to_captured_steps(config: ModelConfig) -> str:
-    """Why captured steps cannot run such a model; empty if they can."""
+def untried_in_captured_steps(config: ModelConfig) -> str:
+    """Why `auto` does not take captured steps for such a model; empty if it does."""
     known = ModelConfig.model_fields
-    unknown = [key for key in UNKNOWN_TO_CAPTURED_STEPS if getattr(config, key) != known[key].default]
+    untried = [key for key in UNTRIED_ON_GPUS if getattr(config, key) != known[key].default]
     if config.gate_among_all != (config.top_k == 1):
-        unknown.append("gate_softmax")
+        untried.append("gate_softmax")
     if config.activation == "clamped-swiglu":
-        unknown.append("activation")
-    return f"captured decode steps do not know the model's {', '.join(unknown)}" if unknown else ""
+        untried.append("activation")
+    if not untried:
+        return ""
+    return (
+        f"captured ones have not run on a GPU with the model's {', '.join(untried)}; to have them all the "
+        "same give --transport one-sided, relayed or collective"
+    )
 
 
 def choose_transport(
@@ -59,14 +62,13 @@ def choose_transport(
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
         return "eager"
-    unknown = unknown_to_captured_steps(config)
-    if unknown and name == "auto":
+    if name == "auto" and (untried := untried_in_captured_steps(config)):
         if cluster.rank == 0:
-            note(f"decode steps are eager: {unknown}")
+            note(f"decode steps are eager: {untried}")
         return "eager"
     wanted = _candidates(cluster, replicated, hierarchical) if name == "auto" else _named(name)
     for transport in wanted:
-        fault = unknown or _fault(transport, cluster, replicated)
+        fault = _fault(transport, cluster, replicated)
         if not fault:
             return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":

@@ -13,16 +13,22 @@ from exflow.kernels.wire import after_earlier_kernels, pointer_at
 
 
 @triton.jit
-def _over_the_past(q, new_k, new_v, keys, side, begin, end, with_new, scale, WIDTH: tl.constexpr,
-                   BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def _over_the_past(q, new_k, new_v, sink, keys, side, begin, end, with_new, scale, SINKS: tl.constexpr,
+                   WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+                   BLOCK_C: tl.constexpr):  # fmt: skip
     """The queries [BLOCK_Q, BLOCK_C] that share a key head, over its past: peak, mass [BLOCK_Q], sums,
-    float32."""
+    float32. SINKS: sink [BLOCK_Q] joins the scores."""
     c = tl.arange(0, BLOCK_C)
-    # the new token itself belongs to the first part
+    # the new token itself belongs to the first part, and so does the sink
     first = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
     peak = tl.where(with_new, first, float("-inf"))
     mass = tl.where(with_new, tl.full([BLOCK_Q], 1.0, tl.float32), 0.0)
     acc = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32) + tl.where(with_new, new_v.to(tl.float32), 0.0)[None, :]
+    if SINKS:
+        peak = tl.where(with_new, tl.maximum(first, sink), float("-inf"))
+        kept = tl.where(with_new, tl.exp(first - peak), 0.0)
+        mass = kept + tl.where(with_new, tl.exp(sink - peak), 0.0)
+        acc = acc * kept[:, None]
     for start in range(begin, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         tile = p[:, None] * WIDTH + c[None, :]
@@ -52,9 +58,11 @@ def decode_attention(
     attended,
     born,
     born_owned,
+    sinks,
     layer,
     rows,
     positions,
+    window,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -63,6 +71,7 @@ def decode_attention(
     MEMBERS: tl.constexpr,
     SPLITS: tl.constexpr,
     BORN: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -72,8 +81,9 @@ def decode_attention(
 
     qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64 of the new token;
     caches [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH],
-    MEMBER this rank's; out [rows, HEADS, WIDTH]. With SPLITS > 1 the past is cut into parts: sums [rows,
-    HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written instead, for `merge_splits`.
+    MEMBER this rank's; out [rows, HEADS, WIDTH]. A token sees `window` positions, its own the last; where
+    SINKS, sinks [HEADS] join the scores and add no value. With SPLITS > 1 the past is cut into parts: sums
+    [rows, HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written, for `merge_splits`.
     attended [rows] int32 counts the tokens run here. Where BORN, born [layers, rows, 2 KV_HEADS * WIDTH] gets
     the owned rows' new keys and values, and born_owned [layers, rows] int32 says which those are.
     """
@@ -112,13 +122,18 @@ def decode_attention(
             tl.store(attended + row, tl.load(attended + row) + 1)
 
         keys = pointer_at(tl.load(caches + MEMBER), qkv.dtype) + keys_at
-        part = tl.cdiv(tl.cdiv(past, SPLITS), BLOCK_P) * BLOCK_P
-        begin, end = split * part, tl.minimum(past, (split + 1) * part)
-        peak, mass, acc = _over_the_past(
-            q, new_k, new_v, keys, side, begin, end, split == 0, scale, WIDTH, BLOCK_P, BLOCK_Q, BLOCK_C
-        )
-
+        low = tl.maximum(past + 1 - window, 0)
+        part = tl.cdiv(tl.cdiv(past - low, SPLITS), BLOCK_P) * BLOCK_P
+        begin, end = low + split * part, tl.minimum(past, low + (split + 1) * part)
         h = head * PER_KV + q_of
+        sink = tl.zeros([BLOCK_Q], tl.float32)
+        if SINKS:
+            sink = tl.load(sinks + h, mask=q_of < PER_KV, other=0.0).to(tl.float32)
+        peak, mass, acc = _over_the_past(
+            q, new_k, new_v, sink, keys, side, begin, end, split == 0, scale, SINKS, WIDTH, BLOCK_P, BLOCK_Q,
+            BLOCK_C,
+        )  # fmt: skip
+
         if SPLITS == 1:
             at = out + (row * HEADS + h)[:, None] * WIDTH + c[None, :]
             tl.store(at, (acc / mass[:, None]).to(out.dtype.element_ty), mask=both)

@@ -8,7 +8,7 @@ hidden state before the layer. The receiver repeats the norm, so that the residu
 import triton
 import triton.language as tl
 
-from exflow.kernels.wire import after_earlier_kernels, moments, number_of, pointer_at, sequence_of
+from exflow.kernels.wire import after_earlier_kernels, moments, number_of, pointer_at, scaled, sequence_of
 
 # words of a row; the gate weights follow the slots
 STAMP: tl.constexpr = tl.constexpr(0)
@@ -33,6 +33,7 @@ def gate_and_put(
     norm_weight,
     norm_bias,
     gate,
+    gate_bias,
     serving,
     next_owner,
     dictated,
@@ -59,7 +60,10 @@ def gate_and_put(
     RELAYED: tl.constexpr,
     REPLICATED: tl.constexpr,
     REPLAY: tl.constexpr,
+    GATE_BIAS: tl.constexpr,
+    AMONG_ALL: tl.constexpr,
     EPS: tl.constexpr,
+    RMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -68,13 +72,15 @@ def gate_and_put(
 ):
     """Grid (rows,). Writes one row to every rank that serves the token, and to itself if it keeps it.
 
-    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; serving [RANKS, EXPERTS] int32, by the rank
-    that asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens, layers, TOP_K] int32 with dictated_row
-    [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight float32 are written, -1 for rows not
-    owned; buffers [2, RANKS] int64, where to write for each rank, by the number's parity; step [1] int64;
+    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D], with GATE_BIAS gate_bias [EXPERTS]; serving
+    [RANKS, EXPERTS] int32, by the rank that asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens,
+    layers, TOP_K] int32 with dictated_row [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight
+    float32 are written, -1 for rows not owned; buffers [2, RANKS] int64, where to write for each rank, by the
+    number's parity; step [1] int64;
     sent [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in
-    the buffers are numbered by sequence, else by row. RELAYED: a node that is not this one gets one row, by
-    row, for the relay there (relay.py).
+    the buffers are numbered by sequence, else by row. AMONG_ALL: a weight is the expert's probability among
+    all of them, else among the chosen. RELAYED: a node that is not this one gets one row, by row, for the
+    relay there (relay.py).
     """
     # everything whose address is known is read before anything is computed: latencies add up otherwise
     row = tl.program_id(0)
@@ -98,7 +104,7 @@ def gate_and_put(
         d = tl.arange(0, BLOCK_D)
         in_row = d < D
         x = tl.load(hidden + row * D + d, mask=in_row, other=0.0)
-        mean, scale = moments(x.to(tl.float32), in_row, D, EPS)
+        mean, scale = moments(x.to(tl.float32), in_row, D, EPS, RMS)
         terms = tl.zeros([BLOCK_E, STRIP], tl.float32)
         for start in tl.static_range(0, D, STRIP):
             if start > 0:
@@ -108,9 +114,11 @@ def gate_and_put(
                 w = tl.load(norm_weight + c, mask=c < D, other=0.0)
                 b = tl.load(norm_bias + c, mask=c < D, other=0.0)
             part = tl.load(hidden + row * D + c, mask=c < D, other=0.0).to(tl.float32)
-            normed = (part - mean) * scale * w.to(tl.float32) + b.to(tl.float32)
+            normed = scaled(part, mean, scale, w, b, RMS)
             terms += strip.to(tl.float32) * normed.to(x.dtype).to(tl.float32)[None, :]
         logits = tl.sum(terms, 1)
+        if GATE_BIAS:
+            logits += tl.load(gate_bias + e, mask=e < EXPERTS, other=0.0).to(tl.float32)
         logits = tl.where(e < EXPERTS, logits, float("-inf"))
         odds = tl.exp(logits - tl.max(logits, 0))
         probability = odds / tl.sum(odds, 0)
@@ -128,8 +136,7 @@ def gate_and_put(
                 expert = tl.load(dictated + at).to(tl.int32)
             else:
                 expert = tl.argmax(left, 0)
-            # one choice keeps its probability as weight, several share one among them
-            score = tl.sum(tl.where(e == expert, probability if TOP_K == 1 else logits, 0.0), 0)
+            score = tl.sum(tl.where(e == expert, probability if AMONG_ALL else logits, 0.0), 0)
             left = tl.where(e == expert, float("-inf"), left)
             slot = tl.sum(tl.where(e == expert, slots, 0), 0)
             tl.store(routing + row * TOP_K + k, expert)
@@ -138,7 +145,7 @@ def gate_and_put(
             words = tl.where(word == SLOTS + k, slot, words)
             scores = tl.where(word == SLOTS + TOP_K + k, score, scores)
         is_weight = (word >= SLOTS + TOP_K) & (word < SLOTS + 2 * TOP_K)
-        if TOP_K > 1:
+        if not AMONG_ALL:
             odds = tl.where(
                 is_weight, tl.exp(scores - tl.max(tl.where(is_weight, scores, float("-inf")), 0)), 0.0
             )

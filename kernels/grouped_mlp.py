@@ -20,17 +20,35 @@ def product(a, b, acc):
 
 
 @triton.jit
+def activation(x, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """gelu of x; or times up: swiglu silu(x) * up, clamped-swiglu gpt-oss's (reference.ClampedSwiglu)."""
+    if KIND == "gelu":
+        out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "swiglu":
+        out = x / (1.0 + tl.exp(-x)) * up
+    else:
+        gate = tl.minimum(x, LIMIT)
+        bounded = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        out = (bounded + 1.0) * gate / (1.0 + tl.exp(-ALPHA * gate))
+    return out
+
+
+@triton.jit
 def expert_up(
     normed,
     pairs,
     counts,
     w_in,
+    b_in,
     inner,
     pairs_per_slot,
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
-    GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -38,8 +56,10 @@ def expert_up(
 ):
     """Grid (F / BLOCK_F, slots). inner[pair] = activation(normed[pair // TOP_K] @ w_in[slot].T).
 
-    w_in [slots, F, D], or [slots, 2 F, D] where GATED (silu of the first half times the second); else GELU.
+    w_in [slots, F, D] where KIND is gelu, else [slots, 2 F, D], the first half for x of `activation`; with
+    BIASED b_in [slots, F] or [slots, 2 F] is added to the product.
     """
+    GATED: tl.constexpr = KIND != "gelu"
     after_earlier_kernels(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     slot = tl.program_id(1)
@@ -59,10 +79,12 @@ def expert_up(
             acc = product(tl.load(weights + tile, mask=exists, other=0.0), tl.trans(x), acc)
             if GATED:
                 up = product(tl.load(weights + F * D + tile, mask=exists, other=0.0), tl.trans(x), up)
-        if GATED:
-            active = acc / (1.0 + tl.exp(-acc)) * up
-        else:
-            active = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+        if BIASED:
+            bias = b_in + slot * ((2 if GATED else 1) * F) + f
+            acc += tl.load(bias, mask=f < F, other=0.0).to(tl.float32)[:, None]
+            if GATED:
+                up += tl.load(bias + F, mask=f < F, other=0.0).to(tl.float32)[:, None]
+        active = activation(acc, up, KIND, ALPHA, LIMIT)
         out = inner + pair[None, :] * F + f[:, None]
         tl.store(out, active.to(inner.dtype.element_ty), mask=(r < count)[None, :] & (f < F)[:, None])
 
@@ -74,11 +96,13 @@ def expert_down(
     counts,
     weight_of,
     w_out,
+    b_out,
     partials,
     pairs_per_slot,
     D: tl.constexpr,
     F: tl.constexpr,
     SPLITS: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -87,7 +111,8 @@ def expert_down(
     """Grid (D / BLOCK_D, slots, SPLITS). partials[split, pair] = weight_of[pair] * (a part of inner @
     w_out.T).
 
-    w_out [slots, D, F]; weight_of [pairs] float32; partials [SPLITS, pairs, D] float32.
+    w_out [slots, D, F]; with BIASED b_out [slots, D] is added to the product; weight_of [pairs] float32;
+    partials [SPLITS, pairs, D] float32.
     """
     after_earlier_kernels(PDL)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -107,6 +132,9 @@ def expert_down(
             exists = (d < D)[:, None] & (k < F)[None, :]
             w = tl.load(weights + d[:, None] * F + k[None, :], mask=exists, other=0.0)
             acc = product(w, tl.trans(x), acc)
+        if BIASED:
+            bias = tl.load(b_out + slot * D + d, mask=(d < D) & (split == 0), other=0.0)
+            acc += bias.to(tl.float32)[:, None]
         gate = tl.load(weight_of + pair, mask=r < count, other=0.0)
         out = partials + (split * pairs_per_slot + pair)[None, :] * D + d[:, None]
         tl.store(out, acc * gate[None, :], mask=(r < count)[None, :] & (d < D)[:, None])

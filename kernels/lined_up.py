@@ -6,7 +6,15 @@ The three kernels skip what is beyond the rows that came; the products' shapes d
 import triton
 import triton.language as tl
 
+from exflow.kernels.grouped_mlp import activation
 from exflow.kernels.wire import after_earlier_kernels
+
+
+@triton.jit
+def slot_of(row, ends, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Whose rows this one is among; SLOTS where it is beyond all."""
+    s = tl.arange(0, BLOCK_S)
+    return tl.sum((tl.load(ends + s, mask=s < SLOTS, other=1 << 30) <= row).to(tl.int32), 0)
 
 
 @triton.jit
@@ -50,27 +58,33 @@ def line_up(
 @triton.jit
 def activate(
     products,
+    b_in,
     inner,
     ends,
     F: tl.constexpr,
-    GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BIASED: tl.constexpr,
     SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, F / BLOCK_F). inner [pairs, F] from products [pairs, F], or [pairs, 2 F] where GATED
-    (silu of the first half times the second); else GELU."""
+    """Grid (pairs, F / BLOCK_F). inner [pairs, F] from products [pairs, F], or [pairs, 2 F], and biases as in
+    `expert_up`."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(ends + SLOTS - 1):
+        W: tl.constexpr = F if KIND == "gelu" else 2 * F
         f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-        if GATED:
-            x = tl.load(products + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
-            up = tl.load(products + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-            out = x / (1.0 + tl.exp(-x)) * up
-        else:
-            x = tl.load(products + row * F + f, mask=f < F, other=0.0).to(tl.float32)
-            out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        x = tl.load(products + row * W + f, mask=f < F, other=0.0).to(tl.float32)
+        up = tl.load(products + row * W + W - F + f, mask=f < F, other=0.0).to(tl.float32)
+        if BIASED:
+            bias = b_in + slot_of(row, ends, SLOTS, BLOCK_S) * W + f
+            x += tl.load(bias, mask=f < F, other=0.0).to(tl.float32)
+            up += tl.load(bias + W - F, mask=f < F, other=0.0).to(tl.float32)
+        out = activation(x, up, KIND, ALPHA, LIMIT)
         tl.store(inner + row * F + f, out.to(inner.dtype.element_ty), mask=f < F)
 
 
@@ -80,17 +94,24 @@ def put_back(
     order,
     ends,
     weight_of,
+    b_out,
     partials,
     D: tl.constexpr,
+    BIASED: tl.constexpr,
     SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs,). partials[pair] = weight_of[pair] * its row of outputs; partials [pairs, D] float32."""
+    """Grid (pairs,). partials[pair] = weight_of[pair] * its row of outputs, with BIASED and b_out [slots, D];
+    partials [pairs, D] float32."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     if row < tl.load(ends + SLOTS - 1):
         pair = tl.load(order + row)
         d = tl.arange(0, BLOCK_D)
         out = tl.load(outputs + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+        if BIASED:
+            bias = b_out + slot_of(row, ends, SLOTS, BLOCK_S) * D + d
+            out += tl.load(bias, mask=d < D, other=0.0).to(tl.float32)
         tl.store(partials + pair * D + d, out * tl.load(weight_of + pair), mask=d < D)

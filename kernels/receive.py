@@ -31,7 +31,7 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, re
               D: tl.constexpr, TOP_K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
               GROUP: tl.constexpr, RANKS_PER_NODE: tl.constexpr, SLOTS_PER_RANK: tl.constexpr,
               WORDS: tl.constexpr, HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr,
-              RELAYED: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+              RELAYED: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):  # fmt: skip
     """One sequence's row, if one came: its norm, and what the kernels to come must know of it."""
     SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
     place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
@@ -52,7 +52,7 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, re
         row_at = address + HIDDEN_AT + place * row_bytes
         in_row = d < D
         x = tl.load(pointer_at(row_at, normed.dtype) + d, mask=in_row, other=0.0).to(tl.float32)
-        out = normalise(x, in_row, w, b, D, EPS)
+        out = normalise(x, in_row, w, b, D, EPS, RMS)
         tl.store(normed + sequence * D + d, out.to(normed.dtype.element_ty), mask=in_row)
         words = address.to(tl.pointer_type(tl.int32)) + place * WORDS
         tl.store(residual_at + sequence, row_at)
@@ -125,6 +125,7 @@ def receive(
     RELAYED: tl.constexpr,
     WAIT: tl.constexpr,
     EPS: tl.constexpr,
+    RMS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -153,7 +154,7 @@ def receive(
     if program < sequences:
         _take_row(base, program, number, d, w, b, normed, residual_at, owner_of, relay_of, weights, D, TOP_K,
                   RANK, RANKS, GROUP, RANKS_PER_NODE, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE,
-                  RELAYED, EPS)  # fmt: skip
+                  RELAYED, EPS, RMS)  # fmt: skip
     else:
         _list_slot(base, program - sequences, number, pairs, counts, sequences, TOP_K, RANK, RANKS,
                    GROUP, SLOTS_PER_RANK, WORDS, CHUNK, BY_SEQUENCE, BLOCK_B)  # fmt: skip

@@ -143,6 +143,7 @@ def settle(
     RETURNS: tl.constexpr,
     WAIT: tl.constexpr,
     EPS: tl.constexpr,
+    RMS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -150,7 +151,7 @@ def settle(
 ):
     """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
 
-    normed [rows, D]: the LayerNorm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
+    normed [rows, D]: the norm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
     int64: where partial sums arrive, by the number's parity. RELAYED: arrived [RANKS] int64 is where the
     sums of other nodes' relays do, 0 for the ranks of this node.
     """
@@ -190,5 +191,5 @@ def settle(
         rounded = x.to(hidden.dtype.element_ty)
         tl.store(hidden + row * D + d, rounded, mask=in_row)
         wide = tl.where(in_row, rounded.to(tl.float32), 0.0)
-        out = normalise(wide, in_row, w, b, D, EPS)
+        out = normalise(wide, in_row, w, b, D, EPS, RMS)
         tl.store(normed + row * D + d, out.to(normed.dtype.element_ty), mask=in_row)

@@ -84,15 +84,23 @@ def number_of(step, layer, layers):
 
 
 @triton.jit
-def moments(x, mask, D: tl.constexpr, EPS: tl.constexpr):
-    """Mean and inverse deviation of a row, as LayerNorm has them; x [BLOCK] float32, zero where masked."""
-    mean = tl.sum(x, 0) / D
+def moments(x, mask, D: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
+    """Mean and inverse deviation of a row, as LayerNorm has them, or RMSNorm (RMS), which knows no mean; x
+    [BLOCK] float32, zero where masked."""
+    mean = tl.full([], 0.0, tl.float32) if RMS else tl.sum(x, 0) / D
     centred = tl.where(mask, x - mean, 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + EPS)
 
 
 @triton.jit
-def normalise(x, mask, w, b, D: tl.constexpr, EPS: tl.constexpr):
-    """LayerNorm of one row in float32 [BLOCK], with weight w and bias b; x is zero where masked."""
-    mean, scale = moments(x, mask, D, EPS)
-    return (x - mean) * scale * w.to(tl.float32) + b.to(tl.float32)
+def scaled(x, mean, scale, w, b, RMS: tl.constexpr):
+    """The norm from its moments, in float32, with weight w and bias b, which RMSNorm has not."""
+    weighted = (x - mean) * scale * w.to(tl.float32)
+    return weighted if RMS else weighted + b.to(tl.float32)
+
+
+@triton.jit
+def normalise(x, mask, w, b, D: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
+    """The norm of one row in float32 [BLOCK]; x is zero where masked."""
+    mean, scale = moments(x, mask, D, EPS, RMS)
+    return scaled(x, mean, scale, w, b, RMS)

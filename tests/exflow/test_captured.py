@@ -1,12 +1,15 @@
 """Captured decode steps of one process, in Triton's interpreter: what is kept from request to request."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from exflow.decoder import Decoder
-from exflow.deploy import contiguous_plan
+from exflow.decoder import Decoder, Rows
+from exflow.deploy import contiguous_plan, load_model
 from exflow.distributed import Cluster
 from exflow.engine import Engine, Request
 from exflow.errors import WrongResult
@@ -27,6 +30,31 @@ def capturing(decoder: Decoder) -> Engine:
     tables = PlanTables.of(contiguous_plan(decoder.config, Topology(gpus_per_node=1)), CPU)
     capture = captured.Capture(decoder, tables, cluster, 1, False, "one-sided")
     return Engine(decoder, single_process(), capture)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("many_rows", [False, True])
+def test_published_models_have_the_scores_of_eager_steps(
+    hugging_face_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, family: str, many_rows: bool
+) -> None:
+    """With grouped products too; the past is longer than a window, and in two parts."""
+    if many_rows:
+        monkeypatch.setattr("exflow.decode_step.MANY_ROWS", 0)
+    decoder = load_model(hugging_face_model(family).folder).decoder
+    request = Request([[65, 66, 67, 68, 69, 70, 71], [42]], 4)
+    found: list[dict[tuple[int, int], Tensor]] = []
+    for engine in (capturing(decoder), Engine(decoder, single_process())):
+        found.append(seen := {})
+        engine.generate(request, partial(keep, seen))
+    captured_scores, eager_scores = found
+    assert captured_scores.keys() == eager_scores.keys()
+    for place, score in captured_scores.items():
+        torch.testing.assert_close(score, eager_scores[place], atol=1e-4, rtol=1e-4)
+
+
+def keep(seen: dict[tuple[int, int], Tensor], rows: Rows, logits_TV: Tensor) -> None:
+    places = zip(rows.sequence_T.tolist(), rows.position_T.tolist(), strict=True)
+    seen.update(zip(places, logits_TV.clone(), strict=True))
 
 
 def test_requests_share_steps_and_their_cache(tiny_decoder: Callable[..., Decoder]) -> None:

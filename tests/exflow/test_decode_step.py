@@ -6,6 +6,7 @@ its waits.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from exflow.config import ModelConfig
 from exflow.decode_step import DecodeStep
 from exflow.decoder import Decoder, MoE, Rows
-from exflow.deploy import contiguous_plan
+from exflow.deploy import contiguous_plan, load_model
 from exflow.engine import Engine, Request, _Run
 from exflow.job_trace import JobRecorder
 from exflow.kv_cache import cache_shape
@@ -47,8 +48,8 @@ def of_rank(decoder: Decoder, plan: Plan, rank: int) -> Decoder:
     for name, module in decoder.named_modules():
         if isinstance(module, MoE):
             held = plan.physical_to_logical_map[module.index, first : first + plan.slots_per_rank]
-            for weights in ("w_in", "w_out"):
-                state[f"{name}.experts.{weights}"] = state[f"{name}.experts.{weights}"][held.tolist()]
+            for each in (key for key in decoder.state_dict() if key.startswith(f"{name}.experts.")):
+                state[each] = state[each][held.tolist()]
     part.load_state_dict(state)
     return part.to(DEVICE).eval().requires_grad_(False)
 
@@ -258,6 +259,27 @@ def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
     ours.run(2)
     assert ours.chosen(2)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
     assert not any(step.failed.any() for step in ours.steps)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "group_size", "replicated"),
+    [
+        ("mixtral", 2, 2, False),
+        ("olmoe", 2, 1, False),
+        ("qwen3_moe", 2, 2, True),
+        ("gpt_oss", 4, 2, False),
+    ],
+)
+@torch.inference_mode()
+def test_published_models_too(
+    hugging_face_model: Callable[..., Any], family: str, ranks: int, group_size: int, replicated: bool
+) -> None:
+    decoder = load_model(hugging_face_model(family).folder).decoder
+    request = Request([[3, 1, 4, 1, 5, 9], [1, 5], [9, 2, 6, 5]], max_new_tokens=4)
+    expected = Engine(decoder, single_process()).generate(request).tokens
+    ours = job(decoder, request, plan_of(decoder.config, ranks, True), group_size, replicated)
+    ours.run(3)
+    assert ours.chosen(3)[: len(expected)].tolist() == [tokens[1:] for tokens in expected]
 
 
 @pytest.mark.parametrize("relayed", [False, True])

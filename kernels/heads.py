@@ -1,0 +1,91 @@
+"""Between projection and attention: norms of queries and keys, bounds, and rotary positions, in place."""
+
+import triton
+import triton.language as tl
+
+from exflow.kernels.wire import after_earlier_kernels, scaled
+
+
+@triton.jit
+def prepare_heads(
+    qkv,
+    owned,
+    position,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    cosines,
+    sines,
+    clip,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NORM: tl.constexpr,
+    RMS: tl.constexpr,
+    EPS: tl.constexpr,
+    CLIP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (rows, 2), or with CLIP (rows, 3): the queries of an owned row, its keys, and its values.
+
+    qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64. NORM is none, head
+    (weights and biases [WIDTH]) or width ([HEADS * WIDTH] and [KV_HEADS * WIDTH]); then values are bounded by
+    +-clip; then, where ROTARY, number p of a head and number p + WIDTH / 2 are turned by cosines and sines
+    [positions, WIDTH / 2] float32. All as in decoder.Attention.
+    """
+    after_earlier_kernels(PDL)
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    if tl.load(owned + row) != 0:
+        HALF: tl.constexpr = (WIDTH + 1) // 2
+        heads = HEADS if part == 0 else KV_HEADS
+        before = 0 if part == 0 else HEADS + (part - 1) * KV_HEADS
+        h = tl.arange(0, BLOCK_H)[:, None]
+        p = tl.arange(0, BLOCK_P)[None, :]
+        in_a = (h < heads) & (p < HALF)
+        in_b = (h < heads) & (p + HALF < WIDTH)
+        at = qkv + (row * (HEADS + 2 * KV_HEADS) + before + h) * WIDTH + p
+        a = tl.load(at, mask=in_a, other=0.0).to(tl.float32)
+        b = tl.load(at + HALF, mask=in_b, other=0.0).to(tl.float32)
+        if NORM != "none":  # noqa: SIM102 - what is known when compiled comes first
+            if part < 2:
+                w = q_weight if part == 0 else k_weight
+                shift = q_bias if part == 0 else k_bias
+                place = p if NORM == "head" else h * WIDTH + p
+                size = WIDTH if NORM == "head" else heads * WIDTH
+                mean = tl.zeros([BLOCK_H, 1], tl.float32)
+                if not RMS:
+                    mean += _over(a + b, NORM) / size
+                squares = tl.where(in_a, (a - mean) * (a - mean), 0.0)
+                squares += tl.where(in_b, (b - mean) * (b - mean), 0.0)
+                scale = 1.0 / tl.sqrt(_over(squares, NORM) / size + EPS)
+                w_a = tl.load(w + place, mask=in_a, other=0.0)
+                w_b = tl.load(w + place + HALF, mask=in_b, other=0.0)
+                s_a = tl.load(shift + place, mask=in_a, other=0.0)
+                s_b = tl.load(shift + place + HALF, mask=in_b, other=0.0)
+                a = scaled(a, mean, scale, w_a, s_a, RMS).to(qkv.dtype.element_ty).to(tl.float32)
+                b = scaled(b, mean, scale, w_b, s_b, RMS).to(qkv.dtype.element_ty).to(tl.float32)
+        if CLIP:
+            a = tl.minimum(tl.maximum(a, -clip), clip)
+            b = tl.minimum(tl.maximum(b, -clip), clip)
+        if ROTARY:  # noqa: SIM102
+            if part < 2:
+                angle = tl.load(position + row) * HALF + p
+                cos = tl.load(cosines + angle, mask=p < HALF, other=0.0)
+                sin = tl.load(sines + angle, mask=p < HALF, other=0.0)
+                turned = a * cos - b * sin
+                b = b * cos + a * sin
+                a = turned
+        tl.store(at, a.to(qkv.dtype.element_ty), mask=in_a)
+        tl.store(at + HALF, b.to(qkv.dtype.element_ty), mask=in_b)
+
+
+@triton.jit
+def _over(x, NORM: tl.constexpr):
+    """The sum of each head's numbers [BLOCK_H, 1], or of all of them [1, 1]."""
+    each = tl.sum(x, 1)[:, None]
+    return each if NORM == "head" else tl.sum(each, 0)[None, :]
