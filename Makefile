@@ -18,15 +18,22 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The suite on the lower bounds of dependencies, and on the newest there are; each in a set-up of its own
+# The suite on the lower bounds of dependencies, and on the newest there are; each in a set-up of its own, with its
+# own cache of compiled code. Both on the torch of constraints.txt, and the triton that goes with it: every other one is
+# gigabytes. On the bound of torch itself: make test-oldest TORCH=torch==2.11. PYTEST_ADDOPTS chooses tests.
+TORCH ?= $(shell grep -E '^(torch|triton)==' constraints.txt)
+
+test-oldest: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-oldest/numba
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest hypothesis setuptools
+	grep -v '^torch==' constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TORCH) pytest hypothesis setuptools
 	.venv-oldest/bin/pytest -p no:warnings
 
+test-newest: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-newest/numba
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' $(TORCH)
 	.venv-newest/bin/pytest
 
 docs: .venv/ready

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from exflow.errors import InputError
-from exflow.launch import PATIENCE_S, Place, torchrun_place
+from exflow.errors import InputError, WrongResult
+from exflow.launch import PATIENCE_S, LostContact, Place, torchrun_place
 from exflow.roll_call import RollCall, tells_of_a_lost_rank
 
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
     """Join the job that torchrun describes in the environment; gloo on CPUs, NCCL on GPUs.
 
     Raises InputError for a job that cannot be, and LostContact if another rank goes away, or is waited for
-    longer than `patience_s`.
+    longer than `patience_s`. Of WrongResults that several ranks of a node raise at once, the first remains.
     """
     place = torchrun_place()
     assert place is not None
@@ -63,15 +63,20 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
         )
         roll_call.joined = True
         yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device, patience_s)
-    except RuntimeError as error:
-        if _NO_INTERFACE in str(error):
+    except WrongResult as error:
+        if roll_call.is_told():
+            raise LostContact(str(error), told=True) from error
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _NO_INTERFACE in str(error):
             named = os.environ.get("GLOO_SOCKET_IFNAME")
             raise InputError(
                 f"GLOO_SOCKET_IFNAME={named}: no such network interface; see `ip link`"
             ) from error
-        if not tells_of_a_lost_rank(error):
-            raise
-        raise roll_call.lost(error) from error
+        if isinstance(error, RuntimeError) and tells_of_a_lost_rank(error):
+            raise roll_call.lost(error) from error
+        error.add_note(f"on rank {place.rank} of {place.num_ranks}")  # for the traceback
+        raise
     dist.destroy_process_group()  # but after an error it would wait for a rank that may be gone
 
 

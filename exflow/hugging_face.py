@@ -70,17 +70,17 @@ def longest_sequence(model: Any) -> int | None:
 
 def _transformers(folder: Path) -> Any:
     """The library, once it is sure that there is a model for it."""
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: holds no config.json, so no Hugging Face model; give a folder that save_pretrained() "
+            "or 'hf download NAME --local-dir FOLDER' has filled"
+        )
     try:
         transformers = import_module("transformers")
     except ImportError as error:
         raise InputError(
             f"{PREFIX}{folder}: transformers is not installed ({error}); pip install 'exflow[transformers]'"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder}: holds no config.json, so no Hugging Face model; give a folder that save_pretrained() "
-            "or 'hf download NAME --local-dir FOLDER' has filled"
-        )
     transformers.utils.logging.disable_progress_bar()  # the command has its own
     transformers.utils.logging.set_verbosity_error()
     return transformers

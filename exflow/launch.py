@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import NoReturn
 
+ERROR = 1  # exit code of a rank with an error of its own, of which it has told, or Python with a traceback
 BAD_INPUT = 2  # exit code where the user's input is at fault
 LOST_CONTACT = 3  # exit code of a rank that found another one gone
 PATIENCE_S = 600.0  # how long a rank waits for another one, which may be slow, before it gives it up
@@ -94,9 +95,10 @@ def run_ranks(arguments: list[str], num_ranks: int) -> None:
 
 
 def _cause_of_death(codes: dict[int, int], num_ranks: int) -> str:
-    if LOST_CONTACT in codes.values():
-        return "the job was stopped"  # a rank has said why, and waited before that for us to see a death
     rank = culprit(codes)
+    # a rank has said why; one that lost contact waited before that for us to see a death
+    if codes[rank] == ERROR or LOST_CONTACT in codes.values():
+        return "the job was stopped"
     how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
     hint = "; if nobody killed it, memory ran out (see dmesg)" if how == "SIGKILL" else ""
     return f"rank {rank} of {num_ranks} died ({how}); the job was stopped{hint}"

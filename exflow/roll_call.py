@@ -5,16 +5,20 @@ The store lives in the agent of the first node, which may be out of reach itself
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from exflow.launch import LostContact, Place
+
+Answer = TypeVar("Answer")
 
 # gloo's words for a rank that is gone, and for one that is silent
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
@@ -37,7 +41,6 @@ class RollCall:
     patience_s: float
     store: Store | None = None
     joined: bool = False
-    answer: LostContact | None = None
 
     def open(self) -> Store:
         """Come to the store, and leave word of it."""
@@ -55,21 +58,26 @@ class RollCall:
                 f"rank {self.place.rank}: no answer from the first node's torchrun at {_first_node()} within "
                 f"{self.patience_s:g} s{_ALIKE}"
             )
-        asking = Thread(target=self._ask, args=(self.store, error), daemon=True)
-        asking.start()
-        asking.join(_GRACE_S + _PATIENCE_WITH_STORE_S)
-        return self.answer or LostContact(
+        answer = _asked(lambda: self._answer(error), _GRACE_S + _PATIENCE_WITH_STORE_S)
+        return answer or LostContact(
             f"rank {self.place.rank}: {self._what(error, 'another rank')}, and no answer from the first "
             f"node's torchrun ({_first_node()}): this node may be cut off"
         )
 
-    def _ask(self, store: Store, error: RuntimeError) -> None:
-        """Find the answer; where the store is out of reach it comes to none, or never returns."""
-        with suppress(RuntimeError):
-            self._leave_word("alive")
-            time.sleep(_GRACE_S)
-            told = store.add(f"exflow/told/{self.place.rank // self.place.ranks_per_node}", 1) > 1
-            self.answer = LostContact(self._who(error), told)
+    def is_told(self) -> bool:
+        """Whether another rank of this node has told why the job ends; from now on, this one has."""
+        return bool(_asked(self._others_have_told, _PATIENCE_WITH_STORE_S))
+
+    def _others_have_told(self) -> bool:
+        assert self.store is not None
+        told: int = self.store.add(f"exflow/told/{self.place.rank // self.place.ranks_per_node}", 1)
+        return told > 1
+
+    def _answer(self, error: RuntimeError) -> LostContact:
+        self._leave_word("alive")
+        time.sleep(_GRACE_S)
+        told = self._others_have_told()
+        return LostContact(self._who(error), told)
 
     def _who(self, error: RuntimeError) -> str:
         missing = self._without("came")
@@ -110,6 +118,20 @@ class RollCall:
 
 
 _ALIKE = "; start torchrun alike on every node, or give more --patience"
+
+
+def _asked(ask: Callable[[], Answer], seconds: float) -> Answer | None:
+    """What `ask` finds in the store; None where that is out of reach: it fails then, or never returns."""
+    answers: list[Answer] = []
+
+    def run() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    asking = Thread(target=run, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def _first_node() -> str:

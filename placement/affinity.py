@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from exflow.placement.compiled import compiled
 from exflow.profiling.trace import RoutingTrace
 
 _CHUNK = 4096  # tokens at a time: a chunk of the trace stays in the cache while every layer reads its column
@@ -58,7 +58,7 @@ def consecutive_rows(sequence: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDA
     return row[same], next_row[same]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_layers(experts: IntArray, inter: Counts, intra: Counts, load: Counts) -> None:
     num_tokens, num_layers, top_k = experts.shape
     distinct = np.empty(top_k, dtype=np.int64)
@@ -76,13 +76,13 @@ def _count_layers(experts: IntArray, inter: Counts, intra: Counts, load: Counts)
                     _count_pairs(experts, token, layer, token, layer + 1, inter[layer])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_wrap(experts: IntArray, row: Counts, next_row: Counts, wrap: Counts) -> None:
     for i in range(len(row)):
         _count_pairs(experts, row[i], experts.shape[1] - 1, next_row[i], 0, wrap)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_pairs(
     experts: IntArray, token: int, layer: int, next_token: int, next_layer: int, pairs: Counts
 ) -> None:
@@ -91,7 +91,7 @@ def _count_pairs(
             pairs[experts[token, layer, i], experts[next_token, next_layer, j]] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_together(experts: IntArray, token: int, layer: int, distinct: Counts, pairs: Counts) -> None:
     """Add each pair of distinct experts once, even if a token names one twice; `distinct` [K] is scratch."""
     count = 0

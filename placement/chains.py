@@ -7,9 +7,9 @@ the (E/G)^2 swaps), a price per state, and a price per pair of states in adjacen
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from exflow.placement.compiled import compiled
 from exflow.placement.problem import NORM, Assignment, PlacementProblem, Prices
 
 IntArray = NDArray[np.int64]
@@ -46,7 +46,7 @@ def swap_chain(problem: PlacementProblem, assignment: Assignment, part: int, oth
     return assignment
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _apply_best_chain(
     inter: Prices,  # [L-1, E, E]
     intra: Prices,  # [L, E, E]
@@ -93,7 +93,7 @@ def _apply_best_chain(
         state = previous[layer, state]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _members(assignment: Assignment, part: int, other: int) -> IntArray:
     """[L, 2, E/G]: the experts of both parts."""
     num_layers = assignment.shape[0]
@@ -105,7 +105,7 @@ def _members(assignment: Assignment, part: int, other: int) -> IntArray:
     return members
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _add_single_gains(inter: Prices, intra: Prices, members: IntArray, layer: int, gain: Prices) -> None:
     """Add to every state of `layer` what it would gain if no other layer changed."""
     size = members.shape[2]
@@ -128,7 +128,7 @@ def _add_single_gains(inter: Prices, intra: Prices, members: IntArray, layer: in
             gain[1 + x * size + y] -= pull[0, x] + pull[1, y] + 2 * apart
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _weigh(
     load: Prices,
     max_load: float,
@@ -150,13 +150,13 @@ def _weigh(
                 gain[1 + x * size + y] = -np.inf
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _soft(one: float, other: float, beside: float) -> float:
     """The soft maximum of two loads and others, whose powers sum to `beside`."""
     return float((one**NORM + other**NORM + beside) ** (1 / NORM))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _leave_out_replicas(replica_of: IntArray, members: IntArray, gain: Prices) -> None:
     """Bar the states whose swap takes an expert to another replica of it."""
     size = members.shape[1]
@@ -168,7 +168,7 @@ def _leave_out_replicas(replica_of: IntArray, members: IntArray, gain: Prices) -
                     gain[1 + x * size + y] = -np.inf
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _step(prices: Prices, before: IntArray, after: IntArray, gain: Prices) -> tuple[Prices, IntArray]:
     """The best gain of every state of a layer over the states of the layer before, and which one gives it.
 

@@ -9,9 +9,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from exflow.placement.compiled import compiled
 from exflow.placement.problem import NORM, SQUARINGS, Assignment, PlacementProblem, Prices, one_hot
 
 UNLIMITED = 1 << 62
@@ -82,7 +82,7 @@ def pulls(problem: PlacementProblem, assignment: Assignment) -> Prices:
     return np.ascontiguousarray(pull.transpose(0, 2, 1))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def try_swaps(fixed: Fixed, state: State, temperature: float, passes: int, rng: np.random.Generator) -> None:
     """Metropolis: in every pass each expert is tried against a random one of its layer."""
     num_layers, num_experts = state.assignment.shape
@@ -98,7 +98,7 @@ def try_swaps(fixed: Fixed, state: State, temperature: float, passes: int, rng: 
                 apply_swap(fixed, state, layer, e, f)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def sample_prices(fixed: Fixed, state: State, passes: int, rng: np.random.Generator) -> Prices:
     """What the swaps would cost that `passes` passes try, limits aside; 0 for those of one part."""
     num_layers, num_experts = state.assignment.shape
@@ -113,7 +113,7 @@ def sample_prices(fixed: Fixed, state: State, passes: int, rng: np.random.Genera
     return prices
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def is_allowed(fixed: Fixed, state: State, layer: int, e: int, f: int) -> bool:
     """True if e and f are on different parts and may change places."""
     p, q = state.assignment[layer, e], state.assignment[layer, f]
@@ -127,7 +127,7 @@ def is_allowed(fixed: Fixed, state: State, layer: int, e: int, f: int) -> bool:
     return bool(state.moved[0] + _more_moves(fixed, layer, e, f, p, q) <= fixed.max_moves)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def swap_price(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
     """What exchanging e and f, on different parts, adds to the cost, balance left aside."""
     p, q = state.assignment[layer, e], state.assignment[layer, f]
@@ -140,7 +140,7 @@ def swap_price(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
     return float(price)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def balance_change(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
     """What exchanging e and f adds to the price of the layer's soft maximum of loads."""
     price = fixed.balance_price[layer]
@@ -153,7 +153,7 @@ def balance_change(fixed: Fixed, state: State, layer: int, e: int, f: int) -> fl
     return float(price * (_root(after) - _root(before)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def apply_swap(fixed: Fixed, state: State, layer: int, e: int, f: int) -> None:
     parts, pull = state.assignment[layer], state.pull
     p, q = parts[e], parts[f]
@@ -172,7 +172,7 @@ def apply_swap(fixed: Fixed, state: State, layer: int, e: int, f: int) -> None:
         _move_pull(ahead[e], ahead[f], pull[layer + 1, p], pull[layer + 1, q])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _power(load: float) -> float:
     """load ** NORM, by squaring."""
     for _ in range(SQUARINGS):
@@ -180,14 +180,14 @@ def _power(load: float) -> float:
     return load
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _root(power: float) -> float:
     for _ in range(SQUARINGS):
         power = math.sqrt(power)
     return power
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _would_meet_a_replica(fixed: Fixed, state: State, layer: int, e: int, f: int) -> bool:
     of, parts = fixed.replica_of[layer], state.assignment[layer]
     if of[e] == of[f]:
@@ -200,7 +200,7 @@ def _would_meet_a_replica(fixed: Fixed, state: State, layer: int, e: int, f: int
     return False
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _more_moves(fixed: Fixed, layer: int, e: int, f: int, p: int, q: int) -> int:
     """By how much the number of moved experts grows if e leaves p for q and f the other way."""
     if fixed.max_moves == UNLIMITED:
@@ -209,7 +209,7 @@ def _more_moves(fixed: Fixed, layer: int, e: int, f: int, p: int, q: int) -> int
     return int(q != home_e) - int(p != home_e) + int(p != home_f) - int(q != home_f)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _move_pull(of_e: Prices, of_f: Prices, pull_p: Prices, pull_q: Prices) -> None:
     """Expert e has left part p for q, and f the other way."""
     for expert in range(len(of_e)):

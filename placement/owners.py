@@ -5,9 +5,9 @@ Shapes: T tokens, L MoE layers, K = top_k, E experts, G ranks.
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from exflow.placement.affinity import consecutive_rows
+from exflow.placement.compiled import compiled
 from exflow.profiling.trace import RoutingTrace
 
 IntArray = npt.NDArray[np.integer]
@@ -43,7 +43,7 @@ def _lists(hosts: npt.NDArray[np.bool_]) -> tuple[Counts, Counts]:
     return rank, np.searchsorted(expert, np.arange(len(hosts) + 1))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_next_hosts(
     experts: IntArray,  # [T, L, K]
     layer: int,

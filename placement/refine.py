@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from exflow.placement.affinity import consecutive_rows
+from exflow.placement.compiled import compiled
 from exflow.placement.confidence import of_sequences
 from exflow.placement.kernel import (
     Fixed,
@@ -130,7 +130,7 @@ def _judge(problem: PlacementProblem, tokens: Tokens, trace: RoutingTrace, assig
     return Refined(assignment, messages, messages + balance)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _follow_owners(tokens: Tokens, assignment: Assignment, table: NDArray[np.int16]) -> None:
     """Fill in `tokens.owner`: before its first layer the row before left it there, or it is at home."""
     num_tokens, num_layers, _ = tokens.experts.shape
@@ -143,7 +143,7 @@ def _follow_owners(tokens: Tokens, assignment: Assignment, table: NDArray[np.int
             )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _choose(chosen: IntArray, parts: IntArray, table: NDArray[np.int16]) -> int:
     """The part among the chosen experts' that has the largest score, the lowest of equals (see
     `_choose_owner`)."""
@@ -156,7 +156,7 @@ def _choose(chosen: IntArray, parts: IntArray, table: NDArray[np.int16]) -> int:
     return best
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _score(chosen: IntArray, part: int, table: NDArray[np.int16]) -> int:
     score = 0
     for expert in chosen:
@@ -164,7 +164,7 @@ def _score(chosen: IntArray, part: int, table: NDArray[np.int16]) -> int:
     return score
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _star(chosen: IntArray, parts: IntArray, owner: int, distance: Prices) -> float:
     """The messages between `owner` and the parts of the chosen experts, each once."""
     cost = 0.0
@@ -179,7 +179,7 @@ def _star(chosen: IntArray, parts: IntArray, owner: int, distance: Prices) -> fl
     return cost
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _message_cost(tokens: Tokens, assignment: Assignment, distance: Prices) -> float:
     """Of all tokens and layers: dispatch from the owner before a layer, return to the owner after it."""
     num_tokens, num_layers, _ = tokens.experts.shape
@@ -196,7 +196,7 @@ def _message_cost(tokens: Tokens, assignment: Assignment, distance: Prices) -> f
     return cost
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _refine_layer(
     fixed: Fixed,
     state: State,
@@ -235,7 +235,7 @@ def _refine_layer(
                 break
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _change(
     tokens: Tokens,
     assignment: Assignment,  # with e on q already
@@ -287,7 +287,7 @@ def _change(
     return change
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _choose_again(
     tokens: Tokens, assignment: Assignment, table: NDArray[np.int16], layer: int, expert: int
 ) -> None:

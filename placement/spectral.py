@@ -117,15 +117,17 @@ def _allowed(entries: Single) -> Single:
 def _onto_spectrum(matrices: Single, num_parts: int, rank: int, pool: Executor) -> tuple[Single, int]:
     """Near the nearest matrices [W, k, E, k, E] with the spectrum of an assignment's, and their largest rank.
 
-    Near, because only the `rank` largest eigenvalues are looked at.
+    Near, because only the `rank` largest eigenvalues are looked at; some less where LAPACK finds fewer, as it
+    may if the smallest of them are next to equal.
     """
     layers, num_experts = matrices.shape[1:3]
     size = layers * num_experts
     most = size / num_parts
     top = [size - min(rank, size - layers), size - 1]
     found = list(pool.map(lambda matrix: eigh(_centred(matrix), subset_by_index=top), matrices))
-    vectors = np.stack([vector for _, vector in found])
-    values = _clipped(np.stack([value for value, _ in found]), most, most * (num_parts - 1))
+    fewest = min(len(value) for value, _ in found)
+    vectors = np.stack([vector[:, -fewest:] for _, vector in found])
+    values = _clipped(np.stack([value[-fewest:] for value, _ in found]), most, most * (num_parts - 1))
     nearest = (vectors * values[:, None]) @ vectors.transpose(0, 2, 1) + np.float32(1 / num_parts)
     return nearest.reshape(matrices.shape), int((values > 0).sum(axis=1).max())
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
 from exflow.errors import InputError
@@ -21,7 +22,8 @@ MAX_BYTES = 1 << 20
 MAX_GPUS = 4096
 MAX_BANDWIDTHS = 16  # shortest paths are found once for each; real machines have a handful
 MAX_SCALAR = 256  # characters of one name or number
-SOURCES_AT_ONCE = 256  # GPUs, so that their distances to all switches take little memory
+DIGITS = 6  # of a cost in microseconds, after the point
+SOURCES_AT_ONCE = 256  # of shortest paths, so that their distances to all nodes take little memory
 
 Name = Annotated[str, Field(pattern=r"^\S{1,64}$")]
 Count = Annotated[int, Field(ge=1, le=MAX_GPUS)]
@@ -111,29 +113,38 @@ def load_topology(path: Path) -> Topology:
             num_nodes, cost = document.nodes, _equal_costs(document)
         else:
             hosts = document.node_of
-            num_nodes, cost = len(set(hosts.values())) if hosts else 1, _graph_costs(document)
-        # one float object for each value, not for each pair: there are millions of pairs of 4096 GPUs
-        values, which = np.unique(np.round(cost, 6), return_inverse=True)
-        rows = np.array(values.tolist(), object)[which.reshape(cost.shape)].tolist()
-        return Topology(
-            num_nodes=num_nodes, gpus_per_node=len(cost) // num_nodes, link_cost=tuple(map(tuple, rows))
-        )
+            num_nodes, cost = len(set(hosts.values())) if hosts else 1, _as_rows(_graph_costs(document))
+        return Topology(num_nodes=num_nodes, gpus_per_node=len(cost) // num_nodes, link_cost=cost)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _equal_costs(document: EqualNodes) -> npt.NDArray[np.float64]:
-    """[gpus, gpus]: what a message costs in microseconds."""
+# A row holds one float object for each value, not for each pair: there are millions of pairs of 4096 GPUs
+Rows = tuple[tuple[float, ...], ...]
+
+
+def _equal_costs(document: EqualNodes) -> Rows:
+    """[gpus][gpus]: what a message costs in microseconds; put together from runs of GPUs that cost alike."""
 
     def price(link: Link | None) -> float:  # without a link, because no two GPUs need it
         if link is None:
             return 0.0
-        return link.latency_us + _transfer_us(document.message_bytes, link.bandwidth_gb_s)
+        return round(link.latency_us + _transfer_us(document.message_bytes, link.bandwidth_gb_s), DIGITS)
 
-    node = np.arange(document.nodes * document.gpus_per_node) // document.gpus_per_node
-    cost = np.where(node[:, None] == node, price(document.intra_node), price(document.inter_node))
-    np.fill_diagonal(cost, 0)
-    return cost
+    near, far, size = price(document.intra_node), price(document.inter_node), document.gpus_per_node
+    others = [(far,) * (size * count) for count in range(document.nodes)]
+    node = [(near,) * rank + (0.0,) + (near,) * (size - 1 - rank) for rank in range(size)]
+    return tuple(
+        before + row + after for before, after in zip(others, others[::-1], strict=True) for row in node
+    )
+
+
+def _as_rows(cost: npt.NDArray[np.float64]) -> Rows:
+    rows = []
+    for row in np.round(cost, DIGITS):
+        values, which = np.unique(row, return_inverse=True)
+        rows.append(tuple(np.array(values.tolist(), object)[which].tolist()))
+    return tuple(rows)
 
 
 def _graph_costs(document: AnyGraph) -> npt.NDArray[np.float64]:
@@ -155,13 +166,28 @@ def _graph_costs(document: AnyGraph) -> npt.NDArray[np.float64]:
         fast.add_nodes_from(nodes)
         fast.add_edges_from(link for link in graph.edges(data=True) if link[2]["bandwidth"] >= slowest)
         latency = nx.to_scipy_sparse_array(fast, nodelist=nodes, weight="latency", dtype=np.float64)
-        transfer = _transfer_us(document.message_bytes, slowest)
-        for start in range(0, num_gpus, SOURCES_AT_ONCE):
-            part = slice(start, min(start + SOURCES_AT_ONCE, num_gpus))
-            path = dijkstra(latency, indices=np.arange(part.start, part.stop))[:, :num_gpus]
-            cost[part] = np.minimum(cost[part], path + transfer)
+        path = _shortest_paths(latency, num_gpus)
+        np.minimum(cost, path + _transfer_us(document.message_bytes, slowest), out=cost)
     upper = np.triu(cost, 1)  # both ways the same, though sums of floats depend on their order
     return np.asarray(upper + upper.T, dtype=np.float64)
+
+
+def _shortest_paths(length: csr_array, num_gpus: int) -> npt.NDArray[np.float64]:
+    """[gpus, gpus]: from each GPU to each other one; infinite where none leads, meaningless on the diagonal.
+
+    length: [nodes, nodes] of each link; the GPUs are the first nodes. A GPU with one link begins every path
+    with it. So paths are sought from where it leads: once from a switch, not from each GPU that hangs on it.
+    """
+    first_link, start, first = length.indptr[:num_gpus], np.arange(num_gpus), np.zeros(num_gpus)
+    hangs = np.diff(length.indptr)[:num_gpus] == 1
+    start[hangs], first[hangs] = length.indices[first_link[hangs]], length.data[first_link[hangs]]
+    sources, source = np.unique(start, return_inverse=True)
+    path = np.empty((num_gpus, num_gpus))
+    for begin in range(0, len(sources), SOURCES_AT_ONCE):
+        found = dijkstra(length, indices=sources[begin : begin + SOURCES_AT_ONCE])[:, :num_gpus]
+        here = (begin <= source) & (source < begin + SOURCES_AT_ONCE)
+        path[here] = first[here, None] + found[source[here] - begin]
+    return path
 
 
 def _transfer_us(message_bytes: int, bandwidth_gb_s: float) -> float:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from exflow.errors import InputError
+from exflow.placement.compiled import compiled
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -183,7 +183,7 @@ def _kv_copies(topology: Topology, group_size: int) -> npt.NDArray[np.int64]:
     return np.stack([inside - 1, group_size - inside], axis=1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _follow(
     experts: IntArray,  # [T, L, K]
     sequence: IntArray,  # [T] 0, 1, ... without gaps
@@ -222,7 +222,7 @@ def _follow(
     return messages, remote, load, owned
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def distinct_hosts(chosen: IntArray, serving: IntArray, load: IntArray, hosts: IntArray) -> int:
     """Write the ranks that serve the `chosen` experts [K], each once, to the front of `hosts` [K]; count
     them."""
@@ -236,7 +236,7 @@ def distinct_hosts(chosen: IntArray, serving: IntArray, load: IntArray, hosts: I
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> int:
     """Count a message between the owner and every other host: intra-node in messages[0], inter in [1].
 
@@ -256,7 +256,7 @@ def _send(owner: int, hosts: IntArray, node: IntArray, messages: IntArray) -> in
     return remote
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _send_by_relays(before: int, owner: int, hosts: IntArray, per_node: int, messages: IntArray) -> int:
     """Count a token's messages to its hosts, by one relay in each node, and back to its next owner.
 
@@ -286,7 +286,7 @@ def _send_by_relays(before: int, owner: int, hosts: IntArray, per_node: int, mes
     return remote
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def choose_owner(owner: int, hosts: IntArray, chosen: IntArray, next_owner: IntArray, group_size: int) -> int:
     """The host in the owner's group with the largest score, ties to the lowest rank; else the owner stays."""
     best, best_score = owner, -1

@@ -90,21 +90,21 @@ def generate(
     prompts = read_prompts(prompt or [], prompt_file)
     sampling = Sampling(temperature, top_p, seed)
     job = GenerateJob(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling,
-        plan,
-        strategy,
-        device,
-        dtype,
-        trace,
-        ignore_end,
-        replay,
-        transport,
-        hierarchical,
-        verify,
-        patience,
+        model=model,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        plan=plan,
+        strategy=strategy,
+        device=device,
+        dtype=dtype,
+        trace=trace,
+        ignore_end=ignore_end,
+        replay=replay,
+        transport=transport,
+        hierarchical=hierarchical,
+        verify=verify,
+        patience_s=patience,
     )
     if _ranks_did_it(nproc, lambda: job.check(nproc or 1)):
         return

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -64,6 +64,7 @@ def test_the_command_writes_a_plan_that_levels_them(tmp_path: Path, run: Callabl
     assert replicated["slots"] == 6 and replicated["imbalance_max"] < 9 / 8
 
 
+@settings(deadline=None)
 @given(arrays(np.int64, (3, 6), elements=st.integers(0, 50)), st.sampled_from([1, 2, 3]), st.integers(0, 4))
 def test_every_expert_is_placed_where_there_is_load(load: np.ndarray, ranks: int, redundant: int) -> None:
     topology = Topology(gpus_per_node=ranks)

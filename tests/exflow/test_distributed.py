@@ -27,9 +27,9 @@ from exflow.decoder import Decoder, MoE, Rows
 from exflow.deploy import Deployment, contiguous_plan, deploy, load_model
 from exflow.distributed import during, join_cluster
 from exflow.engine import Generation, Request
-from exflow.errors import InputError
+from exflow.errors import InputError, WrongResult
 from exflow.job_trace import JobRecorder
-from exflow.launch import LostContact
+from exflow.launch import LostContact, Place
 from exflow.placement.evaluate import exchanges_per_step
 from exflow.placement.place import place
 from exflow.placement.plan import Plan
@@ -593,6 +593,18 @@ def test_other_errors_are_no_lost_rank(lone_rank: None) -> None:
     with pytest.raises(RuntimeError, match="shapes") as caught, join_cluster("cpu"):
         raise RuntimeError("shapes cannot be multiplied")
     assert not isinstance(caught.value, LostContact)
+    assert caught.value.__notes__ == ["on rank 0 of 1"]  # the traceback is all that is said
+
+
+def test_a_wrong_result_stays_one(lone_rank: None) -> None:
+    with pytest.raises(WrongResult, match="sequence 1"), join_cluster("cpu"):
+        raise WrongResult("sequence 1")
+
+
+def test_one_rank_of_each_node_tells() -> None:
+    store = dist.HashStore()
+    places = [Place(rank, num_ranks=4, local_rank=rank % 2, ranks_per_node=2) for rank in range(4)]
+    assert [roll_call.RollCall(place, 9, store).is_told() for place in places] == [False, True, False, True]
 
 
 def test_nodes_of_different_sizes_are_bad_input(lone_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,11 @@
-"""Who is blamed for the end of a job, and what the signals do; jobs themselves are in test_faults.py."""
+"""Who is blamed for the end of a job, and what the signals do; jobs are in faults/test_ranks.py."""
 
 import signal
 from signal import SIGKILL, SIGSEGV, SIGTERM
 
 import pytest
 
-from exflow.launch import Place, culprit, torchrun_place
+from exflow.launch import Place, _cause_of_death, culprit, torchrun_place
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -22,6 +22,20 @@ ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 )
 def test_the_culprit(codes: dict[int, int], rank: int) -> None:
     assert culprit(codes) == rank
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({3: 1}, "the job was stopped"),  # rank 3 has told of its error
+        ({1: 3, 3: 1, 0: -SIGTERM}, "the job was stopped"),
+        ({1: 3, 0: -SIGKILL}, "the job was stopped"),  # rank 1 has told that rank 0 was silent
+        ({3: 1, 1: -SIGSEGV}, "rank 1 of 4 died (SIGSEGV); the job was stopped"),
+        ({2: 77}, "rank 2 of 4 died (exit code 77); the job was stopped"),
+    ],
+)
+def test_what_a_rank_has_told_is_not_told_again(codes: dict[int, int], said: str) -> None:
+    assert _cause_of_death(codes, num_ranks=4) == said
 
 
 def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:

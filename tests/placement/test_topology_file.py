@@ -186,10 +186,20 @@ def star(count: int, **link: Any) -> str:
     return str({"gpus": [f"g{number}" for number in range(count)], "edges": edges})
 
 
-def test_many_gpus(tmp_path: Path) -> None:
-    """More than the number of sources whose paths are found at once."""
+def test_many_gpus_on_a_switch(tmp_path: Path) -> None:
     cost = np.array(load(tmp_path, star(300)).link_cost)
     np.testing.assert_array_equal(cost, np.where(np.eye(300), 0, 3.0))
+
+
+def test_many_gpus_in_a_ring(tmp_path: Path) -> None:
+    """More than the number of sources whose paths are found at once."""
+    edges = [
+        {"between": [f"g{number}", f"g{(number + 1) % 300}"], "latency_us": 1, "bandwidth_gb_s": 8.192}
+        for number in range(300)
+    ]
+    cost = costs(tmp_path, {"gpus": [f"g{number}" for number in range(300)], "edges": edges})
+    apart = np.abs(np.subtract.outer(np.arange(300), np.arange(300)))
+    np.testing.assert_array_equal(cost, np.where(apart, np.minimum(apart, 300 - apart) + 1.0, 0))
 
 
 EDGE = "{between: [a0, a1], latency_us: 1, bandwidth_gb_s: 20}"

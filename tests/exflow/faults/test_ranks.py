@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ DEATHS = {
     "SIGKILL": "exflow: rank 1 of 4 died (SIGKILL); the job was stopped; if nobody killed it, memory ran out "
     "(see dmesg)\n",
     "SIGTERM": "exflow: rank 1 of 4 died (SIGTERM); the job was stopped\n",
-    "out of memory": f"{OUT_OF_MEMORY}exflow: rank 1 of 4 died (exit code 1); the job was stopped\n",
+    "out of memory": f"{OUT_OF_MEMORY}exflow: the job was stopped\n",
 }
 FEW = [("loading", "SIGKILL"), ("prompts", "SIGTERM"), ("decoding", "out of memory"), ("gather", "SIGKILL")]
 
@@ -130,6 +131,22 @@ def test_a_fault_that_one_rank_finds_is_told_once(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "blocks.1.mlp.experts.w_in" in err
     assert "NaN" in err
+
+
+def test_a_wrong_result_of_all_ranks_is_told_once(
+    generate: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Weights are finite, and what every rank computes overflows."""
+    huge = tiny_checkpoint()
+    weights = load_file(huge / "model.safetensors")
+    for name in ("w_in", "w_out"):
+        weights[f"blocks.1.mlp.experts.{name}"] *= 1e30
+    save_file(weights, huge / "model.safetensors")
+    with generate("--max-new-tokens", "2", model=huge) as job:
+        code, out, err = job.end()
+    assert (code, out) == (1, ""), err
+    told = r"exflow: sequence \d, step 0 \(.*\): the logits hold NaN or infinite values; .*\n"
+    assert re.fullmatch(f"{told}exflow: the job was stopped\n", err), err
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 SETTINGS are `argv`, `folder` to run in, `limit` (bytes that a file may have, or None) and `disk` (KiB of a
 disk that is mounted in the folder as `disk`, or None; what was there lies on it, and what is on it afterwards
-is copied to `after`). Output goes to `out` and `err` in the folder.
+is copied to `after`). With either of them numba's cache is on that disk, too. Output goes to `out` and `err`
+in the folder.
 """
 
 import ctypes
@@ -13,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import numba
 
 SETTINGS: dict[str, Any] = globals()["SETTINGS"]  # given by runpy
 limit, disk = SETTINGS["limit"], SETTINGS["disk"]
@@ -32,6 +35,12 @@ if disk is not None:
     shutil.copytree("before", "disk", dirs_exist_ok=True)
 if limit is not None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+if limit is not None or disk is not None:
+    os.environ["NUMBA_CACHE_DIR"] = str(Path("disk", "numba").absolute())
+    numba.core.config.reload_config()
+    for name in [name for name in sys.modules if name.startswith("exflow")]:
+        del sys.modules[name]  # whose functions have chosen their cache
 
 import torch  # noqa: E402
 
