@@ -132,11 +132,11 @@ class DecodeStep:
         self.next_owner = tables.next_owner.to(torch.int32).contiguous()  # [L, E, G]
         self.caches = torch.tensor(caches, device=self.device)
         self.overlap = _programmatic_launch(self.device)
+        self.rms = config.norm == "rmsnorm"
         self.shapes: dict[str, Any] = {
             **self.overlap,
             "D": hidden,
             "TOP_K": self.top_k,
-            "RMS": config.norm == "rmsnorm",
             "RANK": shape.rank,
             "RANKS": shape.num_ranks,
             "GROUP": shape.group_size,
@@ -330,7 +330,7 @@ class DecodeStep:
             KV_HEADS=config.num_kv_heads,
             WIDTH=config.head_dim,
             NORM=config.qk_norm or "none",
-            RMS=config.norm == "rmsnorm",
+            RMS=self.rms,
             EPS=config.norm_eps,
             CLIP=attention.clip is not None,
             ROTARY=self.turns is not None,
@@ -384,6 +384,7 @@ class DecodeStep:
             GATE_BIAS=gate.bias is not None,
             AMONG_ALL=config.gate_among_all,
             EPS=layer.norm.eps,
+            RMS=self.rms,
             BLOCK_E=block_e,
             STRIP=min(wide, 1024 if block_e <= 16 else 256),
             num_warps=4 if block_e <= 16 else 8,
@@ -417,6 +418,7 @@ class DecodeStep:
             CHUNK=mail.chunk,
             WAIT=self.one_sided and not shape.replicated,
             EPS=layer.norm.eps,
+            RMS=self.rms,
             BLOCK_B=triton.next_power_of_2(shape.sequences),
             **self.shapes,
             **words,
@@ -498,6 +500,7 @@ class DecodeStep:
             # a token that comes home has been its owner's to relay: its sums have been waited for
             WAIT=self.one_sided and not (shape.relayed and shape.group_size == 1),
             EPS=following.eps,
+            RMS=self.rms,
             SPLITS=self.down.splits,
             **self.shapes,
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from exflow.kernels.gate import SLOTS, STAMP, put_row
-from exflow.kernels.settle import add_sums, sum_here
+from exflow.kernels.settle import add_sums, put_sum, sum_here
 from exflow.kernels.wire import (
     after_earlier_kernels,
     number_of,
@@ -142,9 +142,7 @@ def send_sums(
             far = owner // RANKS_PER_NODE != RANK // RANKS_PER_NODE
             place = tl.where(far, row_of(sequence, RANKS, GROUP), sequence)
             chunk = tl.load(buffers + number % 2 * RANKS + owner)
-            sums = chunk + tl.where(far, FAR_SUMS_AT, SUMS_AT)
-            tl.store(chunk.to(tl.pointer_type(tl.int32)) + place, number)
-            value = total.to(like.dtype.element_ty)
-            tl.store(pointer_at(sums, like.dtype) + place * D + d, value, mask=in_row)
+            sums_at = tl.where(far, FAR_SUMS_AT, SUMS_AT)
+            put_sum(chunk, sums_at, place, number, total.to(like.dtype.element_ty), d, in_row, D)
             count = sent + sequence * 2 + far.to(tl.int32)
             tl.store(count, tl.load(count) + 1)

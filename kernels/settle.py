@@ -50,6 +50,15 @@ def add_sums(total, base, place, number, d, in_row, like, ME: tl.constexpr, PEER
 
 
 @triton.jit
+def put_sum(chunk, sums_at, place, number, value, d, in_row, D: tl.constexpr):
+    """Store one row of sums, value [BLOCK_D] of the type that travels, in its place of a chunk, and the
+    exchange's number."""
+    tl.store(chunk.to(tl.pointer_type(tl.int32)) + place, number)
+    sums = pointer_at(chunk + sums_at, tl.pointer_type(value.dtype))
+    tl.store(sums + place * D + d, value, mask=in_row)
+
+
+@triton.jit
 def put_partials(
     partials,
     weights,
@@ -101,8 +110,7 @@ def put_partials(
         for rank in tl.static_range(RANKS):
             if rank != RANK and (REPLICATED or receiver == rank):
                 base = tl.load(buffers + number % 2 * RANKS + rank)
-                tl.store(base.to(tl.pointer_type(tl.int32)) + row, number)
-                tl.store(pointer_at(base + SUMS_AT, like.dtype) + row * D + d, value, mask=in_row)
+                put_sum(base, SUMS_AT, row, number, value, d, in_row, D)
                 near = 0 if rank // RANKS_PER_NODE == RANK // RANKS_PER_NODE else 1
                 count = sent + sequence * 2 + near
                 tl.store(count, tl.load(count) + 1)

@@ -1,9 +1,11 @@
 """Compiles the kernels of a decode step for GPUs of compute capability 9.0, which need not be there.
 
-Run as a program, without Triton's interpreter: a step of each model shape below is run on the CPU, and every
-launch compiles and does nothing else. Prints the kernels compiled, one a line.
+Run as a program, without Triton's interpreter: steps of each model below, on one rank and on simulated ones,
+are run on the CPU, and every launch compiles and does nothing else. Prints the kernels compiled, one a line.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,17 +13,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from exflow import decode_step
-from exflow.captured import Capture
-from exflow.config import ModelConfig
-from exflow.deploy import contiguous_plan
-from exflow.distributed import Cluster
-from exflow.moe import PlanTables
-from exflow.placement.topology import Topology
-from exflow.random_weights import RandomWeights, random_decoder
-from exflow.sampling import GREEDY
+sys.path.insert(0, str(Path(__file__).parents[1] / "exflow"))
+from test_decode_step import SimulatedAllToAll, job, plan_of
 
-CPU = torch.device("cpu")
+from exflow import decode_step
+from exflow.config import ModelConfig
+from exflow.decoder import Decoder, initialise
+from exflow.engine import Request
+
 BASE = {
     "vocab_size": 320,
     "max_positions": 512,
@@ -57,14 +56,15 @@ class NoDevice:
         return 0
 
 
-def compile_step(config: ModelConfig, many_rows: int) -> None:
-    experts = [list(range(config.num_experts))] * len(config.moe_layer_ids)
-    decoder = random_decoder(RandomWeights(config), CPU, torch.bfloat16, experts)
-    tables = PlanTables.of(contiguous_plan(config, Topology(gpus_per_node=1)), CPU)
+@torch.inference_mode()
+def compile_step(shape: str, ranks: int = 1, many_rows: int = 96, nodes: int = 1) -> None:
+    decoder = Decoder(ModelConfig.model_validate(BASE | SHAPES[shape]))
+    initialise(decoder, torch.Generator().manual_seed(0))
     decode_step.MANY_ROWS = many_rows
-    capture = Capture(decoder, tables, Cluster(0, 1, 1, CPU), 1, False, "one-sided")
-    with torch.inference_mode():
-        capture.make(16, 256, GREEDY, (1, 2)).run()
+    exchange = torch.distributed.all_to_all_single = SimulatedAllToAll() if nodes > 1 else None
+    plan = plan_of(decoder.config, ranks, False, nodes)
+    request = Request([[1] * 200, [2]], 4)
+    job(decoder, request, plan, max(1, ranks // 2), collective=exchange, relayed=nodes > 1).run(1)
 
 
 def main() -> None:
@@ -77,9 +77,11 @@ def main() -> None:
 
     JITFunction.run = only_compile
     decode_step._programmatic_launch = lambda device: {"PDL": True, "launch_pdl": True}
-    for changes in SHAPES.values():
-        compile_step(ModelConfig.model_validate(BASE | changes), decode_step.MANY_ROWS)
-    compile_step(ModelConfig.model_validate(BASE | SHAPES["sinks"]), 0)
+    for shape in SHAPES:
+        compile_step(shape)
+    compile_step("sinks", many_rows=0)
+    compile_step("own", ranks=2)
+    compile_step("sinks", ranks=4, nodes=2)
     print("\n".join(sorted(compiled)))
 
 

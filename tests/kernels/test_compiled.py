@@ -16,9 +16,12 @@ KERNELS = [
     "gate_and_put",
     "line_up",
     "merge_splits",
+    "pass_on",
     "prepare_heads",
     "put_back",
+    "put_partials",
     "receive",
+    "send_sums",
     "settle",
 ]
 
