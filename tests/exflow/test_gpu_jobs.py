@@ -36,7 +36,21 @@ pytestmark = [
 STRATEGIES = ("dispatch-combine", "coherent", "replicated")
 TRANSPORTS = ("eager", "collective", "one-sided")
 PLANS = {"plain": 8, "replicas": 12}  # slots in each layer
-MODELS: dict[str, dict[str, Any]] = {"top1": {}, "top2-swiglu": {"top_k": 2, "activation": "swiglu"}}
+MODELS: dict[str, dict[str, Any]] = {
+    "top1": {},
+    "top2": {  # all that a published model may want
+        "top_k": 2,
+        "activation": "clamped-swiglu",
+        "norm": "rmsnorm",
+        "rope": {"theta": 100.0},
+        "qk_norm": "head",
+        "windows": [None, 5, None, 5],
+        "attention_bias": True,
+        "attention_sinks": True,
+        "gate_bias": True,
+        "expert_bias": True,
+    },
+}
 REQUESTS = [
     [[65, 66, 67], [72, 69, 76, 76], [42], [1, 2, 3, 4, 5, 6], [200] * 7, [9] * 3],
     [[17, 250], [3]],  # another bucket; on four GPUs other homes
