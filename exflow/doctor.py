@@ -37,7 +37,8 @@ def examine() -> list[Finding]:
     """Everything that ExFlow may use, on this machine."""
     packages = [Finding(name, _version(name), "everything", f"pip install {name}", True) for name in REQUIRED]
     extras = [Finding(name, _version(name), use, remedy) for name, (use, remedy) in OPTIONAL.items()]
-    return [*_machine(), *packages, *extras, *(_torch() if _version("torch") else [])]
+    numba, torch = (_version(name) for name in ("numba", "torch"))
+    return [*_machine(), *packages, *extras, *([_cache()] if numba else []), *(_torch() if torch else [])]
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
@@ -66,6 +67,14 @@ def _machine() -> list[Finding]:
         Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         Finding("cores", str(os.cpu_count())),
     ]
+
+
+def _cache() -> Finding:
+    """Without it a command that places or reports compiles for some seconds first."""
+    from exflow.placement.compiled import cache_folder
+
+    remedy = "NUMBA_CACHE_DIR=FOLDER, one that can be written to"
+    return Finding("compiled code", str(cache_folder() or ""), "a quick start of place and report", remedy)
 
 
 def _torch() -> list[Finding]:

@@ -24,6 +24,13 @@ def compiled(function: Function) -> Function:
     return result
 
 
+def cache_folder() -> Path | None:
+    """Where the code of this module's functions would be kept, and so of others; None if nowhere."""
+    with suppress(OSError, RuntimeError):
+        return Path(FunctionCache(cache_folder).cache_path)  # type: ignore[no-untyped-call]
+    return None
+
+
 class _LenientCache(FunctionCache):
     """numba's own, but its failures end nothing.
 

@@ -2,10 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
+import numba
 import pytest
 
 from exflow import cli, doctor
+from exflow.placement import compiled
 
 
 @pytest.fixture
@@ -41,3 +44,18 @@ def test_what_is_missing_is_told_with_its_use(run, monkeypatch: pytest.MonkeyPat
     assert code == 1  # highspy is required
     assert "missing: highspy, for everything: pip install highspy\n" in out
     assert "missing: transformers, for exflow profile hf:FOLDER, exflow.record: pip install 'exflow[t" in out
+
+
+def test_where_compiled_code_is_kept_is_told(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert json.loads(run("--json")[1])["found"]["compiled code"].startswith(str(tmp_path))
+
+    def nowhere(function: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(compiled, "FunctionCache", nowhere)
+    missing = json.loads(run("--json")[1])["missing"]["compiled code"]
+    assert missing["needed_for"] == "a quick start of place and report"
+    assert "NUMBA_CACHE_DIR" in missing["remedy"]
