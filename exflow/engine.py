@@ -137,8 +137,11 @@ class Engine:
         """Capture decode steps before the first request comes; nothing where steps run eagerly. Collective.
 
         batches: sequences of the requests to come; positions: the most that a prompt and its new tokens will
-        have. Sampling and end tokens are those of the requests, but for the seed.
+        have. Sampling and end tokens are those of the requests, but for the seed. Raises InputError for more
+        positions than the model has.
         """
+        if positions > (most := self.decoder.config.max_positions):
+            raise InputError(f"positions {positions}: the model has {most}; give so many or fewer")
         if self.capture is None:
             return
         more = self.capture.cluster.num_ranks - 1  # where the first sequence's home is another rank

@@ -13,7 +13,7 @@ from exflow.decoder import Decoder, Rows
 from exflow.deploy import contiguous_plan, load_model
 from exflow.distributed import Cluster
 from exflow.engine import Engine, Request
-from exflow.errors import WrongResult
+from exflow.errors import InputError, WrongResult
 from exflow.moe import PlanTables
 from exflow.placement.topology import Topology
 from exflow.sampling import Sampling
@@ -79,6 +79,8 @@ def test_requests_share_steps_and_their_cache(
     assert [each.shape.sequences for each in engine.captured] == [4]
     engine.close()
     assert engine.captured == []
+    with pytest.raises(InputError, match="positions 65: the model has 64"):
+        engine.prepare([1], 65)
 
 
 def test_a_seed_does_not_ask_for_another_step(
