@@ -101,7 +101,7 @@ def cases() -> list[Case]:
         *product([4], ["top2-swiglu"], ["coherent"], ["random"], ["mixed"]),
         *product([4], ["top1"], four, ["affinity"], ["some-end", "all-end"]),
         *product([2], FAMILIES, two, ["random"], ["mixed"]),
-        *product([4], FAMILIES, four, ["random"], ["mixed"]),
+        *product([4], FAMILIES, grouped, ["random"], ["mixed"]),
         *product([4], ["top2"], grouped, ["replicas"], ["some-end"]),
         *product([4], ["top1"], ["coherent", "replicated"], ["affinity"], ["end-at-once", "second"]),
         *product([4], ["top1"], ["dispatch-combine", "node-coherent"], ["affinity"], ["lone"]),

@@ -22,8 +22,8 @@ RANKS = (2, 4, 8)
 STRATEGIES = ("dispatch-combine", "coherent", "replicated", "node-coherent")
 PROMPTS = [[1 + (7 * number + place) % 250 for place in range(1 + number % 5)] for number in range(11)]
 REQUESTS = {
-    "greedy": Request(PROMPTS, 10),
-    "sampled": Request(PROMPTS, 10, Sampling(temperature=0.9, top_p=0.95, seed=5)),
+    "greedy": Request(PROMPTS, 6),
+    "sampled": Request(PROMPTS, 6, Sampling(temperature=0.9, top_p=0.95, seed=5)),
 }
 
 

@@ -36,9 +36,9 @@ ROTARY = {"norm": "rmsnorm", "rope": {"theta": 1e4}, "activation": "swiglu"}
 SHAPES: dict[str, dict[str, Any]] = {
     "own": {},
     "width": ROTARY | {"top_k": 2, "qk_norm": "width", "qkv_clip": 8.0, "gate_softmax": "all"},
-    "head": ROTARY | {"top_k": 4, "qk_norm": "head"},
     "sinks": ROTARY
-    | {"top_k": 4, "activation": "clamped-swiglu", "windows": [128], "attention_bias": True}
+    | {"top_k": 4, "activation": "clamped-swiglu", "windows": [128], "qk_norm": "head"}
+    | {"attention_bias": True}
     | {"attention_sinks": True, "gate_bias": True, "expert_bias": True},
 }
 
