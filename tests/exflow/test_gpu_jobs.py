@@ -105,24 +105,40 @@ def plan_of(decoder: Decoder, slots: int, topology: Topology) -> Plan:
     return Plan.of_slots(np.stack(rows), topology, trace, method="random")
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def outcome(
-    request: pytest.FixtureRequest,
+Found = tuple[dict[str, Any], list[Any]]  # what a job found, by case, and the tokens of one process
+
+
+@pytest.fixture(scope="module")
+def make_job(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
     tiny_decoder: Callable[..., Decoder],
-) -> tuple[dict[str, Any], list[Any]]:
-    """What the job found, and the tokens of one process."""
-    config = tiny_config(**MODELS[request.param])
-    folder, model = tmp_path_factory.mktemp("job"), tiny_checkpoint(config)
-    topology = Topology(gpus_per_node=RANKS)
-    plans = {name: plan_of(tiny_decoder(config), slots, topology) for name, slots in PLANS.items()}
-    prepare(folder, model, plans, CASES)
+) -> Callable[[str, Topology, list[str]], tuple[Path, Path]]:
+    """Prepares a job of these cases with one of the models: its folder, and the model's."""
+
+    def make(name: str, topology: Topology, names: list[str]) -> tuple[Path, Path]:
+        config = tiny_config(**MODELS[name])
+        folder, model = tmp_path_factory.mktemp("job"), tiny_checkpoint(config)
+        plans = {name: plan_of(tiny_decoder(config), slots, topology) for name, slots in PLANS.items()}
+        prepare(folder, model, plans, names, topology.num_nodes)
+        return folder, model
+
+    return make
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def outcome(request: pytest.FixtureRequest, make_job: Callable[..., tuple[Path, Path]]) -> Found:
+    """Of ranks on one node."""
+    folder, model = make_job(request.param, Topology(gpus_per_node=RANKS), CASES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     worker = str(Path(__file__).with_name("cases_job.py"))
     done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
+    return found_in(folder, model)
+
+
+def found_in(folder: Path, model: Path) -> Found:
     return json.loads((folder / "found.json").read_text()), tokens_of_one_process(model)
 
 
@@ -132,21 +148,19 @@ def tokens_of_one_process(model: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_are_those_of_one_process(outcome: tuple[dict[str, Any], list[Any]], case: str) -> None:
+def test_tokens_are_those_of_one_process(outcome: Found, case: str) -> None:
     found, tokens = outcome
     assert found[case]["tokens"] == tokens
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "eager" not in case])
-def test_a_step_is_captured_once_a_bucket(outcome: tuple[dict[str, Any], list[Any]], case: str) -> None:
+def test_a_step_is_captured_once_a_bucket(outcome: Found, case: str) -> None:
     found, _ = outcome
     assert found[case]["batches"] == [8, 4 if RANKS == 4 else 2]
 
 
 @pytest.mark.parametrize(("strategy", "plan"), list(product(STRATEGIES[:2], PLANS)))
-def test_captured_steps_count_the_traffic_of_eager_ones(
-    outcome: tuple[dict[str, Any], list[Any]], strategy: str, plan: str
-) -> None:
+def test_captured_steps_count_the_traffic_of_eager_ones(outcome: Found, strategy: str, plan: str) -> None:
     found, _ = outcome
     eager, *captured = (found[f"{strategy} {transport} {plan}"]["decode"] for transport in TRANSPORTS)
     counted = [key for key in eager if key.startswith(("dispatch", "return", "kv_", "hidden"))]
@@ -174,21 +188,11 @@ def start_nodes(folder: Path) -> list[subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def on_nodes(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[..., Path],
-    tiny_config: Callable[..., ModelConfig],
-    tiny_decoder: Callable[..., Decoder],
-) -> tuple[dict[str, Any], list[Any]]:
-    """What two nodes of two GPUs found, and the tokens of one process."""
+def on_nodes(request: pytest.FixtureRequest, make_job: Callable[..., tuple[Path, Path]]) -> Found:
+    """Of two nodes of two GPUs."""
     if GPUS < 4:
         pytest.skip(f"needs four CUDA GPUs, torch sees {GPUS}")
-    config = tiny_config(**MODELS[request.param])
-    folder, model = tmp_path_factory.mktemp("nodes"), tiny_checkpoint(config)
-    topology = Topology(num_nodes=2, gpus_per_node=2)
-    plans = {name: plan_of(tiny_decoder(config), slots, topology) for name, slots in PLANS.items()}
-    prepare(folder, model, plans, ON_NODES, nodes=2)
+    folder, model = make_job(request.param, Topology(num_nodes=2, gpus_per_node=2), ON_NODES)
     nodes = start_nodes(folder)
     try:
         words = [node.communicate(timeout=400)[1] for node in nodes]
@@ -196,19 +200,17 @@ def on_nodes(
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], words
-    return json.loads((folder / "found.json").read_text()), tokens_of_one_process(model)
+    return found_in(folder, model)
 
 
 @pytest.mark.parametrize("case", ON_NODES)
-def test_nodes_find_the_tokens_of_one_process(on_nodes: tuple[dict[str, Any], list[Any]], case: str) -> None:
+def test_nodes_find_the_tokens_of_one_process(on_nodes: Found, case: str) -> None:
     found, tokens = on_nodes
     assert found[case]["tokens"] == tokens
 
 
 @pytest.mark.parametrize(("strategy", "plan"), list(product(RELAYED, PLANS)))
-def test_captured_relays_count_the_messages_of_eager_ones(
-    on_nodes: tuple[dict[str, Any], list[Any]], strategy: str, plan: str
-) -> None:
+def test_captured_relays_count_the_messages_of_eager_ones(on_nodes: Found, strategy: str, plan: str) -> None:
     found, _ = on_nodes
     eager, relayed = (found[f"{strategy} {transport} {plan}"]["decode"] for transport in ("eager", "relayed"))
     counted = [key for key in eager if key.startswith(("dispatch", "return", "kv_", "hidden"))]
