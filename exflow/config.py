@@ -186,6 +186,11 @@ class ModelConfig(StrictModel):
         """Numbers of keys and values a token adds in one layer (w in the traffic count)."""
         return 2 * self.num_kv_heads * self.head_dim
 
+    def positions_seen(self, context: int) -> float:
+        """Of so many positions those that a token's attention is about, in the mean over layers."""
+        windows = self.windows or (None,)
+        return sum(context if window is None else min(window, context) for window in windows) / len(windows)
+
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """Hidden-layer index of each MoE layer."""

@@ -67,6 +67,8 @@ class Load:
     hidden_bytes    a hidden state; kv_bytes a token's keys and values in one layer
     expert_bytes    one expert's weights; dense_bytes all weights that are no expert's
     experts_read    of a MoE layer, by the rank that reads most; None: as if all were as likely to be chosen
+    seen            of `context` what a token's attention is about, in the mean over layers; None: all of it.
+                    Eager steps read all of it in any case, and mask
     """
 
     batch: int
@@ -84,6 +86,7 @@ class Load:
     dense_bytes: int
     itemsize: int = 2
     experts_read: float | None = None
+    seen: float | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
@@ -107,6 +110,7 @@ class Load:
             expert_bytes=expert * itemsize,
             dense_bytes=(dense + config.vocab_size * hidden) * itemsize,
             itemsize=itemsize,
+            seen=config.positions_seen(context),
         )
 
     @property
@@ -339,7 +343,8 @@ def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
     served = load.tokens_per_rank * load.top_k * _busiest(load, moved) * load.moe_layers
     served_s = 2 * served * load.expert_bytes / load.itemsize / machine.flops_per_s
     tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved, machine)
-    contexts = tokens * load.layers * load.context * load.kv_bytes
+    seen = load.context if load.seen is None or machine.transport == "eager" else load.seen
+    contexts = tokens * load.layers * seen * load.kv_bytes
     launched = load.layers * (machine.layer_s + tokens * machine.token_s)
     rows = tokens  # a captured step multiplies those of all sequences that a rank may own
     if machine.transport != "eager" and not moved.all_reduces:

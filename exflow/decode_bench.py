@@ -96,8 +96,7 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
     size = captured.cache.dtype.itemsize
     # hidden layers without experts read the past of as many rows as those with
     attended = float((routing[:, :, 0] >= 0).sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
-    context = int(position.max())
-    kv = attended * context * config.kv_width * size
+    kv = attended * config.positions_seen(int(position.max())) * config.kv_width * size
     touched = _touched(captured)
     counters = captured.counters(counted_steps)
     mine = torch.tensor(

@@ -1,6 +1,7 @@
 """What a step is said to take: by hand for round numbers, and laws that any machine must obey."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exflow import cost_model
+from exflow.config import ModelConfig
 from exflow.cost_model import Link, Load, Machine, Moved, Prediction, choose, predict
 from exflow.errors import InputError
 
@@ -155,6 +157,17 @@ def test_experts_that_are_known_to_be_read() -> None:
     touched = replace(LOAD, experts_read=0.25)
     reading = predict("dispatch-combine", LOAD, STILL, MACHINE).compute_s - 2 * (1 - 0.75**8)
     assert predict("dispatch-combine", touched, STILL, MACHINE).compute_s == pytest.approx(reading + 2 * 0.25)
+
+
+def test_captured_steps_read_what_windows_leave(tiny_config: Callable[..., ModelConfig]) -> None:
+    """2 of 10 positions are not seen: 2 tokens x 3 layers x 50 bytes of each."""
+    assert tiny_config(windows=[None, 4, 20, 5]).positions_seen(10) == (10 + 4 + 10 + 5) / 4
+    assert tiny_config().positions_seen(10) == 10
+    windowed, captured = replace(LOAD, seen=8.0), replace(MACHINE, transport="one-sided")
+    whole, less = (predict("dispatch-combine", load, STILL, captured).compute_s for load in (LOAD, windowed))
+    assert whole - less == pytest.approx(2 * 3 * 2 * 50 / MACHINE.read_bytes_per_s)
+    eager = predict("dispatch-combine", LOAD, STILL, MACHINE).compute_s
+    assert predict("dispatch-combine", windowed, STILL, MACHINE).compute_s == eager
 
 
 def test_only_what_computing_does_not_hide_of_the_background_counts() -> None:
