@@ -57,7 +57,6 @@ class TraceWriter:
         self.resumed = 0
         self._shards: list[Shard] = []
         self._pending: list[Rows] = []
-        self._num_pending = 0
         replaces = check_replaceable(path)
         self._next_number = _first_free_number(path)
         if not replaces:
@@ -76,7 +75,6 @@ class TraceWriter:
         while start < total:
             stop = min(total, start + self._shard_tokens - self._num_pending)
             self._pending.append(row_slice(rows, start, stop))
-            self._num_pending += stop - start
             start = stop
             if self._num_pending == self._shard_tokens:
                 self._flush()
@@ -86,11 +84,11 @@ class TraceWriter:
 
         cut_short: by an error. If that came before anything was recorded, what was there stays as it is.
         """
-        if cut_short and not self._has_recorded:
+        if cut_short and not (self._has_recorded and (self._pending or self._shards)):
             return
-        if self._num_pending:
+        if self._pending:
             self._flush()
-        elif not self._shards:
+        else:  # also where an error came before the index had the last shard
             self._publish()
 
     def __enter__(self) -> Self:
@@ -119,12 +117,16 @@ class TraceWriter:
                 self.append({name: array.copy() for name, array in row_slice(rows, 0, kept).items()})
         self._has_recorded = False
 
+    @property
+    def _num_pending(self) -> int:
+        return sum(map(num_rows, self._pending))
+
     def _flush(self) -> None:
         shard = Shard(file=f"shard-{self._next_number:05d}.safetensors", num_tokens=self._num_pending)
         write_shard(self._folder / shard.file, concatenate(self._pending))
         self._next_number += 1
-        self._shards.append(shard)
-        self._pending, self._num_pending = [], 0
+        # without a call between: a signal's exception finds the rows in one place, not in two
+        self._pending, self._shards = [], [*self._shards, shard]
         self._publish()
 
     def _publish(self) -> None:

@@ -1,9 +1,14 @@
 """TraceWriter: a stop at any moment leaves a readable trace, and nothing but a trace is overwritten."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +106,54 @@ def test_an_old_trace_stays_until_the_new_one_has_a_shard(tmp_path: Path) -> Non
     writer.append(rows(8))
     assert ids_at(tmp_path / "t") == [7, 8]
     assert files_at(tmp_path / "t") == ["index.json", "shard-00002.safetensors"]
+
+
+class Stop(BaseException):
+    """As a signal's."""
+
+
+def stop_before(line: int) -> Callable[..., Any]:
+    """A trace function that raises before so many lines of the writer have been run."""
+    left = line
+
+    def local(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise Stop
+        return local
+
+    return lambda frame, event, argument: (
+        local if frame.f_code.co_filename == writer_module.__file__ else None
+    )
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_stopped_before_any_line_it_is_the_old_trace_or_the_new_one_so_far(
+    tmp_path: Path, resume: bool
+) -> None:
+    new, seen, before = [10, 11, 12, 13, 14], set(), sys.gettrace()
+    for line in count(1):
+        folder = tmp_path / str(line)
+        with write(folder) as writer:
+            writer.append(rows(1, 2, 3))
+        writer = TraceWriter(folder, LAYOUT, has_weights=False, shard_tokens=2, resume=resume)
+        with suppress(Stop), writer:
+            sys.settrace(stop_before(line))
+            try:
+                writer.append(rows(*new[:1]))
+                writer.append(rows(*new[1:]))
+            finally:
+                stopped = sys.gettrace() is None
+                sys.settrace(before)
+        found = ids_at(folder)
+        seen.add(tuple(found))
+        assert found in ([1, 2, 3], new[: len(found)])
+        if not stopped:
+            break
+    assert {(1, 2, 3), tuple(new)} <= seen
 
 
 def test_an_old_trace_survives_a_full_disk(tmp_path: Path, request: pytest.FixtureRequest) -> None:
