@@ -87,8 +87,13 @@ def _programmatic_launch(device: torch.device) -> dict[str, Any]:
     return {"PDL": False}
 
 
+def _or_else(value: Tensor | None, instead: Tensor) -> Tensor:
+    """For a kernel, which does not read what it is given `instead` of a value that a model has not."""
+    return instead if value is None else value
+
+
 def _weight_and_bias(norm: Norm) -> tuple[Tensor, Tensor]:
-    """For a kernel; RMSNorm has no bias, and what is given instead is not read."""
+    """RMSNorm has no bias."""
     return norm.weight, norm.weight if isinstance(norm, RMSNorm) else norm.bias
 
 
@@ -271,7 +276,7 @@ class DecodeStep:
             self.attended,
             self.born,
             self.born_owned,
-            self.peaks if attention.sinks is None else attention.sinks,
+            _or_else(attention.sinks, self.peaks),
             layer,
             shape.rows,
             shape.positions,
@@ -351,12 +356,8 @@ class DecodeStep:
     def _dispatch(self, layer: MoE) -> Iterator[None]:
         """Gate the owned rows, put each where it is served, and take in what came here."""
         shape, mail, replay = self.shape, self.mail.dispatch, self.replay
-        index, wide, gate, config = (
-            layer.index,
-            self.shapes["BLOCK_D"],
-            layer.router.gate,
-            self.decoder.config,
-        )
+        index, wide = layer.index, self.shapes["BLOCK_D"]
+        gate, config = layer.router.gate, self.decoder.config
         block_e = triton.next_power_of_2(config.num_experts)
         words = {"WORDS": words_of(self.top_k), "HIDDEN_AT": mail.payload_at, "BY_SEQUENCE": mail.shared}
         words |= {"RELAYED": shape.relayed, "SLOTS_PER_RANK": self.slots}
@@ -365,7 +366,7 @@ class DecodeStep:
             self.owned,
             *_weight_and_bias(layer.norm),
             gate.weight,
-            gate.weight if gate.bias is None else gate.bias,
+            _or_else(gate.bias, gate.weight),
             self.serving[index],
             self.next_owner[index],
             self.pairs if replay is None else replay.expert,
@@ -541,7 +542,7 @@ class DecodeStep:
             self.pairs,
             self.counts,
             experts.w_in,
-            experts.w_in if experts.b_in is None else experts.b_in,
+            _or_else(experts.b_in, experts.w_in),
             self.inner,
             pairs,
             D=hidden,
@@ -561,7 +562,7 @@ class DecodeStep:
             self.counts,
             self.weights,
             experts.w_out,
-            experts.w_out if experts.b_out is None else experts.b_out,
+            _or_else(experts.b_out, experts.w_out),
             self.partials,
             pairs,
             D=hidden,
@@ -598,7 +599,7 @@ class DecodeStep:
         experts = layer.experts
         activate[(pairs, triton.cdiv(inner, 1024))](
             grouped_mm(self.in_order, experts.w_in.mT, offs=self.ends),
-            experts.w_in if experts.b_in is None else experts.b_in,
+            _or_else(experts.b_in, experts.w_in),
             self.inner,
             self.ends,
             F=inner,
@@ -613,7 +614,7 @@ class DecodeStep:
             self.order,
             self.ends,
             self.weights,
-            experts.w_out if experts.b_out is None else experts.b_out,
+            _or_else(experts.b_out, experts.w_out),
             self.partials,
             D=hidden,
             BIASED=experts.b_out is not None,
