@@ -46,6 +46,11 @@ def answer_signals() -> None:
         sys.unraisablehook = _not_heard
 
 
+def unheard() -> Stopped | None:
+    """The signal answered last, if any: an error after it is what C code has made of its exception."""
+    return Stopped(max(_raised_at, key=_raised_at.__getitem__)) if _raised_at else None
+
+
 def leave_signals() -> None:
     """Let them end the program at once: nothing is left to tidy up."""
     for number in ANSWERED:

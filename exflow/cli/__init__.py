@@ -22,7 +22,7 @@ from exflow.cli.options import Verbs, general
 from exflow.console import begin, say, say_error
 from exflow.errors import InputError, WrongResult, out_of_memory
 from exflow.launch import BAD_INPUT, LOST_CONTACT, LostContact, RankDied, end, torchrun_place
-from exflow.signals import Stopped, answer_signals, leave_signals
+from exflow.signals import Stopped, answer_signals, leave_signals, unheard
 
 app = typer.Typer(
     name="exflow",
@@ -45,9 +45,9 @@ def main() -> None:
     # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of its warnings when a rank is lost: we say it
-    answer_signals()
-    begin()
     try:
+        answer_signals()  # from here on one may come at any moment
+        begin()
         carry_out()
     except Stopped as stop:
         say(str(stop))
@@ -73,6 +73,8 @@ def carry_out() -> None:
             say(str(error))
         end(LOST_CONTACT)
     except Exception as error:
+        if (stop := unheard()) is not None:
+            raise stop from error
         if (shortage := out_of_memory(error)) is not None:
             say(shortage if here is None else f"rank {here.rank}: {shortage}")
         elif here is None:

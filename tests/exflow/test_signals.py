@@ -109,3 +109,19 @@ def test_no_signal_is_answered_after_the_work() -> None:
     answer_signals()
     leave_signals()
     assert [signal.getsignal(number) for number in ANSWERED] == [signal.SIG_DFL] * 3
+
+
+def test_an_error_after_a_signal_is_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch makes a ValueError of the exception that comes up while it looks at a storage."""
+    from exflow import cli
+
+    def fails() -> None:
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(signals, "_raised_at", {})
+    with pytest.raises(ValueError, match="shape"):
+        cli.carry_out()
+    signals._raised_at[signal.SIGTERM] = 1.0
+    with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
+        cli.carry_out()
