@@ -10,8 +10,8 @@ affinity placement is made, windows of the others are replayed. Each run is the 
 sequences of --steps decode steps.
 
 What links and ranks can do is measured first, in the same job; the model never sees the runs it is judged by.
-Where the machine has fewer cores than the ranks have --threads, what a rank computes slows down the others:
-the measuring is done while all of them work.
+Where the machine has fewer cores than the ranks have --threads, and one each for the network, what a rank
+computes slows down the others: the measuring is done while all of them work.
 """
 
 import argparse
@@ -45,9 +45,9 @@ from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
-PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}
+# how each is made, and for how many slots there is a spare one, which holds a replica
+PLACEMENTS = {"contiguous": ("contiguous", 0), "affinity": ("auto", 0), "replicas": ("auto", 8)}
 PLACE_SECONDS = 20.0
-OWNER_PRICE = 1.0  # who owns most sends most, and all others wait for it
 PORT = "29500"
 
 
@@ -233,17 +233,37 @@ def check_counters(
         )
 
 
-def machine_figures(machine: Machine) -> dict[str, float]:
+def machine_figures(machine: Machine) -> dict[str, float | bool]:
     return {
         "exchange_latency_ms": 1000 * machine.between.latency_s,
         "megabytes_per_s_of_a_rank": machine.between.bytes_per_s / 1e6,
         "layer_ms": 1000 * machine.layer_s,
         "token_us": 1e6 * machine.token_s,
+        "shared": machine.shared,
     }
 
 
 def strategies_of(ranks: int) -> list[str]:
     return [*(str(size) for size in range(1, ranks + 1) if ranks % size == 0), "replicated"]
+
+
+def plans_of(trace: RoutingTrace, count: int) -> dict[str, Plan]:
+    """By placement. All wait for the rank that serves most, and for the one that owns most: a unit of
+    imbalance costs as much time as all messages do."""
+    topology = Topology(num_nodes=count, gpus_per_node=1)
+    baseline = moved_by(place(trace, topology, solving=Solving("contiguous")), trace, count)
+    messages = sum(baseline.dispatch + baseline.give_back)
+    objective = Objective(balance_price=messages, owner_price=messages)
+    return {
+        name: place(
+            trace,
+            topology,
+            objective=objective,
+            solving=Solving(method, time_limit=PLACE_SECONDS),
+            redundant_experts=trace.num_experts // each if each else 0,
+        )
+        for name, (method, each) in PLACEMENTS.items()
+    }
 
 
 def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -263,38 +283,33 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
         folder = Path(temporary)
         (folder / "config.json").write_text(parts.config.model_dump_json())
         trace.save(folder / "replayed")
-        for placement, method in PLACEMENTS.items():
-            solving = Solving(method, time_limit=PLACE_SECONDS)
-            plan = place(
-                parts.train,
-                Topology(num_nodes=count, gpus_per_node=1),
-                objective=Objective(owner_price=OWNER_PRICE),
-                solving=solving,
-            )
+        for placement, plan in plans_of(parts.train, count).items():
             plan.save(folder / f"{placement}.json")
         with hosts(count, arguments.rate, arguments.delay) as network:
             run_job(network, folder, job)
         result = judge(job, folder, parts.config, trace)
     shape = {"shape": name, "hosts": count, "batch": job.batch, "steps": job.steps}
     widths = {"hidden": parts.config.hidden_size, "kv": parts.config.kv_width, "top_k": parts.config.top_k}
-    return shape | widths | result | gain(result["variants"])
+    return shape | widths | result | {"gains": gains(result["variants"])}
 
 
-def gain(variants: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the model picks with affinity placement, over dispatch-combine with contiguous placement."""
+def gains(variants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By placement: what the model picks there, over dispatch-combine with contiguous placement."""
     by_name = {(each["strategy"], each["placement"]): each for each in variants}
     baseline = by_name.get(("1", "contiguous"))
-    affine = [each for each in variants if each["placement"] == "affinity"]
-    if baseline is None or not affine:
-        return {}
-    picked, best = (min(affine, key=lambda each: each[of]) for of in ("predicted_ms", "step_ms"))
-    return {
-        "picked": picked["strategy"],
-        "gain": baseline["step_ms"] / picked["step_ms"],
-        "predicted_gain": baseline["predicted_ms"] / picked["predicted_ms"],
-        "fastest": best["strategy"],
-        "gain_of_fastest": baseline["step_ms"] / best["step_ms"],
-    }
+    found = {}
+    for placement in PLACEMENTS:
+        mine = [each for each in variants if each["placement"] == placement]
+        if baseline is not None and mine:
+            picked, best = (min(mine, key=lambda each: each[of]) for of in ("predicted_ms", "step_ms"))
+            found[placement] = {
+                "picked": picked["strategy"],
+                "gain": baseline["step_ms"] / picked["step_ms"],
+                "predicted_gain": baseline["predicted_ms"] / picked["predicted_ms"],
+                "fastest": best["strategy"],
+                "gain_of_fastest": baseline["step_ms"] / best["step_ms"],
+            }
+    return found
 
 
 def show(result: dict[str, Any]) -> None:
@@ -315,11 +330,11 @@ def show(result: dict[str, Any]) -> None:
             f"{messages / result['hosts']:14.0f} {step['wire_bytes'] / result['hosts'] / 1000:13.0f} "
             f"{step['late']:5.1f}"
         )
-    if "picked" in result:
+    for placement, found in result["gains"].items():
         print(
-            f"the model picks {result['picked']}: {result['gain']:.2f}x dispatch-combine with contiguous "
-            f"placement ({result['predicted_gain']:.2f}x predicted); fastest is {result['fastest']}, "
-            f"{result['gain_of_fastest']:.2f}x",
+            f"{placement}: the model picks {found['picked']}, {found['gain']:.2f}x dispatch-combine with "
+            f"contiguous placement ({found['predicted_gain']:.2f}x predicted); fastest is "
+            f"{found['fastest']}, {found['gain_of_fastest']:.2f}x",
             flush=True,
         )
 
@@ -352,7 +367,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--delay", help="one way, as 0.1ms; needs the kernel's netem")
     parser.add_argument("--batch", type=int, default=128, help="sequences for each host")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of each rank, on cores of its own if there are"
+        "--threads",
+        type=int,
+        default=1,
+        help="of each rank, on cores of its own (and one for the network) if there are",
     )
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)

@@ -29,6 +29,7 @@ from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.random_weights import RandomWeights, random_decoder
 from exflow.replay import ReplayedRouting
+from exflow.rounds import Rounds
 from exflow.strategies import AllTokens, OwnedTokens, Strategy
 
 CPU = torch.device("cpu")
@@ -69,14 +70,19 @@ def step_seconds(engine: Engine, batch: int, steps: int) -> tuple[float, dict[st
 
 
 def measure_here(
-    cluster: Cluster, config: ModelConfig, trace: RoutingTrace, tokens: int, steps: int
+    cluster: Cluster,
+    rounds: Rounds | None,
+    config: ModelConfig,
+    trace: RoutingTrace,
+    tokens: int,
+    steps: int,
 ) -> Machine:
     """The machine as the cost model wants it, while every rank works at once.
 
     Latency and bandwidth are those of the runtime's exchange, of one row and of many to each rank. What a
     layer and a token take is a fit to two batches of a rank that is alone and has as many experts as here.
     """
-    exchange, row_bytes = Exchange(cluster), 4 * config.hidden_size
+    exchange, row_bytes = Exchange(cluster, rounds=rounds), 4 * config.hidden_size
     others = [rank for rank in range(cluster.num_ranks) if rank != cluster.rank]
 
     def exchange_seconds(rows: int) -> float:
@@ -90,7 +96,7 @@ def measure_here(
             taken.append(time.perf_counter() - start)
         return slowest(sum(taken[1:]) / 30)
 
-    few, many = 1, max(8, tokens // cluster.num_ranks)
+    few, many = 1, tokens  # about what a layer sends
     link = link_of(
         exchange_seconds(few),
         exchange_seconds(many),
@@ -142,11 +148,15 @@ def slowest(seconds: float) -> float:
 
 
 def keep_to_own_cores(rank: int, num_ranks: int, threads: int) -> bool:
-    """Whether there are so many cores for every rank; then this one has its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    if num_ranks * threads > len(cores):
+    """Whether every rank can have so many cores and one more; then this one keeps to its own.
+
+    The one more is for gloo's thread: those that compute spin for a while when they are done, and would let
+    it wait for the end of their time slices, 2 to 4 ms an exchange.
+    """
+    cores, needed = sorted(os.sched_getaffinity(0)), threads + 1
+    if num_ranks * needed > len(cores):
         return False
-    os.sched_setaffinity(0, cores[rank * threads : (rank + 1) * threads])
+    os.sched_setaffinity(0, cores[rank * needed : (rank + 1) * needed])
     return True
 
 
@@ -157,7 +167,9 @@ def main(folder: Path) -> None:
     config = ModelConfig.model_validate_json((folder / "config.json").read_text())
     trace = RoutingTrace.load(folder / "replayed")
     with join_cluster("cpu") as cluster, torch.inference_mode():
-        machine = measure_here(cluster, config, trace, job["batch"] // cluster.num_ranks, job["steps"])
+        rounds = Rounds.between(cluster)
+        tokens = job["batch"] // cluster.num_ranks
+        machine = measure_here(cluster, rounds, config, trace, tokens, job["steps"])
         machine = replace(machine, shared=not alone)
         if cluster.rank == 0:
             (folder / "machine.json").write_text(json.dumps(asdict(machine)))
@@ -166,7 +178,9 @@ def main(folder: Path) -> None:
             name: engine_of(config, plan, trace, cluster.rank).decoder for name, plan in plans.items()
         }
         engines = {
-            (name, placement): Engine(decoders[placement], strategy_of(name, Exchange(cluster), plan, config))
+            (name, placement): Engine(
+                decoders[placement], strategy_of(name, Exchange(cluster, rounds=rounds), plan, config)
+            )
             for name in job["strategies"]
             for placement, plan in plans.items()
         }

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 CABLE = "cable"  # what every host calls its end
-BURST = "64kb"
+# holds the largest packet that a host passes on: with a smaller bucket tbf cuts packets up, out of order
+BURST = "70kb"
 QUEUE = "10ms"  # of packets that wait for their turn; what exceeds it is dropped
 
 

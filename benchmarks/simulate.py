@@ -33,8 +33,6 @@ from generated_routing import generate
 from exflow.config import ModelConfig, load_model_config
 from exflow.cost_model import Link, Load, Machine, predict
 from exflow.files import atomic_path, read_json
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -226,15 +224,8 @@ def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
         trace = hosts.replayed(parts, result["batch"])
         decoded = trace.select(trace.position > 0)
         machine = _machine_of_hosts(result["machine"])
-        topology = Topology(num_nodes=result["hosts"], gpus_per_node=1)
-        for placement, method in hosts.PLACEMENTS.items():
-            tell(f"hosts: placing {result['shape']}, {placement}")
-            plan = place(
-                parts.train,
-                topology,
-                objective=Objective(owner_price=hosts.OWNER_PRICE),
-                solving=Solving(method, time_limit=hosts.PLACE_SECONDS),
-            )
+        tell(f"hosts: placing {result['shape']}")
+        for placement, plan in hosts.plans_of(parts.train, result["hosts"]).items():
             load = Load.of(parts.config, plan, result["batch"], result["steps"] // 2, 4)
             for variant in result["variants"]:
                 if variant["placement"] == placement:
@@ -251,7 +242,7 @@ def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
 
 
 def _machine_of_hosts(figures: dict[str, float]) -> Machine:
-    """As hosts_rank.measure_here made it: ranks that share processors, which is the limit."""
+    """As hosts_rank.measure_here made it."""
     machine = load_machine(MACHINES / "hosts-1gbit.yaml")
     link = replace(
         machine.between,
@@ -264,7 +255,7 @@ def _machine_of_hosts(figures: dict[str, float]) -> Machine:
         between=link,
         layer_s=figures["layer_ms"] / 1e3,
         token_s=figures["token_us"] / 1e6,
-        shared=True,
+        shared=bool(figures["shared"]),
         memory_bytes=math.inf,
     )
 

@@ -79,13 +79,13 @@ def working_transports(setting: Setting, cluster: Cluster) -> list[Transport]:
     Raises InputError if one that was asked for does not work.
     """
     if setting.transports:
-        return [choose_transport(transport, cluster, setting.config) for transport in setting.transports]
+        return [choose_transport(transport, cluster) for transport in setting.transports]
     if setting.topology is None or cluster.device.type != "cuda":
-        return [choose_transport("auto", cluster, setting.config)]
+        return [choose_transport("auto", cluster)]
     working: list[Transport] = []
     for transport in ("collective", "one-sided" if cluster.num_nodes == 1 else "relayed"):
         try:
-            working.append(choose_transport(transport, cluster, setting.config))
+            working.append(choose_transport(transport, cluster))
         except InputError as error:  # the same on all ranks
             if cluster.rank == 0:
                 note(f"left out: {error}")

@@ -21,6 +21,7 @@ from exflow.placement.baselines import contiguous
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.random_weights import RandomWeights, random_decoder
+from exflow.rounds import Rounds
 from exflow.strategies import Name, group_size, make_strategy, single_process
 from exflow.transport import Transport, alone, choose_transport
 
@@ -55,7 +56,7 @@ def load_model(
     cluster = alone(decoder.embedding.weight.device)
     plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
     tables = PlanTables.of(plan, cluster.device)
-    chosen = choose_transport(transport, cluster, decoder.config)
+    chosen = choose_transport(transport, cluster)
     return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", chosen))
 
 
@@ -121,14 +122,14 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     config = decoder.config
     strategy = make_strategy(
         deployment.strategy,
-        Exchange(cluster),
+        Exchange(cluster, rounds=Rounds.between(cluster)),
         tables,
         config.moe_layer_ids,
         config.num_hidden_layers,
         deployment.hierarchical,
     )
     replicated, relays = deployment.strategy == "replicated", deployment.hierarchical
-    transport = choose_transport(deployment.transport, cluster, config, replicated, relays)
+    transport = choose_transport(deployment.transport, cluster, replicated, relays)
     return Engine(decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, transport))
 
 

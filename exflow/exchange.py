@@ -19,6 +19,7 @@ from torch import Tensor
 
 from exflow.distributed import Cluster, CoherenceGroup, during
 from exflow.expectation import Room
+from exflow.rounds import Parcels, Rounds
 
 Purpose = Literal["dispatch", "return"]
 
@@ -76,12 +77,12 @@ class Dispatched:
 class PendingGather:
     """A gather under way; `wait` returns the rows of all other members, [M, B] uint8, ordered by member."""
 
-    work: dist.Work
+    finish: Callable[[], object]
     rows_MB: Tensor
 
     @during("a gather of keys and values")
     def wait(self) -> Tensor:
-        self.work.wait()  # on GPUs the stream waits, not the host
+        self.finish()
         return self.rows_MB
 
 
@@ -90,11 +91,13 @@ class Exchange:
     """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase.
 
     group: whose members the ranks of `cluster` are, in order; without it the whole job's.
+    rounds: how all-to-alls of the whole job run, where the backend's own are slow.
     """
 
     cluster: Cluster
     counters: Counters = field(default_factory=Counters)
     group: CoherenceGroup | None = None
+    rounds: Rounds | None = None
 
     @during("a dispatch")
     def dispatch(
@@ -144,8 +147,11 @@ class Exchange:
     def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
         """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
         arrived = chunks.new_empty(sum(sizes_from))
-        options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
-        dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to, **options)
+        if self.rounds is None:
+            options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
+            dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to, **options)
+        else:
+            self.rounds.swap(Parcels(list(chunks.split(sizes_to)), list(arrived.split(sizes_from))))
         self.counters.all_to_alls += 1
         self.counters.wire_bytes += len(chunks)
         return arrived
@@ -195,21 +201,39 @@ class Exchange:
         """
         me, row_bytes = group.ranks.index(self.cluster.rank), rows_NB.shape[1]
         assert len(rows_NB) == counts[me]
-        sizes_to = [0 if member == me else rows_NB.nbytes for member in range(group.size)]
         sizes_from = [0 if member == me else rows * row_bytes for member, rows in enumerate(counts)]
         arrived = rows_NB.new_empty(sum(sizes_from))
-        copies = rows_NB.flatten().repeat(group.size - 1)
-        # an all-gather wants equal parts, on gloo
-        work = dist.all_to_all_single(
-            arrived, copies, sizes_from, sizes_to, group=group.processes, async_op=True
-        )
+        finish = self._share(rows_NB.flatten(), arrived, sizes_from, group)
         others_in_node = sum(self.cluster.node_of(rank) == self.cluster.node for rank in group.ranks) - 1
         self.counters.gathers += 1
         self.counters.kv_intra += len(rows_NB) * others_in_node
         self.counters.kv_inter += len(rows_NB) * (group.size - 1 - others_in_node)
         self.counters.kv_bytes += len(rows_NB) * (group.size - 1) * kv_bytes
-        self.counters.wire_bytes += len(copies)
-        return PendingGather(work, arrived.view(-1, row_bytes))
+        self.counters.wire_bytes += rows_NB.nbytes * (group.size - 1)
+        return PendingGather(finish, arrived.view(-1, row_bytes))
+
+    def _share(
+        self, mine: Tensor, arrived: Tensor, sizes_from: list[int], group: CoherenceGroup
+    ) -> Callable[[], object]:
+        """Begin to give what is mine to all other members, and to put what is theirs into `arrived`.
+
+        Returns what waits for it: on GPUs the stream, not the host.
+        """
+        me = group.ranks.index(self.cluster.rank)
+        if self.rounds is None:
+            # an all-gather wants equal parts, on gloo
+            sizes_to = [0 if member == me else len(mine) for member in range(group.size)]
+            copies = mine.repeat(group.size - 1)
+            work: dist.Work = dist.all_to_all_single(
+                arrived, copies, sizes_from, sizes_to, group=group.processes, async_op=True
+            )
+            return work.wait
+        parcels = Parcels(*([mine[:0]] * self.cluster.num_ranks for _ in range(2)))
+        for member, part in enumerate(arrived.split(sizes_from)):
+            if member != me:
+                parcels.to[group.ranks[member]], parcels.come[group.ranks[member]] = mine, part
+        self.rounds.waiting.append(parcels)
+        return self.rounds.finish
 
     @during("an all-reduce")
     def all_reduce(self, values: Tensor) -> Tensor:

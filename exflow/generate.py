@@ -65,7 +65,7 @@ class GenerateJob:
         """What the ranks of `topology` are to run. Raises InputError if they cannot."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
         config = load_model_config(self.model)
-        transport = transport_named(self.transport, choose_device(self.device).type, config)
+        transport = transport_named(self.transport, choose_device(self.device).type)
         if self.hierarchical:
             check_relays(topology, config.top_k, strategy, transport)
         return Deployment(
@@ -116,7 +116,7 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
     """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
     device = choose_device(job.device)
     if torchrun_place() is None:
-        transport = transport_named(job.transport, device.type, load_model_config(job.model))
+        transport = transport_named(job.transport, device.type)
         with Work("loading the model"):
             engine = load_model(job.model, device, dtype_named(job.dtype), transport)
         engine.decoder.replay = job.replayed(device)
@@ -152,7 +152,7 @@ def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Depl
         positions,
         deployment.dtype.itemsize,
     )
-    transport = choose_transport(deployment.transport, cluster, config)
+    transport = choose_transport(deployment.transport, cluster)
     strategy, why = choose_strategy(load, deployment.plan, cluster, transport)
     if cluster.rank == 0:
         note(why)

@@ -16,6 +16,7 @@ from exflow.cost_model import Link, Machine
 from exflow.distributed import Cluster, coherence_group, of_all
 from exflow.expectation import ROUND_BYTES
 from exflow.mail import symmetric_memory, tensor_at
+from exflow.rounds import Parcels, Rounds
 from exflow.transport import Transport
 
 SMALL = 64  # bytes from each rank to each other one
@@ -82,7 +83,9 @@ def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, 
         between = _link(cluster, _among_relays(cluster), cluster.num_nodes - 1, timer)
         return _link(cluster, _one_sided(cluster), near - 1, timer), between
     inside = _link(cluster, _all_to_all(cluster, node.processes, near), near - 1, timer)
-    return inside, _link(cluster, _all_to_all(cluster, everyone.processes, ranks), ranks - near, timer)
+    rounds = Rounds.between(cluster)
+    exchange = _all_to_all(cluster, everyone.processes, ranks) if rounds is None else _in_rounds(rounds)
+    return inside, _link(cluster, exchange, ranks - near, timer)
 
 
 def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
@@ -100,6 +103,14 @@ def _all_to_all(cluster: Cluster, group: dist.ProcessGroup, ranks: int) -> Excha
         sent = torch.zeros(ranks * size, dtype=torch.uint8, device=cluster.device)
         received = torch.empty_like(sent)
         return lambda: dist.all_to_all_single(received, sent, group=group)
+
+    return exchange
+
+
+def _in_rounds(rounds: Rounds) -> Exchange:
+    def exchange(size: int) -> Callable[[], object]:
+        sent, received = torch.zeros(2, rounds.cluster.num_ranks, size, dtype=torch.uint8)
+        return lambda: rounds.swap(Parcels(list(sent), list(received)))
 
     return exchange
 

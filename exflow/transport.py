@@ -7,28 +7,16 @@ from typing import Literal
 
 import torch
 
-from exflow.config import ModelConfig
 from exflow.console import note
 from exflow.distributed import Cluster, of_all
 from exflow.errors import InputError
 
 Transport = Literal["one-sided", "relayed", "collective", "eager"]
 NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
-UNTRIED_ON_GPUS = (  # settings that captured steps have met in Triton's interpreter alone
-    "norm",
-    "rope",
-    "qk_norm",
-    "qkv_clip",
-    "windows",
-    "attention_bias",
-    "attention_sinks",
-    "gate_bias",
-    "expert_bias",
-)
 
 
-def transport_named(name: str, device_type: str, config: ModelConfig) -> str:
-    """`name` if it can be used for such a model on such devices, `auto` included. Else raises InputError."""
+def transport_named(name: str, device_type: str) -> str:
+    """`name` if it can be used on such devices, `auto` included. Else raises InputError."""
     if name not in ("auto", *NAMES):
         raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
     if name not in ("auto", "eager") and not _runs_on(device_type, name):
@@ -36,24 +24,8 @@ def transport_named(name: str, device_type: str, config: ModelConfig) -> str:
     return name
 
 
-def untried_in_captured_steps(config: ModelConfig) -> str:
-    """Why `auto` does not take captured steps for such a model; empty if it does."""
-    known = ModelConfig.model_fields
-    untried = [key for key in UNTRIED_ON_GPUS if getattr(config, key) != known[key].default]
-    if config.gate_among_all != (config.top_k == 1):
-        untried.append("gate_softmax")
-    if config.activation == "clamped-swiglu":
-        untried.append("activation")
-    if not untried:
-        return ""
-    return (
-        f"captured ones have not run on a GPU with the model's {', '.join(untried)}; to have them all the "
-        "same give --transport one-sided, relayed or collective"
-    )
-
-
 def choose_transport(
-    name: str, cluster: Cluster, config: ModelConfig, replicated: bool = False, hierarchical: bool = False
+    name: str, cluster: Cluster, replicated: bool = False, hierarchical: bool = False
 ) -> Transport:
     """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
 
@@ -61,10 +33,6 @@ def choose_transport(
     Collective. Raises InputError where what was asked for by name does not work.
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
-        return "eager"
-    if name == "auto" and (untried := untried_in_captured_steps(config)):
-        if cluster.rank == 0:
-            note(f"decode steps are eager: {untried}")
         return "eager"
     wanted = _candidates(cluster, replicated, hierarchical) if name == "auto" else _named(name)
     for transport in wanted:

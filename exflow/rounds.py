@@ -1,0 +1,84 @@
+"""All-to-alls between hosts over gloo: a connection for each direction, and one sender to a host at a time.
+
+gloo's own all-to-all has one connection for each pair of ranks, where what goes one way waits for what goes
+the other, and starts all sends at once: what a host's port has no room for is lost, and TCP sends it again
+after 200 ms. docs/decode.md has the figures.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Self
+
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.distributed import Cluster, during
+
+FEW_BYTES = 65536  # for all others: any port has room for as many of every rank, and rounds would take longer
+
+
+@dataclass(frozen=True)
+class Parcels:
+    """What one rank gives to each, and gets from each: both by rank, uint8; what is empty is not sent."""
+
+    to: list[Tensor]
+    come: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """This rank's connections to the others: to ranks above it, and to ranks below.
+
+    waiting: parcels of gathers, which nobody needs yet: they go with those of the next exchange.
+    """
+
+    cluster: Cluster
+    up: dist.ProcessGroup
+    down: dist.ProcessGroup
+    waiting: list[Parcels] = field(default_factory=list)
+
+    @classmethod
+    @during("the making of groups")
+    def between(cls, cluster: Cluster) -> Self | None:
+        """None where there is one host, or another backend than gloo. Collective."""
+        if cluster.num_nodes == 1 or cluster.device.type != "cpu":
+            return None
+        assert dist.group.WORLD is not None
+        patience = timedelta(seconds=cluster.patience_s)
+        return cls(cluster, dist.group.WORLD, dist.new_group(timeout=patience))
+
+    def swap(self, parcels: Parcels) -> None:
+        """Exchange them, and all that are waiting. Collective.
+
+        In round d everyone sends to the rank d above and hears the one d below, so each port has one sender.
+        Who has little to send and to hear does not wait for a round's end.
+        """
+        every = [parcels, *self.waiting]
+        self.waiting.clear()
+        sent, heard = (
+            sum(len(each) for way in ways for each in way)
+            for ways in zip(*((each.to, each.come) for each in every), strict=True)
+        )
+        under_way: list[dist.Work] = []
+        for distance in range(1, self.cluster.num_ranks):
+            under_way += self._start_round(distance, every)
+            while under_way and not (max(sent, heard) <= FEW_BYTES and distance < self.cluster.num_ranks - 1):
+                under_way.pop().wait()
+
+    def finish(self) -> None:
+        """What is waiting waits no longer. Collective."""
+        if self.waiting:
+            self.swap(self.waiting.pop())
+
+    def _start_round(self, distance: int, every: list[Parcels]) -> Iterator[dist.Work]:
+        rank, ranks = self.cluster.rank, self.cluster.num_ranks
+        above, below = (rank + distance) % ranks, (rank - distance) % ranks
+        for parcels in every:
+            if len(parcels.to[above]):
+                yield self._way(rank, above).send([parcels.to[above]], above, 0)
+            if len(parcels.come[below]):
+                yield self._way(below, rank).recv([parcels.come[below]], below, 0)
+
+    def _way(self, sender: int, receiver: int) -> dist.ProcessGroup:
+        return self.up if receiver > sender else self.down
