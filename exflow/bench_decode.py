@@ -32,6 +32,7 @@ from exflow.moe import PlanTables
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import DECODE
 from exflow.replay import ReplayedRouting
+from exflow.rounds import Rounds
 from exflow.strategies import Strategy, group_size, make_strategy, single_process, strategy_named
 from exflow.transport import Transport, alone, choose_transport
 
@@ -65,7 +66,7 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
             report.predicted = predicted(setting, machines)
             report.taken_by_auto = taken_by_auto(report.predicted, machines)
     with Work("timing", "cases", shown=first) as work:
-        bench = Bench(setting, cluster, free, machines, work.tell)
+        bench = Bench(setting, cluster, Rounds.between(cluster), free, machines, work.tell)
         for case, result in results(bench):
             if first:
                 report.add(case, result)
@@ -101,6 +102,7 @@ class Bench:
 
     setting: Setting
     cluster: Cluster
+    rounds: Rounds | None
     free: float
     machines: dict[Transport, Machine]
     tell: Callable[[str], object] = lambda what: None
@@ -214,7 +216,7 @@ def _strategy(bench: Bench, case: Case) -> Strategy:
     config, cluster = bench.setting.config, bench.cluster
     return make_strategy(
         strategy_named(case.strategy, cluster.num_nodes),
-        Exchange(cluster),
+        Exchange(cluster, rounds=bench.rounds),
         PlanTables.of(bench.setting.plans[case.placement], cluster.device),
         config.moe_layer_ids,
         config.num_hidden_layers,

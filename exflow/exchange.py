@@ -219,8 +219,8 @@ class Exchange:
 
         Returns what waits for it: on GPUs the stream, not the host.
         """
-        me = group.ranks.index(self.cluster.rank)
         if self.rounds is None:
+            me = group.ranks.index(self.cluster.rank)
             # an all-gather wants equal parts, on gloo
             sizes_to = [0 if member == me else len(mine) for member in range(group.size)]
             copies = mine.repeat(group.size - 1)
@@ -228,11 +228,11 @@ class Exchange:
                 arrived, copies, sizes_from, sizes_to, group=group.processes, async_op=True
             )
             return work.wait
-        parcels = Parcels(*([mine[:0]] * self.cluster.num_ranks for _ in range(2)))
-        for member, part in enumerate(arrived.split(sizes_from)):
-            if member != me:
-                parcels.to[group.ranks[member]], parcels.come[group.ranks[member]] = mine, part
-        self.rounds.waiting.append(parcels)
+        to, come = ([mine[:0]] * self.cluster.num_ranks for _ in range(2))
+        for rank, part in zip(group.ranks, arrived.split(sizes_from), strict=True):
+            if rank != self.cluster.rank:
+                to[rank], come[rank] = mine, part
+        self.rounds.waiting.append(Parcels(to, come))
         return self.rounds.finish
 
     @during("an all-reduce")

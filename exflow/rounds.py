@@ -8,6 +8,7 @@ after 200 ms. docs/decode.md has the figures.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Self
 
 import torch.distributed as dist
@@ -56,15 +57,12 @@ class Rounds:
         """
         every = [parcels, *self.waiting]
         self.waiting.clear()
-        sent, heard = (
-            sum(len(each) for way in ways for each in way)
-            for ways in zip(*((each.to, each.come) for each in every), strict=True)
-        )
-        under_way: list[dist.Work] = []
-        for distance in range(1, self.cluster.num_ranks):
-            under_way += self._start_round(distance, every)
-            while under_way and not (max(sent, heard) <= FEW_BYTES and distance < self.cluster.num_ranks - 1):
-                under_way.pop().wait()
+        sent = sum(len(part) for each in every for part in each.to)
+        heard = sum(len(part) for each in every for part in each.come)
+        rounds = [self._start_round(distance, every) for distance in range(1, self.cluster.num_ranks)]
+        for together in [chain(*rounds)] if max(sent, heard) <= FEW_BYTES else rounds:
+            for work in list(together):
+                work.wait()
 
     def finish(self) -> None:
         """What is waiting waits no longer. Collective."""
@@ -72,6 +70,7 @@ class Rounds:
             self.swap(self.waiting.pop())
 
     def _start_round(self, distance: int, every: list[Parcels]) -> Iterator[dist.Work]:
+        """Begins each send and receipt as it is asked for."""
         rank, ranks = self.cluster.rank, self.cluster.num_ranks
         above, below = (rank + distance) % ranks, (rank - distance) % ranks
         for parcels in every:
