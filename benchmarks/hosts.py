@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from machine import cpu_model
 from network import CABLE, Host, NoNetwork, hosts
 from recorded import NoTrace, joined, read
 
@@ -344,7 +345,7 @@ def setting() -> dict[str, Any]:
     shown = [Path(part).name if part.startswith("/") else part for part in sys.argv]
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores for all hosts",
+        "hardware": f"{cpu_model()}, {os.cpu_count()} cores for all hosts",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(["python", *shown]),

@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from generated_routing import generate
+from machine import cpu_model
 from placement_cases import Family, cases, families, generated, progress
 from placement_methods import METHODS, Case, SkippedError
 from placement_table import Messages, Row, table
@@ -180,13 +181,6 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 def arguments() -> argparse.Namespace:

@@ -37,6 +37,7 @@ import study_distance
 import study_tokens
 import study_training
 import study_transfer
+from machine import cpu_model
 from study_data import (
     DEMO,
     EARLY,
@@ -199,12 +200,6 @@ def setting() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    return found[1] if found else platform.machine()
 
 
 def _write(path: Path, content: str) -> None:

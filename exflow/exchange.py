@@ -232,7 +232,7 @@ class Exchange:
         for rank, part in zip(group.ranks, arrived.split(sizes_from), strict=True):
             if rank != self.cluster.rank:
                 to[rank], come[rank] = mine, part
-        self.rounds.waiting.append(Parcels(to, come))
+        self.rounds.defer(Parcels(to, come))
         return self.rounds.finish
 
     @during("an all-reduce")

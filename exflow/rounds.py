@@ -31,13 +31,13 @@ class Parcels:
 class Rounds:
     """This rank's connections to the others: to ranks above it, and to ranks below.
 
-    waiting: parcels of gathers, which nobody needs yet: they go with those of the next exchange.
+    deferred: parcels that go with those of the next exchange.
     """
 
     cluster: Cluster
     up: dist.ProcessGroup
     down: dist.ProcessGroup
-    waiting: list[Parcels] = field(default_factory=list)
+    deferred: list[Parcels] = field(default_factory=list)
 
     @classmethod
     @during("the making of groups")
@@ -50,24 +50,30 @@ class Rounds:
         return cls(cluster, dist.group.WORLD, dist.new_group(timeout=patience))
 
     def swap(self, parcels: Parcels) -> None:
-        """Exchange them, and all that are waiting. Collective.
+        """Exchange these parcels, and the deferred ones. Collective."""
+        self._exchange([parcels, *self.deferred])
 
-        In round d everyone sends to the rank d above and hears the one d below, so each port has one sender.
+    def defer(self, parcels: Parcels) -> None:
+        """Exchange them when there is occasion: nobody needs them yet. Collective."""
+        self.deferred.append(parcels)
+
+    def finish(self) -> None:
+        """Exchange what is still deferred. Collective."""
+        if self.deferred:
+            self._exchange(list(self.deferred))
+
+    def _exchange(self, every: list[Parcels]) -> None:
+        """In round d all send to the rank d above and hear the one d below, so that each port has one sender.
+
         Who has little to send and to hear does not wait for a round's end.
         """
-        every = [parcels, *self.waiting]
-        self.waiting.clear()
+        self.deferred.clear()
         sent = sum(len(part) for each in every for part in each.to)
         heard = sum(len(part) for each in every for part in each.come)
         rounds = [self._start_round(distance, every) for distance in range(1, self.cluster.num_ranks)]
         for together in [chain(*rounds)] if max(sent, heard) <= FEW_BYTES else rounds:
             for work in list(together):
                 work.wait()
-
-    def finish(self) -> None:
-        """What is waiting waits no longer. Collective."""
-        if self.waiting:
-            self.swap(self.waiting.pop())
 
     def _start_round(self, distance: int, every: list[Parcels]) -> Iterator[dist.Work]:
         """Begins each send and receipt as it is asked for."""

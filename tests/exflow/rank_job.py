@@ -21,7 +21,9 @@ from torch import Tensor
 
 @dataclass
 class Spy:
-    """Stands in for torch's collectives; those within a group of ranks are the gathers.
+    """Stands in for torch's collectives, and for those in rounds between nodes.
+
+    Those within a group of ranks, and those that are deferred, are the gathers.
 
     `log` has a list for each pass: prefill, then every step; `bytes_sent` a number.
     """
@@ -44,6 +46,19 @@ class Spy:
                     late = [0] * len(sizes_to)
                     self.chunks.append({"bytes": list(sizes_to), "numbers": numbers, "late_bytes": late})
             return collective(arrived, sent, sizes_from, sizes_to, **options)
+
+        return watched
+
+    def in_rounds(self, collective: Callable[..., None], name: str) -> Callable[..., None]:
+        def watched(rounds: Any, parcels: Any) -> None:
+            if self.log:
+                self.log[-1].append(name)
+                sizes = [part.nbytes for part in parcels.to]
+                self.bytes_sent[-1] += sum(sizes)
+                if name == "all_to_all":
+                    numbers = [first_number(part) for part in parcels.to]
+                    self.chunks.append({"bytes": sizes, "numbers": numbers, "late_bytes": [0] * len(sizes)})
+            collective(rounds, parcels)
 
         return watched
 
@@ -86,7 +101,11 @@ from exflow.kv_cache import KVCache  # noqa: E402
 from exflow.placement.plan import Plan  # noqa: E402
 from exflow.profiling.trace import RoutingTrace  # noqa: E402
 from exflow.replay import ReplayedRouting  # noqa: E402
+from exflow.rounds import Rounds  # noqa: E402
 from exflow.sampling import Sampling  # noqa: E402
+
+Rounds.swap = spy.in_rounds(Rounds.swap, "all_to_all")  # type: ignore[method-assign]
+Rounds.defer = spy.in_rounds(Rounds.defer, "gather")  # type: ignore[method-assign]
 
 
 def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict[str, Any], Any]:

@@ -60,11 +60,11 @@ def test_every_rank_hears_what_the_others_sent(
         arrived, gathered = (
             [torch.empty(row[me], dtype=torch.uint8) for row in each] for each in (sizes, shared)
         )
-        rounds.waiting.append(Parcels(behind[me], gathered))
+        rounds.defer(Parcels(behind[me], gathered))
         if exchanged:
             rounds.swap(Parcels(sent[me], arrived))
         rounds.finish()
-        assert not rounds.waiting
+        assert not rounds.deferred
         return arrived + gathered
 
     for me, arrived in enumerate(on_ranks(swap)):
