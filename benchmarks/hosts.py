@@ -296,21 +296,22 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
 
 def gains(variants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By placement: what the model picks there, over dispatch-combine with contiguous placement."""
-    by_name = {(each["strategy"], each["placement"]): each for each in variants}
-    baseline = by_name.get(("1", "contiguous"))
-    found = {}
-    for placement in PLACEMENTS:
-        mine = [each for each in variants if each["placement"] == placement]
-        if baseline is not None and mine:
-            picked, best = (min(mine, key=lambda each: each[of]) for of in ("predicted_ms", "step_ms"))
-            found[placement] = {
-                "picked": picked["strategy"],
-                "gain": baseline["step_ms"] / picked["step_ms"],
-                "predicted_gain": baseline["predicted_ms"] / picked["predicted_ms"],
-                "fastest": best["strategy"],
-                "gain_of_fastest": baseline["step_ms"] / best["step_ms"],
-            }
-    return found
+    placed = {name: [each for each in variants if each["placement"] == name] for name in PLACEMENTS}
+    baseline = next((each for each in placed["contiguous"] if each["strategy"] == "1"), None)
+    if baseline is None:
+        return {}
+    return {name: gain(baseline, mine) for name, mine in placed.items() if mine}
+
+
+def gain(baseline: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:
+    picked, best = (min(variants, key=lambda each: each[of]) for of in ("predicted_ms", "step_ms"))
+    return {
+        "picked": picked["strategy"],
+        "gain": baseline["step_ms"] / picked["step_ms"],
+        "predicted_gain": baseline["predicted_ms"] / picked["predicted_ms"],
+        "fastest": best["strategy"],
+        "gain_of_fastest": baseline["step_ms"] / best["step_ms"],
+    }
 
 
 def show(result: dict[str, Any]) -> None:

@@ -70,19 +70,14 @@ def step_seconds(engine: Engine, batch: int, steps: int) -> tuple[float, dict[st
 
 
 def measure_here(
-    cluster: Cluster,
-    rounds: Rounds | None,
-    config: ModelConfig,
-    trace: RoutingTrace,
-    tokens: int,
-    steps: int,
+    exchange: Exchange, config: ModelConfig, trace: RoutingTrace, tokens: int, steps: int
 ) -> Machine:
     """The machine as the cost model wants it, while every rank works at once.
 
     Latency and bandwidth are those of the runtime's exchange, of one row and of many to each rank. What a
     layer and a token take is a fit to two batches of a rank that is alone and has as many experts as here.
     """
-    exchange, row_bytes = Exchange(cluster, rounds=rounds), 4 * config.hidden_size
+    cluster, row_bytes = exchange.cluster, 4 * config.hidden_size
     others = [rank for rank in range(cluster.num_ranks) if rank != cluster.rank]
 
     def exchange_seconds(rows: int) -> float:
@@ -169,7 +164,8 @@ def main(folder: Path) -> None:
     with join_cluster("cpu") as cluster, torch.inference_mode():
         rounds = Rounds.between(cluster)
         tokens = job["batch"] // cluster.num_ranks
-        machine = measure_here(cluster, rounds, config, trace, tokens, job["steps"])
+        exchange = Exchange(cluster, rounds=rounds)
+        machine = measure_here(exchange, config, trace, tokens, job["steps"])
         machine = replace(machine, shared=not alone)
         if cluster.rank == 0:
             (folder / "machine.json").write_text(json.dumps(asdict(machine)))

@@ -7,14 +7,13 @@ after 200 ms. docs/decode.md has the figures.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import chain
 from typing import Self
 
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.distributed import Cluster, during
+from exflow.distributed import Cluster, coherence_group
 
 FEW_BYTES = 65536  # for all others: any port has room for as many of every rank, and rounds would take longer
 
@@ -40,14 +39,12 @@ class Rounds:
     deferred: list[Parcels] = field(default_factory=list)
 
     @classmethod
-    @during("the making of groups")
     def between(cls, cluster: Cluster) -> Self | None:
         """None where there is one host, or another backend than gloo. Collective."""
         if cluster.num_nodes == 1 or cluster.device.type != "cpu":
             return None
         assert dist.group.WORLD is not None
-        patience = timedelta(seconds=cluster.patience_s)
-        return cls(cluster, dist.group.WORLD, dist.new_group(timeout=patience))
+        return cls(cluster, dist.group.WORLD, coherence_group(cluster, cluster.num_ranks).processes)
 
     def swap(self, parcels: Parcels) -> None:
         """Exchange these parcels, and the deferred ones. Collective."""

@@ -36,28 +36,26 @@ class Spy:
         self.log.append([])
         self.bytes_sent.append(0)
 
+    def note(self, name: str, chunks: list[Tensor]) -> None:
+        if not self.log:
+            return
+        sizes = [chunk.nbytes for chunk in chunks]
+        self.log[-1].append(name)
+        self.bytes_sent[-1] += sum(sizes)
+        if name == "all_to_all":
+            numbers = [first_number(chunk) for chunk in chunks]
+            self.chunks.append({"bytes": sizes, "numbers": numbers, "late_bytes": [0] * len(sizes)})
+
     def all_to_all(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def watched(arrived: Tensor, sent: Tensor, sizes_from: Any, sizes_to: Any, **options: Any) -> Any:
-            if self.log:
-                self.log[-1].append("gather" if "group" in options else "all_to_all")
-                self.bytes_sent[-1] += sent.nbytes
-                if "group" not in options:
-                    numbers = [first_number(chunk) for chunk in sent.split(sizes_to)]
-                    late = [0] * len(sizes_to)
-                    self.chunks.append({"bytes": list(sizes_to), "numbers": numbers, "late_bytes": late})
+            self.note("gather" if "group" in options else "all_to_all", list(sent.split(sizes_to)))
             return collective(arrived, sent, sizes_from, sizes_to, **options)
 
         return watched
 
     def in_rounds(self, collective: Callable[..., None], name: str) -> Callable[..., None]:
         def watched(rounds: Any, parcels: Any) -> None:
-            if self.log:
-                self.log[-1].append(name)
-                sizes = [part.nbytes for part in parcels.to]
-                self.bytes_sent[-1] += sum(sizes)
-                if name == "all_to_all":
-                    numbers = [first_number(part) for part in parcels.to]
-                    self.chunks.append({"bytes": sizes, "numbers": numbers, "late_bytes": [0] * len(sizes)})
+            self.note(name, parcels.to)
             collective(rounds, parcels)
 
         return watched

@@ -5,7 +5,18 @@ import torch
 
 from exflow.distributed import Cluster
 from exflow.errors import InputError
-from exflow.transport import choose_transport
+from exflow.transport import choose_transport, transport_named
+
+GPUS = Cluster(0, 2, 2, torch.device("cuda"))  # which need not be there
+
+
+@pytest.mark.parametrize("name", ["eager", "collective"])
+def test_what_was_asked_for_by_name_is_done(name: str) -> None:
+    assert transport_named(name, "cuda") == choose_transport(name, GPUS) == name
+
+
+def test_auto_is_no_more_until_the_ranks_are_there() -> None:
+    assert transport_named("auto", "cuda") == "auto"
 
 
 @pytest.mark.parametrize(
