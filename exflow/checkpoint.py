@@ -4,6 +4,7 @@ Ours, whose expert weights are stacked, or a Hugging Face model of a known famil
 rank reads its own and nothing else.
 """
 
+import logging
 import re
 from collections.abc import Set
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from exflow.corpus import END_OF_TEXT
 from exflow.decoder import Decoder
 from exflow.errors import InputError
 from exflow.families import FAMILIES
-from exflow.families.layout import Layout, Piece, Stored, own_layout
+from exflow.families.layout import EMBEDDING, HEAD, LEFT_OVER, Layout, Piece, Stored, own_layout
 from exflow.files import atomic_folder, read_json, write_json
 
 CONFIG = "config.json"
@@ -31,6 +32,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 GENERATION_CONFIG = "generation_config.json"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, which leads to no other folder
+_log = logging.getLogger(__name__)
 REMEDY = "copy the checkpoint again, or give another"
 
 
@@ -77,8 +79,12 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read `tokenizer.json` of a checkpoint folder. Raises InputError if it does not fit the model."""
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a folder. Raises InputError if it is missing or malformed.
+
+    Truncation and padding that a training or calibration tool left in the file are not applied: they would
+    change prompts.
+    """
     path = folder / TOKENIZER
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer; {REMEDY}")
@@ -86,10 +92,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise InputError(f"{path}: not a tokenizer ({error}); {REMEDY}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """As read_tokenizer, of a model that is known. Raises InputError if it does not fit the model.
+
+    Added tokens may lie beyond the model's vocabulary: prompts that have them are refused.
+    """
+    tokenizer = read_tokenizer(folder)
     known = load_model_config(folder).vocab_size
-    if tokenizer.get_vocab_size() > known:
+    last = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if last >= known:
         raise InputError(
-            f"{path}: has {tokenizer.get_vocab_size()} tokens, the model's vocab_size is {known}; {REMEDY}"
+            f"{folder / TOKENIZER}: has token {last}, the model's vocab_size is {known}: it belongs to "
+            "another model; copy this model's there"
         )
     return tokenizer
 
@@ -105,14 +124,16 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     for found, source in ((named, path), (config, folder / CONFIG)):
         ends = found.get("eos_token_id") if isinstance(found, dict) else None
         if ends is not None:
-            return _token_ids(ends if isinstance(ends, list) else [ends], source)
+            known = config.get("vocab_size", 0)  # some files name a number that stands for no token
+            return tuple(end for end in _token_ids(ends, source) if 0 <= end < known)
     return ()
 
 
-def _token_ids(values: list[Any], source: Path) -> tuple[int, ...]:
-    if not all(isinstance(value, int) for value in values):
+def _token_ids(value: Any, source: Path) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    if not all(type(each) is int for each in values):  # true is no token
         raise InputError(f"{source}: eos_token_id {values} is no list of token ids; {REMEDY}")
-    return tuple(values)
+    return values
 
 
 def load_decoder(
@@ -128,20 +149,20 @@ def load_decoder(
     Raises InputError for a missing, truncated or mismatched file and for weights that are not finite.
     """
     config = load_model_config(folder)
-    if experts_here is None:
-        experts_here = [list(range(config.num_experts))] * len(config.moe_layer_ids)
-    with torch.device("meta"):
-        decoder = Decoder(config, len(experts_here[0]))
-    shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
-    of_slots = expert_rows(config, experts_here)
     state = {}
     with ExitStack() as stack:
         weights = StoredWeights.of(folder, stack)
+        config = _with_the_head_stored(config, weights)
+        if experts_here is None:
+            experts_here = [list(range(config.num_experts))] * len(config.moe_layer_ids)
+        with torch.device("meta"):
+            decoder = Decoder(config, len(experts_here[0]))
+        shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+        of_slots = expert_rows(config, experts_here)
         layout = _layout(folder, config, shapes, weights.file_of.keys())
         assert layout.keys() == shapes.keys()
-        weights.check_names(
-            {part.name for pieces in layout.values() for each in pieces for part in each.parts}
-        )
+        wanted = {part.name for pieces in layout.values() for each in pieces for part in each.parts}
+        weights.check_names(wanted, copies={HEAD} if config.tied_head else set())
         for name, pieces in layout.items():
             if name in of_slots:
                 value = torch.stack([weights.read(pieces[expert]) for expert in of_slots[name]])
@@ -160,6 +181,26 @@ def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str,
         for layer, experts in zip(config.moe_layer_ids, experts_here, strict=True)
         for part in parts
     }
+
+
+def _with_the_head_stored(config: ModelConfig, weights: "StoredWeights") -> ModelConfig:
+    """The configuration, untied where the weights are.
+
+    A head that config.json ties is often stored all the same, as a copy of the embedding. If it is another
+    tensor, the weights are right and config.json is not: so transformers decides
+    (modeling_utils.py, `tie_weights`), and so does this.
+    """
+    both = {HEAD, EMBEDDING} <= weights.file_of.keys()
+    if not (config.tied_head and both) or weights.alike(HEAD, EMBEDDING):
+        return config
+    _log.warning(
+        "%s: config.json says tie_word_embeddings, but '%s' and '%s' differ: the stored head is used; set "
+        "tie_word_embeddings to false",
+        weights.folder,
+        HEAD,
+        EMBEDDING,
+    )
+    return config.model_copy(update={"tied_head": False})
 
 
 def _layout(
@@ -185,10 +226,17 @@ class StoredWeights:
         names = {name: (path, file) for path, file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
         return cls(folder, names)
 
-    def check_names(self, wanted: set[str]) -> None:
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, whatever their types."""
+        first, second = (self.file_of[name][1].get_tensor(name) for name in (one, other))
+        return first.shape == second.shape and bool((first.float() == second.float()).all())
+
+    def check_names(self, wanted: set[str], copies: set[str]) -> None:
+        """Raise InputError unless the weights wanted are here, and beside them only copies and left-overs."""
         if missing := wanted - self.file_of.keys():
             raise InputError(f"{self.folder}: the weights '{min(missing)}' are missing; {REMEDY}")
-        if unknown := self.file_of.keys() - wanted:
+        spare = self.file_of.keys() - wanted - copies
+        if unknown := {name for name in spare if not LEFT_OVER.fullmatch(name)}:
             name = min(unknown)
             raise InputError(f"{self.file_of[name][0]}: config.json implies no weights '{name}'; {REMEDY}")
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from io import TextIOWrapper
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -27,10 +28,11 @@ _EVERY = 5.0  # seconds between the lines that --verbose asks for
 
 @dataclass
 class Manners:
-    """What --quiet and --verbose say."""
+    """What --quiet and --verbose say, and whether this process is the first rank of its job, or alone."""
 
     quiet: bool = False
     verbose: bool = False
+    first_rank: bool = True
 
 
 manners = Manners()
@@ -55,15 +57,21 @@ def say_error(error: BaseException) -> None:
 
 
 class _Notes(logging.Handler):
-    """What the library logs are notes of the command."""
+    """What the library logs are notes of the command. Ranks log alike: the first speaks for all."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        if manners.first_rank:
+            note(record.getMessage())
 
 
 def begin() -> None:
-    """At the start of a command: forget what an earlier one was told, and listen to the library."""
+    """At the start of a command: forget what an earlier one was told, and listen to the library.
+
+    Characters that stdout's encoding lacks become escapes: the rest of a result is not lost with them.
+    """
     manners.quiet = manners.verbose = False
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("exflow").handlers = [_Notes()]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from exflow.encodings import utf8_text
 from exflow.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,10 +65,27 @@ def _stdlib_sources() -> list[Path]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a file in UTF-8. A byte-order mark is no part of it, and a line ends with \\n alone.
+
+    Raises InputError, which says what the file is, for any other encoding and for binary files.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: the text cannot be read ({error.strerror}); give another") from error
+    try:
+        text = utf8_text(content)
+    except UnicodeDecodeError as error:
+        line, byte = 1 + content.count(b"\n", 0, error.start), content[error.start]
+        raise InputError(
+            f"{path}: line {line} is not UTF-8 (byte 0x{byte:02x}); save the text as UTF-8, or give another"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}, or give another") from error
+    if "\0" in text:
+        line = 1 + content.count(b"\n", 0, content.index(b"\0"))
+        raise InputError(f"{path}: line {line} has a zero byte, so this is no text; give another")
+    return text.replace("\r\n", "\n")
 
 
 def split_held_out(text: str, share: float) -> tuple[str, str]:

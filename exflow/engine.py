@@ -341,5 +341,6 @@ def check_request(request: Request, config: ModelConfig) -> None:
             )
         if unknown := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise InputError(
-                f"prompt {number} has token id {unknown[0]}, the vocabulary {config.vocab_size} entries"
+                f"prompt {number} has token id {unknown[0]}, the vocabulary {config.vocab_size} entries; "
+                "leave that token out, or make room for it in the model (resize_token_embeddings)"
             )

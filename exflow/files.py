@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from exflow.encodings import utf8_text
 from exflow.errors import InputError
 
 MAX_YAML_BYTES = 1 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _reach_the_disk(file: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    remedy = "make room there, or choose another place" if error.errno in _FULL else "choose another place"
+    remedy = "make room there, or choose another place" if error.errno in FULL else "choose another place"
     return InputError(f"{path}: cannot be written ({error.strerror}); {remedy}")
 
 
@@ -98,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, remedy: str) -> Any:
     """Read a JSON file; `what` names it and `remedy` says what to do, both for an InputError's message."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(utf8_text(path.read_bytes()))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such {what}; {remedy}") from error
     except OSError as error:
@@ -114,7 +115,7 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
             content = file.read(MAX_YAML_BYTES + 1)
         if len(content) > MAX_YAML_BYTES:
             raise InputError(f"{path}: the {what} is longer than {MAX_YAML_BYTES} bytes; {remedy}")
-        return yaml.load(content.decode("utf-8"), Loader=PlainLoader)
+        return yaml.load(utf8_text(content), Loader=PlainLoader)
     except InputError:
         raise
     except OSError as error:

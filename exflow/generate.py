@@ -1,6 +1,7 @@
 """The `exflow generate` command: text in, text out, in this process or as one rank of a job."""
 
-from contextlib import closing
+import os
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,24 @@ def dtype_named(name: str) -> torch.dtype:
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
     """The prompts given, then the lines of a file. Raises InputError if there is none."""
-    lines = read_text(file).splitlines() if file is not None else []
-    prompts = [*given, *(line for line in lines if line)]
+    lines = read_text(file).split("\n") if file is not None else []
+    prompts = [*map(_as_utf8, given), *(line for line in lines if line)]
     if not prompts:
         raise InputError('no prompt was given; add --prompt "TEXT" or --prompt-file FILE')
     return prompts
+
+
+def _as_utf8(prompt: str) -> str:
+    """The prompt as it was typed, in UTF-8, where the locale kept Python from reading it so."""
+    with suppress(UnicodeEncodeError):
+        prompt.encode()
+        return prompt
+    try:
+        return os.fsencode(prompt).decode()
+    except UnicodeError as error:
+        raise InputError(
+            f"--prompt {prompt!r}: is not UTF-8; give it as UTF-8, or in a --prompt-file"
+        ) from error
 
 
 def generate(job: GenerateJob) -> dict[str, Any] | None:

@@ -14,13 +14,15 @@ Torch and the solvers are imported inside the verbs that need them, so that `exf
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
 from exflow.cli import export, first_steps, look, place, profile, run
 from exflow.cli.options import Verbs, general
-from exflow.console import begin, say, say_error
+from exflow.console import begin, manners, say, say_error
 from exflow.errors import InputError, WrongResult, out_of_memory
+from exflow.files import FULL
 from exflow.launch import BAD_INPUT, LOST_CONTACT, LostContact, RankDied, end, torchrun_place
 from exflow.signals import Stopped, answer_signals, leave_signals, unheard
 
@@ -48,7 +50,10 @@ def main() -> None:
     try:
         answer_signals()  # from here on one may come at any moment
         begin()
-        carry_out()
+        try:
+            carry_out()
+        finally:
+            deliver()
     except Stopped as stop:
         say(str(stop))
         end(128 + stop.signal)
@@ -56,9 +61,27 @@ def main() -> None:
         leave_signals()
 
 
+def deliver() -> None:
+    """Write what stdout still holds now, since Python would end with a traceback where that cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        undelivered(error)
+
+
+def undelivered(error: OSError) -> NoReturn:
+    """End the program, since stdout cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which will try again
+    if isinstance(error, BrokenPipeError):  # nobody reads on, as after `| head`
+        end(1)
+    say(f"standard output cannot be written ({error.strerror}); make room there, or choose another place")
+    end(BAD_INPUT)
+
+
 def carry_out() -> None:
     """Do what the command line says, and say what came in the way."""
     here = torchrun_place()
+    manners.first_rank = here is None or here.rank == 0
     try:
         app()
     except InputError as error:
@@ -75,6 +98,8 @@ def carry_out() -> None:
     except Exception as error:
         if (stop := unheard()) is not None:
             raise stop from error
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            undelivered(error)  # of files that are written it would be an InputError
         if (shortage := out_of_memory(error)) is not None:
             say(shortage if here is None else f"rank {here.rank}: {shortage}")
         elif here is None:

@@ -14,8 +14,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from exflow.families.config import HuggingFaceConfig, RopeParameters
+from exflow.families.config import HuggingFaceConfig
 from exflow.families.layout import Joined, Layout, Piece, Stored, hugging_face_layout, single
+from exflow.families.rope import RopeParameters
 
 if TYPE_CHECKING:
     from exflow.config import ModelConfig
@@ -29,7 +30,9 @@ PUBLISHED_ROPE = RopeParameters(
 
 class GptOssConfig(HuggingFaceConfig):
     default_theta: ClassVar[float] = 150_000.0
+    default_rope: ClassVar[RopeParameters] = PUBLISHED_ROPE
     quantisations: ClassVar[tuple[str, ...]] = ("mxfp4",)
+    num_key_value_heads: PositiveInt | None = 8
     rms_norm_eps: float = 1e-5
     head_dim: PositiveInt = 64
     attention_bias: bool = True
@@ -37,7 +40,6 @@ class GptOssConfig(HuggingFaceConfig):
     layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
     swiglu_alpha: PositiveFloat = 1.702
     swiglu_limit: PositiveFloat = 7.0
-    rope_parameters: RopeParameters = PUBLISHED_ROPE
 
     def settings(self, name: str) -> dict[str, Any]:
         every_other = ("sliding_attention", "full_attention") * self.num_hidden_layers
@@ -56,7 +58,7 @@ class GptOssConfig(HuggingFaceConfig):
 
 
 def layout(config: "ModelConfig", stored: Set[str]) -> Layout:
-    whole = hugging_face_layout(config)
+    whole = hugging_face_layout(config, stored)
     experts, hidden = config.num_experts, config.hidden_size
     for layer in config.moe_layer_ids:
         ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"

@@ -4,6 +4,7 @@ A layout names, for every parameter, the pieces it is made of: one piece for mos
 the parameter holds experts. So a rank reads the pieces of its own experts and no others.
 """
 
+import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 
 Joined = Callable[[list[Tensor]], Tensor]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers, which earlier versions of transformers stored beside the weights. config.json implies them.
+LEFT_OVER = re.compile(
+    r"(.*\.)?(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"
+    r"|(attn|attention|self_attn)\.(bias|masked_bias|causal_mask)|position_ids)"
+)
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,19 @@ def own_layout(config: "ModelConfig", shapes: dict[str, tuple[int, ...]]) -> Lay
     return layout
 
 
-def hugging_face_layout(config: "ModelConfig") -> Layout:
-    """What the families have in common: everything but the MLPs, under the names transformers gives them."""
+def hugging_face_layout(config: "ModelConfig", stored: Set[str]) -> Layout:
+    """What the families have in common: everything but the MLPs, under the names transformers gives them.
+
+    Of a tied head and its embedding either may be stored.
+    """
     hidden, vocabulary = config.hidden_size, config.vocab_size
+    under_the_head = config.tied_head and EMBEDDING not in stored and HEAD in stored
     layout = {
-        "embedding.weight": single("model.embed_tokens.weight", vocabulary, hidden),
+        "embedding.weight": single(HEAD if under_the_head else EMBEDDING, vocabulary, hidden),
         "norm.weight": single("model.norm.weight", hidden),
     }
     if not config.tied_head:
-        layout["head.weight"] = single("lm_head.weight", vocabulary, hidden)
+        layout["head.weight"] = single(HEAD, vocabulary, hidden)
     for layer in range(config.num_hidden_layers):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
         layout |= _attention(config, f"{theirs}.self_attn", f"{ours}.attention")

@@ -16,6 +16,7 @@ NAMES = ExpertNames(gate="w1", up="w3", down="w2")
 
 class MixtralConfig(HuggingFaceConfig):
     default_theta: ClassVar[float] = 1_000_000.0
+    num_key_value_heads: PositiveInt | None = 8
     rms_norm_eps: float = 1e-5
     sliding_window: PositiveInt | None = None
 
@@ -28,7 +29,7 @@ class MixtralConfig(HuggingFaceConfig):
 
 def layout(config: "ModelConfig", stored: Set[str]) -> Layout:
     """Published checkpoints call the MoE module `block_sparse_moe`, transformers 5 calls it `mlp`."""
-    whole = hugging_face_layout(config)
+    whole = hugging_face_layout(config, stored)
     for layer in config.moe_layer_ids:
         ours, module = f"blocks.{layer}.mlp", f"model.layers.{layer}.block_sparse_moe"
         if f"{module}.gate.weight" not in stored:

@@ -28,7 +28,7 @@ class OlmoeConfig(HuggingFaceConfig):
 
 
 def layout(config: "ModelConfig", stored: Set[str]) -> Layout:
-    whole = hugging_face_layout(config)
+    whole = hugging_face_layout(config, stored)
     for layer in config.moe_layer_ids:
         ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"
         gate = single(f"{theirs}.gate.weight", config.num_experts, config.hidden_size)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 class Qwen3MoeConfig(HuggingFaceConfig):
+    num_key_value_heads: PositiveInt | None = 4
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     moe_intermediate_size: PositiveInt
@@ -29,7 +30,7 @@ class Qwen3MoeConfig(HuggingFaceConfig):
     decoder_sparse_step: PositiveInt = 1
     mlp_only_layers: tuple[NonNegativeInt, ...] | None = None
     use_sliding_window: bool = False
-    sliding_window: PositiveInt | None = None
+    sliding_window: PositiveInt | None = 4096
 
     def settings(self, name: str) -> dict[str, Any]:
         return super().settings(name) | {
@@ -45,7 +46,7 @@ class Qwen3MoeConfig(HuggingFaceConfig):
 
 
 def layout(config: "ModelConfig", stored: Set[str]) -> Layout:
-    whole = hugging_face_layout(config)
+    whole = hugging_face_layout(config, stored)
     inner, hidden = config.dense_intermediate_size, config.hidden_size
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp"

@@ -10,7 +10,8 @@ from exflow.placement.plan import Plan
 class Usage:
     """How to give the exported file to its engine, and what is known to go wrong.
 
-    options  lines of a command, a configuration or a program, ready to be copied
+    options  lines of a command, a configuration or a program, ready to be copied: a path in them is quoted as
+             the shell, YAML or Python wants it
     traps    one sentence each, with the engine's version or issue that it is about
     """
 

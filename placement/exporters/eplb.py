@@ -30,7 +30,7 @@ def write_eplb(plan: Plan) -> bytes:
 def eplb_usage(plan: Plan, path: Path) -> Usage:
     return Usage(
         options=(
-            f'tensors = safetensors.torch.load_file("{path}")',
+            f"tensors = safetensors.torch.load_file({str(path)!r})",
             "# its three tensors are what rebalance_experts returns, under the names of EPLB",
         ),
         traps=(

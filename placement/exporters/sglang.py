@@ -6,6 +6,7 @@ are passed on as arguments, so that any further key is a TypeError there.
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def sglang_usage(plan: Plan, path: Path) -> Usage:
     redundant = redundant_experts(plan)
     options = [
         f"--tp-size {plan.num_ranks} --ep-size {plan.num_ranks}",
-        f"--init-expert-location {path}",
+        f"--init-expert-location {quote(str(path))}",
         "--moe-a2a-backend deepep",
     ]
     if redundant:

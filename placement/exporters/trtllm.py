@@ -3,6 +3,7 @@
 Read by `MoeLoadBalancerConfig` in tensorrt_llm/llmapi/llm_args.py, which refuses further keys.
 """
 
+import json
 from pathlib import Path
 
 from exflow.placement.exporters.common import Usage
@@ -29,7 +30,7 @@ def trtllm_usage(plan: Plan, path: Path) -> Usage:
             "enable_attention_dp: true",
             "moe_config:",
             "  backend: WIDEEP",
-            f"  load_balancer: {path}",
+            f"  load_balancer: {json.dumps(str(path), ensure_ascii=False)}",
         ),
         traps=(
             "The file is ignored without a word if the architecture is not in moe_model_arch_list "

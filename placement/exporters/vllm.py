@@ -5,6 +5,7 @@ As in `initial_expert_map_path` of pull request 49572. No release reads a map.
 
 import json
 from pathlib import Path
+from shlex import quote
 
 from exflow.placement.exporters.common import Usage, check_equal_experts, redundant_experts
 from exflow.placement.plan import Plan
@@ -20,7 +21,7 @@ def write_vllm(plan: Plan) -> bytes:
 def vllm_usage(plan: Plan, path: Path) -> Usage:
     config = {"num_redundant_experts": redundant_experts(plan), "initial_expert_map_path": str(path)}
     return Usage(
-        options=("--enable-expert-parallel", "--enable-eplb", f"--eplb-config '{json.dumps(config)}'"),
+        options=("--enable-expert-parallel", "--enable-eplb", f"--eplb-config {quote(json.dumps(config))}"),
         traps=(
             "No released vLLM reads a map (0.33.0 does not): this is for a build with pull request 49572, "
             "which is open. Other proposals (34811, 53022, 41141) take other files.",

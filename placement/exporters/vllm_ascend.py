@@ -5,6 +5,7 @@ Read by `expert_file_to_tensor` in vllm_ascend/eplb/core/eplb_utils.py.
 
 import json
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ def write_vllm_ascend(plan: Plan) -> bytes:
 def vllm_ascend_usage(plan: Plan, path: Path) -> Usage:
     config = json.dumps({"eplb_config": {"expert_map_path": str(path)}})
     return Usage(
-        options=("--enable-expert-parallel", f"--additional-config '{config}'"),
+        options=("--enable-expert-parallel", f"--additional-config {quote(config)}"),
         traps=(
             "Model runner V1 alone reads static maps, V2 refuses them: set VLLM_USE_V2_MODEL_RUNNER=0.",
             f"The number of expert-parallel ranks must be {plan.num_ranks}; it is not checked.",

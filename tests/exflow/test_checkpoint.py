@@ -263,7 +263,10 @@ def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:
     train_tokenizer(["the cat sat on the mat\n" * 20], vocab_size=262).save(str(path))
     with pytest.raises(InputError) as error:
         load_tokenizer(folder)
-    assert str(error.value) == f"{path}: has 262 tokens, the model's vocab_size is 257; {AGAIN}"
+    assert str(error.value) == (
+        f"{path}: has token 261, the model's vocab_size is 257: it belongs to another model; copy this "
+        "model's there"
+    )
 
     path.unlink()
     with pytest.raises(InputError) as error:
@@ -271,17 +274,94 @@ def test_the_tokenizer(folder: Path, byte_tokenizer: Tokenizer) -> None:
     assert str(error.value) == f"{path}: no such tokenizer; {AGAIN}"
 
 
+@pytest.mark.parametrize(
+    "left_there",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {"truncation": {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 1}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 64},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            }
+        },
+        {
+            "padding": {
+                "strategy": "BatchLongest",
+                "direction": "Left",
+                "pad_to_multiple_of": 8,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "!",
+            }
+        },
+    ],
+)
+def test_truncation_and_padding_that_were_left_in_a_tokenizer(
+    folder: Path, byte_tokenizer: Tokenizer, left_there: dict[str, Any]
+) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | left_there))
+    prompts = ["a longer prompt", "short"]
+    assert [each.ids for each in Tokenizer.from_file(str(path)).encode_batch(prompts)] != [
+        each.ids for each in byte_tokenizer.encode_batch(prompts)
+    ]
+    assert [each.ids for each in load_tokenizer(folder).encode_batch(prompts)] == [
+        each.ids for each in byte_tokenizer.encode_batch(prompts)
+    ]
+
+
+def test_added_tokens_may_lie_beyond_the_vocabulary(folder: Path) -> None:
+    """As where somebody added a token to pad with, and no row to the embedding."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("a[PAD]").ids[-1] == 257
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (2, (2,)),
+        ([7, 9], (7, 9)),
+        ([7, 1000000000000000019884624838656], (7,)),  # transformers' "very large integer"
+        (1000000000000000019884624838656, ()),
+        (257, ()),
+        (-1, ()),
+        ([], ()),
+    ],
+)
+def test_end_tokens_that_the_model_does_not_have(
+    tmp_path: Path, byte_tokenizer: Tokenizer, named: Any, expected: tuple[int, ...]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert end_tokens(tmp_path, byte_tokenizer) == expected
+
+
+@pytest.mark.parametrize("named", [True, 2.0, "2", [[2]], [None], {"id": 2}])
+def test_end_tokens_that_are_none(tmp_path: Path, byte_tokenizer: Tokenizer, named: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "vocab_size": 257}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id .* is no list of token ids"):
+        end_tokens(tmp_path, byte_tokenizer)
+
+
 def test_the_tokens_that_end_a_text(tmp_path: Path, folder: Path, byte_tokenizer: Tokenizer) -> None:
     """Our own models have one; a Hugging Face folder says it in generation_config.json, or in config.json."""
     assert end_tokens(folder, byte_tokenizer) == (byte_tokenizer.token_to_id("<|endoftext|>"),)
     config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
-    config.write_text('{"model_type": "mixtral", "eos_token_id": 2}')
+    config.write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": 2}')
     assert end_tokens(tmp_path, byte_tokenizer) == (2,)
     generation.write_text('{"eos_token_id": [7, 9]}')
     assert end_tokens(tmp_path, byte_tokenizer) == (7, 9)
     generation.write_text("{}")
     assert end_tokens(tmp_path, byte_tokenizer) == (2,)
-    config.write_text('{"model_type": "mixtral", "eos_token_id": null}')
+    config.write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": null}')
     assert end_tokens(tmp_path, byte_tokenizer) == ()
     generation.write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(InputError) as error:

@@ -1,5 +1,6 @@
 """Texts to token streams: which files, the split, the tokenizer."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from exflow.corpus import (
     train_tokenizer,
 )
 from exflow.errors import InputError
+from exflow.generate import read_prompts
 
 LINES = [f"line {number} of the text\n" for number in range(100)]
 
@@ -61,13 +63,87 @@ def test_a_folder_without_texts(tmp_path: Path) -> None:
     assert str(error.value) == f"no text found in {tmp_path}; give files ending in .txt, .md, .rst, .py"
 
 
-def test_a_text_is_read_whatever_its_bytes(tmp_path: Path) -> None:
+MARK = b"\xef\xbb\xbf"
+ONE_LINE = "\N{LINE SEPARATOR} \N{PARAGRAPH SEPARATOR} \x85 \f \v \x1c \x1d \x1e \r \N{NO-BREAK SPACE}"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ""),
+        (MARK, ""),
+        ("caf\xe9\n".encode(), "caf\xe9\n"),
+        (MARK + "caf\xe9\n".encode(), "caf\xe9\n"),
+        (b"one\r\ntwo\r\n", "one\ntwo\n"),
+        (b"one\n\r\ntwo", "one\n\ntwo"),
+        ("模型\n".encode(), "模型\n"),
+        (ONE_LINE.encode(), ONE_LINE),
+        (b"a" + MARK, "a\N{ZERO WIDTH NO-BREAK SPACE}"),  # in the middle it is a character
+    ],
+)
+def test_a_text_in_utf8(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes(b"caf\xe9 \xc3\xa9\n")
-    assert read_text(path) == "caf\N{REPLACEMENT CHARACTER} é\n"
+    path.write_bytes(content)
+    assert read_text(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("The text\n".encode("utf-16"), "it is UTF-16 text; save it as UTF-8, or give another"),
+        ("The text\n".encode("utf-16-le"), "it is UTF-16 text; save it as UTF-8, or give another"),
+        ("The text\n".encode("utf-16-be"), "it is UTF-16 text; save it as UTF-8, or give another"),
+        ("模型的专家".encode("utf-16"), "it is UTF-16 text; save it as UTF-8, or give another"),
+        ("The text\n".encode("utf-32"), "it is UTF-32 text; save it as UTF-8, or give another"),
+        (
+            "one\ncaf\xe9\n".encode("latin-1"),
+            "line 2 is not UTF-8 (byte 0xe9); save the text as UTF-8, or give another",
+        ),
+        (
+            "模型".encode("gb18030"),
+            "line 1 is not UTF-8 (byte 0xd0); save the text as UTF-8, or give another",
+        ),
+        ("caf\xe9".encode()[:-1], "line 1 is not UTF-8 (byte 0xc3); save the text as UTF-8, or give another"),
+        (
+            b"\x1f\x8b\x08\x00" + bytes(20),
+            "line 1 is not UTF-8 (byte 0x8b); save the text as UTF-8, or give another",
+        ),
+        (b"\x7fELF\x02\x01\x01\x00", "line 1 has a zero byte, so this is no text; give another"),
+        (b"one\ntwo\0\n", "line 2 has a zero byte, so this is no text; give another"),
+    ],
+)
+def test_what_is_no_text_in_utf8_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_text(path)
+    assert str(error.value) == f"{path}: {expected}"
+    with pytest.raises(
+        InputError, match=re.escape(f"{path}: {expected}")
+    ):  # training and profiling read it so
+        build_corpus([path], 0.1, 300)
+
+
+def test_a_text_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_text(tmp_path)
     assert str(error.value) == f"{tmp_path}: the text cannot be read (Is a directory); give another"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_prompt_is_a_line(tmp_path: Path, end: str) -> None:
+    """Only a line's end ends it: other characters that Python's splitlines() heeds are a part of it."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(MARK + end.join(["one", "", ONE_LINE, "three", ""]).encode())
+    assert read_prompts(["given"], path) == ["given", "one", ONE_LINE, "three"]
+
+
+def test_a_prompt_that_is_not_utf8() -> None:
+    in_c_locale = "na\udcc3\udcafve"
+    assert read_prompts(["na\xefve", in_c_locale], None) == ["na\xefve"] * 2
+    for prompt in ("caf\udce9", "\ud800", "\udcff\udcfe"):
+        with pytest.raises(InputError, match="is not UTF-8; give it as UTF-8, or in a --prompt-file"):
+            read_prompts([prompt], None)
 
 
 def test_the_tail_is_held_out_from_a_line_end() -> None:

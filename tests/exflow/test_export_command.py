@@ -1,15 +1,18 @@
 """`exflow export` and `exflow import-plan`: files, what is printed, and what bad input gets."""
 
+import ast
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from exflow import cli
-from exflow.placement.exporters.registry import FORMATS
+from exflow.placement.exporters.registry import FORMATS, export_plan
 from exflow.placement.plan import Plan
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -72,6 +75,25 @@ def test_export_says_how_to_use_the_file(run: Run) -> None:
     assert "map.json for sglang; map.json.meta.json keeps what it cannot say" in out
     assert "  --init-expert-location map.json\n" in out
     assert "32962" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.json", "it's.json", "$(date).json", 'a"b\\c.json', "a;b&c #d.json", "-x.json"]
+)
+def test_what_is_to_be_copied_is_quoted(run: Run, name: str) -> None:
+    """A shell, YAML and Python each get the very name."""
+    path, plan = Path("a folder", name), Plan.load("plan.json")
+    shell = {
+        format: [word for line in export_plan(plan, format, path).usage.options for word in shlex.split(line)]
+        for format in ("sglang", "vllm", "vllm-ascend")
+    }
+    assert shell["sglang"][shell["sglang"].index("--init-expert-location") + 1] == str(path)
+    assert json.loads(shell["vllm"][-1])["initial_expert_map_path"] == str(path)
+    assert json.loads(shell["vllm-ascend"][-1])["eplb_config"]["expert_map_path"] == str(path)
+    options = yaml.safe_load("\n".join(export_plan(plan, "trtllm", path).usage.options))
+    assert options["moe_config"]["load_balancer"] == str(path)
+    program = ast.parse(export_plan(plan, "eplb", path).usage.options[0])
+    assert [each.value for each in ast.walk(program) if isinstance(each, ast.Constant)] == [str(path)]
 
 
 def test_a_placement_made_elsewhere_is_judged_like_our_own(run: Run) -> None:

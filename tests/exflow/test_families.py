@@ -411,3 +411,98 @@ def test_weights_that_do_not_fit(made: Callable[[str], Any], tmp_path: Path, fam
     shape = list(state[name].shape)
     save_file(state | {name: torch.zeros(3)}, weights)
     assert message(tmp_path) == f"{weights}: '{name}' has shape [3], config.json implies {shape}; {AGAIN}"
+
+
+LEFT_OVER = [
+    "model.layers.{}.self_attn.rotary_emb.inv_freq",
+    "model.layers.{}.self_attn.rotary_emb.cos_cached",
+    "model.layers.{}.self_attn.rotary_emb.sin_cached",
+    "model.layers.{}.self_attn.masked_bias",
+    "model.layers.{}.attn.bias",
+    "model.rotary_emb.inv_freq",
+    "model.rotary_emb.original_inv_freq",
+    "model.embed_tokens.position_ids",
+]
+
+
+@each_family
+def test_buffers_that_older_versions_stored(family: str, made: Callable[[str], Any], tmp_path: Path) -> None:
+    """Their values do not matter: config.json says what they are."""
+    made(family).model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    names = {name.format(layer) for name in LEFT_OVER for layer in range(3)}
+    save_file(load_file(weights) | {name: torch.full((3,), torch.nan) for name in names}, weights)
+    expected = load(made(family).folder).state_dict()
+    for name, value in load(tmp_path).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def stored_heads(folder: Path, model: Any, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """The model's weights, changed; config.json says that head and embedding are tied."""
+    model.save_pretrained(folder)
+    config = config_of(folder) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STORED_HEADS: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "a copy": lambda state: state.update({HEAD: state[EMBEDDING].clone()}),
+    "a copy of another type": lambda state: state.update(
+        {EMBEDDING: state[EMBEDDING].bfloat16().float(), HEAD: state[EMBEDDING].bfloat16()}
+    ),
+    "the embedding alone": lambda state: state.__delitem__(HEAD),
+    "the head alone": lambda state: state.__delitem__(EMBEDDING),
+    "another head": lambda state: None,
+}
+
+
+@each_family
+@pytest.mark.parametrize("stored", STORED_HEADS)
+def test_a_tied_head_as_transformers_reads_it(
+    family: str, stored: str, made: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    stored_heads(tmp_path, made(family).model, STORED_HEADS[stored])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_as_transformers(theirs, tmp_path)
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("exflow")]
+    expected = (
+        f"{tmp_path}: config.json says tie_word_embeddings, but '{HEAD}' and '{EMBEDDING}' differ: the "
+        "stored head is used; set tie_word_embeddings to false"
+    )
+    assert set(told) == ({expected} if stored == "another head" else set())
+
+
+@pytest.mark.parametrize(
+    ("family", "absent", "expected"),
+    [
+        ("mixtral", "num_key_value_heads", 8),
+        ("gpt_oss", "num_key_value_heads", 8),
+        ("qwen3_moe", "num_key_value_heads", 4),
+        ("olmoe", "num_key_value_heads", 16),
+        ("mixtral", None, 16),
+        ("qwen3_moe", None, 16),
+        ("olmoe", None, 16),
+    ],
+)
+def test_key_and_value_heads_by_default(
+    family: str, absent: str | None, expected: int, tmp_path: Path
+) -> None:
+    """A key that is absent has the family's default; null says as many as there are query heads."""
+    content = PUBLISHED[family][0] | {"num_attention_heads": 16, "head_dim": 64, "hidden_size": 1024}
+    content = {key: value for key, value in content.items() if key != absent}
+    if absent is None:
+        content["num_key_value_heads"] = None
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | content))
+    assert load_model_config(tmp_path).num_kv_heads == expected
+
+
+def test_the_window_of_qwen3_by_default(tmp_path: Path) -> None:
+    content = {key: value for key, value in PUBLISHED["qwen3_moe"][0].items() if key != "sliding_window"}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_moe"} | content | {"use_sliding_window": True})
+    )
+    assert set(load_model_config(tmp_path).windows) == {4096}

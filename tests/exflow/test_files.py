@@ -1,8 +1,9 @@
 """Atomic writing: readers see the old content or the whole new one, and nothing is left over."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,6 +165,19 @@ def test_yaml(tmp_path: Path) -> None:
         read_yaml(path, "plan", "make it")
     with pytest.raises(InputError, match=r"the plan cannot be read \(Is a directory\); make it$"):
         read_yaml(tmp_path, "plan", "make it")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_byte_order_mark_and_other_encodings(tmp_path: Path, read: Callable[[Path, str, str], Any]) -> None:
+    path, content = tmp_path / "a", '{"a": "é"}'
+    path.write_bytes(content.encode("utf-8-sig"))
+    assert read(path, "plan", "make it") == {"a": "é"}
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+        path.write_bytes(content.encode(encoding))
+        with pytest.raises(
+            InputError, match=rf"\(it is {encoding[:6].upper()} text; save it as UTF-8\); make it$"
+        ):
+            read(path, "plan", "make it")
 
 
 def test_a_message_is_one_line_that_steers_no_terminal() -> None:
