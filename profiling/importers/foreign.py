@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.profiling.importers.left_out import LeftOut
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -63,11 +64,12 @@ class ForeignRows:
 class Recording:
     """The files of one recording: what they say of the model, and their rows.
 
-    `rows` may be called again, and then reads the files again: they can be larger than the memory.
+    `rows` may be called again, and then reads the files again: they can be larger than the memory. It counts
+    what it leaves out.
     `experts_per_layer` is for the layers of the rows, before any are left out.
     """
 
-    rows: Callable[[], Iterator[ForeignRows]]
+    rows: Callable[[LeftOut], Iterator[ForeignRows]]
     num_experts: int | None = None
     experts_per_layer: tuple[int, ...] | None = None
     has_weights: bool = False

@@ -9,6 +9,7 @@ from exflow.errors import InputError
 from exflow.profiling.importers.arrays import ArrayStream, rows_in_a_block
 from exflow.profiling.importers.dense import RoutedLayers
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording, parsing
+from exflow.profiling.importers.left_out import WITHOUT_TOKENS, LeftOut
 from exflow.profiling.trace import DECODE
 
 _REMEDY = "give an .npy of integers [tokens, layers], or [tokens, hidden layers, top_k] (numpy.save)"
@@ -23,23 +24,27 @@ def open_npy(paths: Sequence[Path], hints: Hints) -> Recording:
 
     Raises InputError for a damaged file, an object array, or another number of dimensions.
     """
-    return Recording(lambda: _rows(paths, hints))
+    return Recording(lambda left: _rows(paths, hints, left))
 
 
-def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
-    routed = RoutedLayers(hints.moe_layers)
-    for number, path in enumerate(paths):
+def _rows(paths: Sequence[Path], hints: Hints, left: LeftOut) -> Iterator[ForeignRows]:
+    routed = RoutedLayers(hints.moe_layers, left)
+    number = 0
+    for path in paths:
+        start, kept = 0, 0
         with parsing(path, _REMEDY), path.open("rb") as file:
             stream = ArrayStream(file, path.stat().st_size)
-            if len(stream.shape) not in (2, 3) or 0 in stream.shape:
+            if len(stream.shape) not in (2, 3) or 0 in stream.shape[1:]:
                 raise InputError(f"{path}: experts: shape is {stream.shape}; {_REMEDY}, none of them 0")
             if stream.dtype.kind not in "iu":
                 raise InputError(f"{path}: experts: dtype is {stream.dtype}; give integers")
-            start = 0
+            if not stream.shape[0]:
+                left.add(WITHOUT_TOKENS, f"{path}: experts: shape is {stream.shape}")
             for block in stream.blocks(rows_in_a_block(int(np.prod(stream.shape[1:])), stream.dtype)):
-                yield _sequence_part(path, block, number, start, routed)
-                start += len(block)
-    routed.report()
+                part = _sequence_part(path, block, number, start, routed)
+                yield part
+                start, kept = start + len(block), kept + len(part.experts)
+        number += kept > 0
 
 
 def _sequence_part(path: Path, block: IntArray, number: int, start: int, routed: RoutedLayers) -> ForeignRows:
@@ -47,8 +52,9 @@ def _sequence_part(path: Path, block: IntArray, number: int, start: int, routed:
     if block.ndim == 2:
         experts, layers, hidden = block[:, :, np.newaxis], tuple(range(block.shape[1])), None
     else:
-        layers, kept = routed.split_zeros(path, block)
-        experts, position, hidden = block[kept][:, list(layers)], position[kept], block.shape[1]
+        split = routed.split_zeros(path, block)
+        experts, position = block[split.whole][:, split.columns], position[split.whole]
+        layers, hidden = split.layers, split.hidden_layers
     return ForeignRows(
         path=path,
         layers=layers,

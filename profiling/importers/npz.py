@@ -13,6 +13,7 @@ from exflow.errors import InputError
 from exflow.profiling.importers.agreement import agreed
 from exflow.profiling.importers.arrays import ArrayStream, rows_in_a_block
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording, parsing
+from exflow.profiling.importers.left_out import WITHOUT_TOKENS, LeftOut
 from exflow.profiling.trace import DECODE
 from exflow.profiling.validate import checked_integers, count_up, disordered_sequence
 
@@ -46,19 +47,22 @@ def open_npz(paths: Sequence[Path], hints: Hints) -> Recording:
                 numbers[path] = _number(path, archive)
             weighted.append("weights" in names)
     return Recording(
-        lambda: _rows(paths, all(weighted)),
+        lambda left: _rows(paths, all(weighted), left),
         num_experts=agreed("num_experts", numbers),
         experts_per_layer=agreed("experts_per_layer", counts),
         has_weights=all(weighted),
     )
 
 
-def _rows(paths: Sequence[Path], with_weights: bool) -> Iterator[ForeignRows]:
+def _rows(paths: Sequence[Path], with_weights: bool, left: LeftOut) -> Iterator[ForeignRows]:
     num_sequences = 0
     for path in paths:
         with parsing(path, _REMEDY), zipfile.ZipFile(path) as archive:
             experts = _member(archive, "experts")
             _check_experts(path, experts, archive)
+            if not experts.shape[0]:
+                left.add(WITHOUT_TOKENS, f"{path}: experts: shape is {experts.shape}")
+                continue
             weights = _member(archive, "weights") if with_weights else None
             if weights is not None and weights.shape != experts.shape:
                 raise InputError(
@@ -133,7 +137,7 @@ def _place(path: Path, archive: zipfile.ZipFile, name: str, tokens: int, stop: i
 
 
 def _check_experts(path: Path, experts: ArrayStream, archive: zipfile.ZipFile) -> None:
-    if len(experts.shape) not in (2, 3) or 0 in experts.shape:
+    if len(experts.shape) not in (2, 3) or 0 in experts.shape[1:]:
         raise InputError(
             f"{path}: experts: shape is {experts.shape}; "
             f"give [tokens, layers, top_k] or [tokens, layers], none of them 0"

@@ -6,15 +6,30 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from exflow.errors import InputError
 from exflow.files import atomic_folder
 from exflow.profiling.importers.foreign import ForeignRows, Hints, Recording
+from exflow.profiling.importers.gaps import without_gaps
+from exflow.profiling.importers.left_out import LeftOut
 from exflow.profiling.importers.megatron import open_megatron
 from exflow.profiling.importers.npy import open_npy
 from exflow.profiling.importers.npz import open_npz
 from exflow.profiling.importers.responses import open_responses
 from exflow.profiling.importers.sglang import open_sglang
-from exflow.profiling.importers.translation import Translation, check_rows
+from exflow.profiling.importers.sniffing import (
+    is_blank,
+    is_json,
+    is_megatron,
+    is_safetensors,
+    is_text,
+    is_torch,
+    is_zip,
+    start_of,
+    unknown,
+)
+from exflow.profiling.importers.translation import Translation, check_rows, kept_columns
 from exflow.profiling.importers.trtllm import open_trtllm
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows, concatenate, num_rows
@@ -37,27 +52,13 @@ class ForeignFormat:
     open: Callable[[Sequence[Path], Hints], Recording]
 
 
-def _is_zip(start: bytes) -> bool:
-    return start.startswith(b"PK\x03\x04")
-
-
-def _is_torch(start: bytes) -> bool:
-    """Whether an archive's first member is the one that torch.save writes first."""
-    length = int.from_bytes(start[26:28], "little")
-    return _is_zip(start) and start[30 : 30 + length].endswith(b"/data.pkl")
-
-
-def _is_json(start: bytes) -> bool:
-    return start.lstrip()[:1] in (b"{", b"[")
-
-
 FORMATS = {
-    "sglang": ForeignFormat(_is_torch, open_sglang),
-    "npz": ForeignFormat(_is_zip, open_npz),
+    "sglang": ForeignFormat(is_torch, open_sglang),
+    "npz": ForeignFormat(is_zip, open_npz),
     "npy": ForeignFormat(lambda start: start.startswith(b"\x93NUMPY"), open_npy),
-    "trtllm": ForeignFormat(lambda start: start[8:9] == b"{", open_trtllm),
-    "megatron": ForeignFormat(lambda start: _is_json(start) and b'"top_indices"' in start, open_megatron),
-    "responses": ForeignFormat(_is_json, open_responses),
+    "trtllm": ForeignFormat(is_safetensors, open_trtllm),
+    "megatron": ForeignFormat(is_megatron, open_megatron),
+    "responses": ForeignFormat(is_json, open_responses),
 }
 
 
@@ -105,7 +106,7 @@ def import_trace(
     """
     check_replaceable(output)
     translation, blocks = _opened(paths, format, hints, advance)
-    tokens, sequences = 0, 0
+    tokens, sequences = 0, set[int]()
     with atomic_folder(output) as folder:
         writer = TraceWriter(
             folder, translation.layout, has_weights=translation.has_weights, shard_tokens=_SHARD_TOKENS
@@ -113,9 +114,9 @@ def import_trace(
         for rows in blocks:
             writer.append(rows)
             tokens += num_rows(rows)
-            sequences = max(sequences, int(rows["sequence"].max(initial=-1)) + 1)
+            sequences.update(np.unique(rows["sequence"]).tolist())
         writer.close()
-    return Imported(translation.layout, tokens, sequences)
+    return Imported(translation.layout, tokens, len(sequences))
 
 
 def _opened(
@@ -124,26 +125,46 @@ def _opened(
     """How the files' rows become rows of a trace, and these."""
     if not paths:
         raise InputError("import: no files given; name at least one")
-    recording = _format_of(paths, format).open(paths, hints)
-    progress = _Progress(paths, advance)
-    blocks = _non_empty(recording)
+    full = [path for path in paths if not is_blank(path)]
+    if not full:
+        raise InputError(f"{paths[0]}: is empty; record it again")
+    recording = _format_of(full, format).open(full, hints)
+    progress = _Progress(full, advance)
+    left, blocks = _begun(recording, hints, paths)
     first = next(blocks, None)
     if first is None:
-        raise InputError(f"{paths[0]}: holds no routing of any token; record it again")
+        raise left.all_of(paths[0])
     claims = (hints.num_experts, recording.num_experts, first.num_experts)
     number = next((claim for claim in claims if claim is not None), None)
     if number is None:
         progress.rounds = 2
         number = _largest_id(chain([first], blocks), hints, progress) + 1
         _log.warning("the files do not say num_experts: taken as %d, the largest id plus 1", number)
-        blocks = _non_empty(recording)
+        left, blocks = _begun(recording, hints, paths)
         first = next(blocks)
     translation = Translation.of(first, number, recording, hints)
-    return translation, (translation.rows(progress.passing(block)) for block in chain([first], blocks))
+    return translation, _translated(translation, chain([first], blocks), progress, left)
 
 
-def _non_empty(recording: Recording) -> Iterator[ForeignRows]:
-    return (block for block in recording.rows() if len(block.experts))
+def _translated(
+    translation: Translation, blocks: Iterator[ForeignRows], progress: "_Progress", left: LeftOut
+) -> Iterator[Rows]:
+    """The rows of the blocks; at their end what was left out is told."""
+    for block in blocks:
+        yield translation.rows(progress.passing(block))
+    left.tell()
+
+
+def _begun(
+    recording: Recording, hints: Hints, paths: Sequence[Path]
+) -> tuple[LeftOut, Iterator[ForeignRows]]:
+    """A pass over the files: the blocks that hold whole tokens, and what is left out as they are read."""
+    left = LeftOut()
+    for path in filter(is_blank, paths):
+        left.add("empty files", str(path))
+    recorded = (block for block in recording.rows(left) if len(block.experts))
+    blocks = (without_gaps(block, kept_columns(block, hints), left) for block in recorded)
+    return left, (block for block in blocks if len(block.experts))
 
 
 def _largest_id(blocks: Iterator[ForeignRows], hints: Hints, progress: "_Progress") -> int:
@@ -174,14 +195,18 @@ def _format_of(paths: Sequence[Path], name: str | None) -> ForeignFormat:
     """The format by its name, or the one that all files are of."""
     if name is not None and name not in FORMATS:
         raise InputError(f"format: {name} is not known; choose one of {', '.join(FORMATS)}")
-    names = [_name_of(path) for path in paths]
     if name is not None:
         return FORMATS[name]
-    for path, other in zip(paths, names, strict=True):
+    starts = [start_of(path) for path in paths]
+    names = [_name_of(start) for start in starts]
+    if "responses" in names:  # where a request failed, a proxy may have answered in words
+        names = [
+            name or ("responses" if is_text(start) else None)
+            for name, start in zip(names, starts, strict=True)
+        ]
+    for path, start, other in zip(paths, starts, names, strict=True):
         if other is None:
-            raise InputError(
-                f"{path}: is in no format known here ({', '.join(FORMATS)}); convert it to one of them"
-            )
+            raise unknown(path, start, ", ".join(FORMATS))
         if other != names[0]:
             raise InputError(
                 f"{path}: is {other}, {paths[0]} is {names[0]}; give files of one recording together"
@@ -189,11 +214,6 @@ def _format_of(paths: Sequence[Path], name: str | None) -> ForeignFormat:
     return FORMATS[str(names[0])]
 
 
-def _name_of(path: Path) -> str | None:
-    """The first format that the file's beginning matches; InputError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file to import") from error
+def _name_of(start: bytes) -> str | None:
+    """The first format that a file's beginning matches."""
     return next((name for name, candidate in FORMATS.items() if candidate.matches(start)), None)

@@ -6,172 +6,199 @@ Where the routing is, and how it is written:
     sglext.routed_experts                 SGLang as OpenAI (entrypoints/openai/protocol.py)
     choices[].meta_info.routed_experts    the same with return_meta_info
     choices[].routed_experts              vLLM 0.33.0 (entrypoints/openai/completion/protocol.py)
+    prompt_routed_experts                 vLLM 0.21: the prompt's rows, beside the choices or in them, which
+                                          then hold the others
     routed_experts                        what a script wrote itself
 
 SGLang writes base64 of int32 [tokens, hidden layers, top_k] without a shape, vLLM base64 of a .npy file of
-that shape. Both give logical ids, and no row for the last token, which was sampled and never run. With a
-start in the request (routed_experts_start_len, routed_experts_prompt_start) the rows before it are missing.
+that shape, vLLM 0.21 lists, and versions of it record MoE layers alone. All give logical ids, and no row for
+the last token, which was sampled and never run; where nothing was sampled (a prefill alone), or tokens were
+drafted, it may have one. With a start in the request (routed_experts_start_len, routed_experts_prompt_start)
+the rows before it are missing.
 """
 
-import base64
-import binascii
-import io
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exflow.errors import InputError
-from exflow.profiling.importers.arrays import ArrayStream
 from exflow.profiling.importers.dense import RoutedLayers
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
-from exflow.profiling.importers.json_values import json_values, shown
+from exflow.profiling.importers.json_values import json_values
+from exflow.profiling.importers.left_out import LeftOut
+from exflow.profiling.importers.replies import PROMPT, ROUTED, lack, unwrapped
+from exflow.profiling.importers.routed_experts import ids_of, is_empty
 from exflow.profiling.trace import DECODE, PREFILL
-
-_log = logging.getLogger(__name__)
-
-_NPY = b"\x93NUMPY"
-_ASK = "start the server with --enable-return-routed-experts (SGLang: and ask for return_routed_experts)"
 
 
 @dataclass(frozen=True)
-class _Routing:
-    """What a response holds of one sequence, and how many tokens, where that is told.
+class _Told:
+    """How many tokens a sequence has, None where that is not told.
 
     billed  whether `usage` tells it, which may leave tokens out (SGLang's serving_chat.py does for Kimi K3)
     """
 
-    place: str
-    text: Any
     billed: bool
-    prompt_tokens: int | None
-    tokens: int | None
+    prompt: int | None = None
+    all: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """The rows of one sequence, from position `start` on."""
+
+    experts: IntArray
+    start: int
+    prompt_tokens: int
 
 
 def open_responses(paths: Sequence[Path], hints: Hints) -> Recording:
-    """One sequence a response or choice; those that a request did not get any routing for are left out.
+    """One sequence a response or choice.
 
-    SGLang's form needs `hidden_layers` and `top_k` from the hints. Raises InputError where a response holds
-    no routing, or routing of another shape than the hints or the token counts say.
+    Left out are errors among the responses, and those that did not get any routing. A prompt that a server
+    returned once for several choices counts once, in the sequence of the first; the others begin after it.
+
+    SGLang's form needs `hidden_layers` and `top_k` from the hints. Raises InputError where routing has
+    another shape than the hints or the token counts say.
     """
-    return Recording(lambda: _rows(paths, hints))
+    return Recording(lambda left: _rows(paths, hints, left))
 
 
-def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
-    layers = RoutedLayers(hints.moe_layers)
-    number, missing = 0, 0
+def _rows(paths: Sequence[Path], hints: Hints, left: LeftOut) -> Iterator[ForeignRows]:
+    layers = RoutedLayers(hints.moe_layers, left)
+    number = 0
     for path in paths:
-        for place, response, size in json_values(path):
-            routings = list(_routings(path, place, response))
-            for routing in routings:
-                if routing.text is None:
-                    missing += 1
-                    continue
-                experts = _experts(path, routing, hints)
-                rows = _sequence(path, routing, experts, number, layers, size // len(routings))
+        for place, value, size in json_values(path, left):
+            sequences = list(_sequences(f"{path}: {place}", unwrapped(value), hints, left))
+            for sequence in sequences:
+                rows = _placed(path, sequence, number, layers, size // len(sequences))
                 number += bool(len(rows.experts))
                 yield rows
-    layers.report()
-    if missing:
-        _log.warning("left out %d responses without routing (null: aborted?)", missing)
 
 
-def _sequence(
-    path: Path, routing: _Routing, experts: IntArray, number: int, layers: RoutedLayers, size: int
-) -> ForeignRows:
-    ids, captured = layers.split_zeros(path, experts)
-    start = 0 if routing.tokens is None else routing.tokens - 1 - len(experts)
-    if start >= 1 << 31:
-        raise InputError(f"{path}: {routing.place}: counts {routing.tokens} tokens; give the response whole")
-    if start < 0 and not routing.billed:
-        raise InputError(
-            f"{path}: {routing.place}: routed_experts: has rows for {len(experts)} tokens, the response has "
-            f"{routing.tokens}; give the right --hidden-layers and --top-k"
-        )
-    position = (max(0, start) + np.arange(len(experts)))[captured]
+def _placed(path: Path, sequence: _Sequence, number: int, layers: RoutedLayers, size: int) -> ForeignRows:
+    experts = sequence.experts
+    routed = layers.split_zeros(path, experts)
+    position = (sequence.start + np.arange(len(experts)))[routed.whole]
     return ForeignRows(
         path=path,
-        layers=ids,
-        experts=experts[captured][:, list(ids)],
+        layers=routed.layers,
+        experts=experts[routed.whole][:, routed.columns],
         sequence=np.full(len(position), number),
         position=position,
-        phase=np.where(position < (routing.prompt_tokens or 0), PREFILL, DECODE),
-        hidden_layers=experts.shape[1],
+        phase=np.where(position < sequence.prompt_tokens, PREFILL, DECODE),
+        hidden_layers=routed.hidden_layers,
         num_bytes=size,
     )
 
 
-def _routings(path: Path, place: str, response: Any) -> Iterator[_Routing]:
-    """The routing of each sequence in a response; InputError where there is none."""
-    if not isinstance(response, dict):
-        raise InputError(f"{path}: {place}: is {shown(response)}; give the JSON object of a response")
+def _sequences(where: str, response: Any, hints: Hints, left: LeftOut) -> Iterator[_Sequence]:
+    """The sequences of a response that have rows; the others are counted."""
+    holders = list(_holders(response)) if isinstance(response, dict) else []
+    texts = [(holder.get(ROUTED), _prompt_of(holder, response)) for holder, _ in holders]
+    if all(is_empty(text) for pair in texts for text in pair):
+        what, why = lack(response)
+        left.add(what, f"{where}: {why}")
+        return
+    prompts: list[tuple[Any, int]] = []  # what was counted, and its rows
+    for (text, prompt_text), (_, told) in zip(texts, holders, strict=True):
+        rest = None if is_empty(text) else ids_of(f"{where}: {ROUTED}", text, hints)
+        if is_empty(prompt_text):
+            if rest is None:
+                left.add("choices without routing", where)
+            else:
+                yield _alone(where, rest, told)
+            continue
+        counted = next((rows for other, rows in prompts if other == prompt_text), None)
+        if counted is None:
+            prompt = ids_of(f"{where}: {PROMPT}", prompt_text, hints)
+            prompts.append((prompt_text, len(prompt)))
+            yield _with_prompt(where, prompt, rest, told)
+        elif rest is not None:
+            yield _Sequence(rest, counted, counted)
+
+
+def _prompt_of(holder: dict[str, Any], response: dict[str, Any]) -> Any:
+    own = holder.get(PROMPT)
+    return response.get(PROMPT) if is_empty(own) else own
+
+
+def _holders(response: dict[str, Any]) -> Iterator[tuple[dict[str, Any], _Told]]:
+    """What holds the routing of each sequence, and what tells its tokens."""
     choices = response.get("choices")
     choices = [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
-    counts = response.get("usage") if len(choices) < 2 else None  # of several choices it is the sum
-    found = False
-    for holder, told in (
-        (response.get("meta_info"), response.get("meta_info")),
-        (response.get("sglext"), counts),
-        *((one.get("meta_info"), one.get("meta_info")) for one in choices),
-        *((one, counts) for one in choices),
-        (response, counts),
-    ):
-        if isinstance(holder, dict) and "routed_experts" in holder:
-            found = True
-            billed = told is not holder
-            yield _Routing(place, holder["routed_experts"], billed, *_tokens(told))
-    if not found:
-        raise InputError(f"{path}: {place}: holds no routed_experts; {_ASK}")
+    usage = _told(response.get("usage"), billed=True) if len(choices) < 2 else _Told(True)  # a sum of several
+    whole = [
+        (holder, _told(holder, billed=False) if holder is response.get("meta_info") else usage)
+        for holder in (response.get("meta_info"), response.get("sglext"), response)
+        if isinstance(holder, dict) and not is_empty(holder.get(ROUTED))
+    ]
+    of_choices = [_of_choice(choice, usage) for choice in choices]
+    if whole and not any(not is_empty(holder.get(ROUTED)) for holder, _ in of_choices):
+        yield whole[0]  # of several choices SGLang returns the first one's
+        yield from of_choices[1:]
+    else:
+        yield from of_choices or [(response, usage)]
 
 
-def _tokens(told: Any) -> tuple[int | None, int | None]:
+def _of_choice(choice: dict[str, Any], usage: _Told) -> tuple[dict[str, Any], _Told]:
+    meta = choice.get("meta_info")
+    if isinstance(meta, dict) and not is_empty(meta.get(ROUTED)):
+        return meta, _told(meta, billed=False)
+    return choice, usage
+
+
+def _told(counts: Any, billed: bool) -> _Told:
     """Tokens of the prompt, and in all, where both are told."""
-    if not isinstance(told, dict):
-        return None, None
-    prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
+    if not isinstance(counts, dict):
+        return _Told(billed)
+    prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")
     if type(prompt) is not int or type(completion) is not int:
-        return None, None
-    return prompt, prompt + completion
+        return _Told(billed)
+    return _Told(billed, prompt, prompt + completion)
 
 
-def _experts(path: Path, routing: _Routing, hints: Hints) -> IntArray:
-    """[tokens, hidden layers, top_k] of one sequence."""
-    where = f"{path}: {routing.place}: routed_experts"
-    if not isinstance(routing.text, str):
-        raise InputError(f"{where}: is {shown(routing.text)}; give the base64 text as the server wrote it")
-    try:
-        content = base64.b64decode(routing.text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(f"{where}: is not base64 ({error}); give the text as the server wrote it") from error
-    return _of_npy(where, content) if content.startswith(_NPY) else _of_int32(where, content, hints)
-
-
-def _of_npy(where: str, content: bytes) -> IntArray:
-    try:
-        array = ArrayStream(io.BytesIO(content), len(content)).whole()
-    except Exception as error:  # numpy's parser of headers raises what it likes
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where}: is no .npy file ({reason}); give the response whole") from error
-    if array.ndim != 3 or array.dtype.kind not in "iu" or 0 in array.shape[1:]:
+def _with_prompt(where: str, prompt: IntArray, rest: IntArray | None, told: _Told) -> _Sequence:
+    """The prompt's rows and those after it; a server may have written them all in the choice as well."""
+    if rest is None:
+        rest = prompt[:0]
+    if prompt.shape[1:] != rest.shape[1:]:
         raise InputError(
-            f"{where}: is {array.dtype} {array.shape}; give integers [tokens, hidden layers, top_k]"
+            f"{where}: {PROMPT}: has {prompt.shape[1]} layers and top {prompt.shape[2]}, {ROUTED} "
+            f"{rest.shape[1]} and {rest.shape[2]}; give the response whole"
         )
-    return array
+    if told.prompt is None or told.all is None:
+        return _Sequence(_joined(prompt, rest), 0, len(prompt))
+    rows = len(prompt) + len(rest)
+    if rows > told.all:
+        if len(rest) in (told.all - 1, told.all):
+            return _alone(where, rest, told)
+        raise InputError(
+            f"{where}: has rows for {len(prompt)} tokens of the prompt and {len(rest)} others, the response "
+            f"has {told.all} tokens; give the response whole"
+        )
+    start = 0 if rows >= told.all - 1 else max(0, told.prompt - len(prompt))
+    return replace(_alone(where, _joined(prompt, rest), told), start=start)
 
 
-def _of_int32(where: str, content: bytes, hints: Hints) -> IntArray:
-    if hints.hidden_layers is None or hints.top_k is None:
+def _alone(where: str, experts: IntArray, told: _Told) -> _Sequence:
+    """Rows that end at the last token but one, or at the last where there are as many as tokens."""
+    tokens = len(experts) + 1 if told.all is None else told.all
+    start = tokens - 1 - len(experts)
+    if start >= 1 << 31:
+        raise InputError(f"{where}: counts {tokens} tokens; give the response whole")
+    if start < -1 and not told.billed:
         raise InputError(
-            f"{where}: is SGLang's, which says no shape; give --hidden-layers and --top-k (num_hidden_layers "
-            "and num_experts_per_tok in the model's config.json)"
+            f"{where}: {ROUTED}: has rows for {len(experts)} tokens, the response has {tokens}; give the "
+            "right --hidden-layers and --top-k"
         )
-    width = 4 * hints.hidden_layers * hints.top_k
-    if len(content) % width:
-        raise InputError(
-            f"{where}: has {len(content)} bytes, no multiple of {width} for a token (int32, "
-            f"{hints.hidden_layers} layers, top {hints.top_k}); give the right --hidden-layers and --top-k"
-        )
-    return np.frombuffer(content, "<i4").reshape(-1, hints.hidden_layers, hints.top_k)
+    return _Sequence(experts, max(0, start), told.prompt or 0)
+
+
+def _joined(prompt: IntArray, rest: IntArray) -> IntArray:
+    if prompt.dtype == rest.dtype:
+        return np.concatenate([prompt, rest])
+    return np.concatenate([prompt.astype(np.int64), rest.astype(np.int64)])

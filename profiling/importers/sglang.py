@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
-from exflow.profiling.importers.dense import RoutedLayers
+from exflow.profiling.importers.dense import Routed, RoutedLayers
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
 from exflow.profiling.importers.json_values import shown
+from exflow.profiling.importers.left_out import LeftOut
 from exflow.profiling.importers.passes import SeenPasses
 from exflow.profiling.importers.requests import RequestTracker
 from exflow.profiling.importers.torch_file import let_go, load_torch
@@ -46,11 +47,11 @@ def open_sglang(paths: Sequence[Path], hints: Hints) -> Recording:
     disagree.
     """
     ordered = sorted(paths, key=_rank)  # rank 0's rows are right even where a gathered batch was cut
-    return Recording(lambda: _rows(ordered, hints))
+    return Recording(lambda left: _rows(ordered, hints, left))
 
 
-def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
-    seen, routed = SeenPasses(len(paths)), RoutedLayers(hints.moe_layers)
+def _rows(paths: Sequence[Path], hints: Hints, left: LeftOut) -> Iterator[ForeignRows]:
+    seen, routed = SeenPasses(len(paths)), RoutedLayers(hints.moe_layers, left)
     numbers = itertools.count()
     trackers: dict[int, RequestTracker] = {}
     for path in paths:
@@ -60,15 +61,17 @@ def _rows(paths: Sequence[Path], hints: Hints) -> Iterator[ForeignRows]:
         for index, record in enumerate(dump["records"]):
             where = f"{path}: records[{index}]"
             ids_HTK = _recorded_ids(where, record, slots_HP)
-            layers, captured = routed.split(path, np.any(ids_HTK >= 0, axis=2).T)
-            experts = _logical(where, ids_HTK, slots_HP, layers, captured)
+            choices_TH = np.count_nonzero(ids_HTK >= 0, axis=2).T
+            top_k = int(choices_TH.max(initial=0))
+            split = routed.split(path, choices_TH > 0, choices_TH < top_k)
+            experts = _logical(where, ids_HTK, slots_HP, split, top_k)
             let_go(ids_HTK)
-            if not len(experts) or seen.is_repeated(record["forward_pass_id"], experts):
+            if not choices_TH.any() or seen.is_repeated(record["forward_pass_id"], experts):
                 continue
-            sequence, position, phase = _places(where, record, captured, tracker)
+            sequence, position, phase = _places(where, record, choices_TH.any(axis=1), split.whole, tracker)
             yield ForeignRows(
                 path=path,
-                layers=layers,
+                layers=split.layers,
                 experts=experts,
                 sequence=sequence,
                 position=position,
@@ -136,34 +139,30 @@ def _tensor(where: str, value: Any, dims: int) -> IntArray:
     return value.numpy()
 
 
-def _logical(
-    where: str, ids_HTK: IntArray, slots_HP: IntArray, layers: tuple[int, ...], captured: Mask
-) -> IntArray:
-    """[captured tokens, layers, k]: the experts in the slots."""
+def _logical(where: str, ids_HTK: IntArray, slots_HP: IntArray, split: Routed, top_k: int) -> IntArray:
+    """[whole tokens, layers, k]: the experts in the slots."""
     if ids_HTK.max(initial=-1) >= slots_HP.shape[1]:
         raise InputError(
             f"{where}: topk_ids_of_layer: holds slot {ids_HTK.max()} of {slots_HP.shape[1]}; record with "
             "--disable-shared-experts-fusion"
         )
-    tokens, chosen = np.flatnonzero(captured), list(layers)
+    tokens, chosen = np.flatnonzero(split.whole), split.columns
     slots = slots_HP[chosen].astype(np.uint16)
-    parts, top_k = [], 0
+    parts = []
     for start in range(0, len(tokens), _CHUNK):
         ids_TLK = ids_HTK[chosen][:, tokens[start : start + _CHUNK]].transpose(1, 0, 2)
-        top_k = top_k or int((ids_TLK[0, 0] >= 0).sum())
-        if (ids_TLK[..., :top_k] < 0).any() or (ids_TLK[..., top_k:] >= 0).any():
+        if (ids_TLK[..., :top_k] < 0).any():
             raise InputError(
-                f"{where}: topk_ids_of_layer: has tokens with another number of experts than {top_k}; record "
-                "it again"
+                f"{where}: topk_ids_of_layer: has -1 among the first {top_k} ids of a token; {_REMEDY}"
             )
         parts.append(slots[np.arange(len(chosen))[:, None], ids_TLK[..., :top_k]])
     return np.concatenate(parts) if parts else np.empty((0, len(chosen), 1), np.uint16)
 
 
 def _places(
-    where: str, record: dict[str, Any], captured: Mask, tracker: RequestTracker
+    where: str, record: dict[str, Any], captured: Mask, whole: Mask, tracker: RequestTracker
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Sequence, position and phase of the captured tokens."""
+    """Sequence, position and phase of the whole tokens; requests are followed by all that were captured."""
     position = _positions(where, record, len(captured))
     pieces, phase = _pieces(where, record, position, captured)
     lengths = [length for _, length in pieces]
@@ -171,8 +170,8 @@ def _places(
     if not np.isin(np.flatnonzero(captured), rows).all():
         raise InputError(f"{where}: extend_seq_lens: leave out tokens that were routed; {_REMEDY}")
     names = tracker.follow([(int(position[at]), length) for at, length in pieces])
-    kept = captured[rows]
-    return np.repeat(names, lengths)[kept], position[captured], np.repeat(phase, lengths)[kept]
+    kept = whole[rows]
+    return np.repeat(names, lengths)[kept], position[whole], np.repeat(phase, lengths)[kept]
 
 
 def _positions(where: str, record: dict[str, Any], tokens: int) -> IntArray:

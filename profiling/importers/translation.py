@@ -7,6 +7,7 @@ import numpy as np
 
 from exflow.errors import InputError
 from exflow.profiling.importers.foreign import ForeignRows, Hints, IntArray, Recording
+from exflow.profiling.importers.json_values import shown
 from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.shard import Rows
 from exflow.profiling.validate import check_ids, checked_weights
@@ -33,7 +34,7 @@ class Translation:
             )
         counts = recording.experts_per_layer
         if counts is not None and len(counts) == len(first.layers):
-            counts = tuple(counts[column] for column in _columns(first, hints))
+            counts = tuple(counts[column] for column in kept_columns(first, hints))
         try:
             layout = RoutingLayout("", hidden, kept, num_experts, first.experts.shape[2], counts)
         except InputError as error:
@@ -42,6 +43,12 @@ class Translation:
 
     def rows(self, block: ForeignRows) -> Rows:
         """The rows of `block`; InputError, beginning with the file's name, where they do not fit."""
+        if block.path == self.first.path and block.layers != self.first.layers:
+            here, before = shown(list(block.layers)), shown(list(self.first.layers))
+            raise InputError(
+                f"{block.path}: holds layers {here} after {before}; "
+                "record it again, or give --moe-layers with those that are always there"
+            )
         if (block.layers, block.experts.shape[2]) != (self.first.layers, self.layout.top_k):
             raise InputError(
                 f"{block.path}: has {len(block.layers)} layers and top {block.experts.shape[2]}, "
@@ -61,20 +68,20 @@ class Translation:
                 weights = checked_weights(block.weights, block.experts.shape)
             except InputError as error:
                 raise InputError(f"{block.path}: {error}") from error
-            rows["weights"] = weights[:, _columns(block, self.hints)]
+            rows["weights"] = weights[:, kept_columns(block, self.hints)]
         return rows
 
 
 def check_rows(block: ForeignRows, hints: Hints) -> IntArray:
     """[tokens, MoE layers, top_k] ids; InputError, beginning with the file's name, for a negative one."""
-    columns = _columns(block, hints)
+    columns = kept_columns(block, hints)
     experts = block.experts if len(columns) == len(block.layers) else block.experts[:, columns]
     if experts.min(initial=0) < 0:
         raise InputError(f"{block.path}: experts: holds {experts.min()}; ids start at 0")
     return experts
 
 
-def _columns(block: ForeignRows, hints: Hints) -> list[int]:
+def kept_columns(block: ForeignRows, hints: Hints) -> list[int]:
     """Where the layers that are kept are among those of the block."""
     if hints.moe_layers is None:
         return list(range(len(block.layers)))

@@ -32,7 +32,7 @@ def open_trtllm(paths: Sequence[Path], hints: Hints) -> Recording:
     """
     ordered = sorted(paths, key=_rank)
     return Recording(
-        lambda: _rows(ordered, hints),
+        lambda _: _rows(ordered, hints),
         num_experts=agreed("num_experts", {path: _num_experts(path) for path in paths}),
     )
 

@@ -333,7 +333,7 @@ def test_what_was_not_captured_is_left_out_and_said(tmp_path: Path, caplog: pyte
     assert_holds(trace, [IDS])
     assert trace.position.tolist() == [2, 3, 4, 5]
     assert "left out 2 tokens whose routing was not captured" in caplog.text
-    assert "left out 1 responses without routing (null: aborted?)" in caplog.text
+    assert "left out 1 responses without routing (the first: " in caplog.text
 
 
 def test_every_place_of_a_response(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ MALFORMED = [
     ("responses", raw(b'{"a": 1}\n{"b": '), r"line 1: holds no routed_experts; start the server with --ena"),
     (
         "responses",
-        raw(b'{"routed_experts": null}\n{"b": '),
+        raw(b'{"routed_experts": null}\n{"b": \n'),
         r"line 2 is not valid JSON \(.*\); give the file",
     ),
     ("responses", raw(b'{"routed'), r"line 1 is not valid JSON"),
@@ -427,8 +427,12 @@ MALFORMED = [
     ("responses", raw(b'{"a": "\xff"}\n'), r"line 1 is not valid JSON"),
     ("responses", raw(b'\n{\n"a": [1,\n2}'), r"the file is not valid JSON"),
     ("responses", json_file(7), r"line 1: is 7; give the JSON object of a response"),
-    ("responses", json_file([{"routed_experts": None}, 7]), r"line 1\[1\]: is 7; give"),
-    ("responses", json_file({"routed_experts": None}), r"holds no routing of any token; record it again"),
+    ("responses", json_file([7, {"routed_experts": None}]), r"line 1\[0\]: is 7; give"),
+    (
+        "responses",
+        json_file({"routed_experts": None}),
+        r"holds routed_experts without a row \(aborted\?\); left",
+    ),
     ("responses", vllm_text(7), r"line 1: routed_experts: is 7; give the base64 text"),
     ("responses", vllm_text("AAA"), r"line 1: routed_experts: is not base64 \(.*\); give the text"),
     ("responses", vllm_text("é"), r"line 1: routed_experts: is not base64"),
@@ -442,7 +446,7 @@ MALFORMED = [
         vllm_text(base64.b64encode(npy_header((10**9, 27, 4))).decode()),
         r"is no \.npy file \(the header declares 108000000000 bytes of data, there are 0\)",
     ),
-    ("responses", vllm_text(npy_text(IDS - 1)), r"experts: holds -1; ids start at 0"),
+    ("responses", vllm_text(npy_text(IDS - 2)), r"experts: holds -2; ids start at 0"),
     (
         "responses",
         json_file(vllm_response(IDS, 1), vllm_response(IDS[:, :, :1].repeat(3, 2) + 1, 1)),
@@ -529,7 +533,7 @@ MALFORMED = [
     (
         "trtllm",
         tensors_file({"1_2": tensor([1, 2], 0, 8), "2_3": tensor([1, 2], 8, 16)}, bytes(16)),
-        r"has 1 layers and top 2, .* has 1 and 2; join files of one model",
+        r"a: holds layers \[3\] after \[2\]; record it again, or give --moe-layers with those that are alw",
     ),
     (
         "megatron",
@@ -559,11 +563,11 @@ MALFORMED = [
         json_file(STEP[0] | {"top_indices": [], "topk": 1 << 30}),
         r"top_indices: is \[\]; 4 rows of",
     ),
-    ("megatron", json_file(STEP[0] | {"top_indices": [[-1, 1]] * 4}), r"experts: holds -1; ids start at 0"),
+    ("megatron", json_file(STEP[0] | {"top_indices": [[-2, 1]] * 4}), r"experts: holds -2; ids start at 0"),
     (
         "megatron",
-        json_file(*STEP, STEP[0]),
-        r"step 0 has ids \[\(4, 2\)\] in layer 3 and \[\(4, 2\), \(4, 2\)\] in layer 1, one call each; give",
+        json_file(STEP[0], megatron_lines(0, IDS[:3])[1]),
+        r"step 0 has ids \[\(3, 2\)\] in layer 3 and \[\(4, 2\)\] in layer 1, one call each; give",
     ),
     (
         "sglang",
@@ -598,8 +602,16 @@ MALFORMED = [
         pt(ids_tensor(set_at(1, 0, 0, to=10))),
         r"holds slot 10 of 10; record with --disable-shared-e",
     ),
-    ("sglang", pt(ids_tensor(set_at(1, 2, 1, to=-1))), r"has tokens with another number of experts than 2"),
-    ("sglang", pt(ids_tensor(set_at(1, 2, to=-1))), r"layer 1 holds no routing of token 2, other layers do"),
+    (
+        "sglang",
+        pt(ids_tensor(lambda it: it.__setitem__((1, 2, slice(3)), torch.tensor([1, -1, 2])))),
+        r"records\[0\]: topk_ids_of_layer: has -1 among the first 2 ids of a token; give",
+    ),
+    (
+        "sglang",
+        pt(ids_tensor(lambda it: it.__setitem__(3, -1)), one()),
+        r"layer 3 routes here, and not in the rows",
+    ),
     ("sglang", pt(one(forward_pass_id=[1])), r"forward_pass_id: is \[1\], no number; give"),
     ("sglang", pt(one(positions=[0, 1])), r"records\[0\]: positions: is \[0, 1\]; 4 integers are needed"),
     ("sglang", pt(one(positions=[0, 1, 2, -3])), r"positions: holds -3 to 2; give"),
@@ -800,11 +812,11 @@ def test_blocks_are_joined_in_the_trace(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_error_leaves_the_trace_that_was_there(tmp_path: Path) -> None:
     good = lines(tmp_path / "a.jsonl", [vllm_response(IDS, 2)] * 3)
-    bad = lines(tmp_path / "b.jsonl", [{}])
+    bad = lines(tmp_path / "b.jsonl", [vllm_response(IDS, 2), {"routed_experts": 7}])
     output = tmp_path / "t"
     import_trace([good], output, None, HINTS, lambda done, total: None)
     before = RoutingTrace.load(output).digest()
-    with pytest.raises(InputError, match=r"b\.jsonl: line 1: holds no routed_experts"):
+    with pytest.raises(InputError, match=r"b\.jsonl: line 2: routed_experts: is 7; give"):
         import_trace([good, bad], output, None, HINTS, lambda done, total: None)
     assert RoutingTrace.load(output).digest() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "t"]

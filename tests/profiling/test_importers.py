@@ -129,7 +129,11 @@ def test_without_ids_a_position_that_does_not_advance_begins_a_sequence(tmp_path
     ("arrays", "message"),
     [
         ({"ids": IDS}, "has no array experts (it holds ids); give an .npz of plain numeric arrays"),
-        ({"experts": IDS - 1}, "experts: holds -1; ids start at 0"),
+        ({"experts": IDS - 2}, "experts: holds -2; ids start at 0"),
+        (
+            {"experts": IDS - 1},
+            "left out 4 tokens whose routing was captured in part, and no routing is left",
+        ),
         ({"experts": IDS, "num_experts": 3}, "experts: holds 3; values must be from 0 to 2"),
         ({"experts": IDS, "num_experts": 0}, "num_experts: is 0; give a number from 1 to 65536"),
         ({"experts": IDS, "num_experts": 2.5}, "num_experts: is float64 (); give one integer"),
@@ -153,7 +157,11 @@ def test_without_ids_a_position_that_does_not_advance_begins_a_sequence(tmp_path
         ({"experts": IDS + 70_000}, "num_experts: is 70004; give a number from 1 to 65536"),
         ({"experts": IDS * 1.0}, "experts: dtype is float64; give integers"),
         ({"experts": IDS[0, 0]}, "experts: shape is (2,); give [tokens, layers, top_k]"),
-        ({"experts": IDS[:0]}, "experts: shape is (0, 2, 2); give [tokens, layers, top_k]"),
+        (
+            {"experts": IDS[:0]},
+            "experts: shape is (0, 2, 2); left out 1 files without tokens, and no routing is",
+        ),
+        ({"experts": IDS[:, :0]}, "experts: shape is (4, 0, 2); give [tokens, layers, top_k]"),
         ({"experts": IDS, "seq": [0, 0]}, "seq: shape is (2,); (4,) is needed to match experts"),
         ({"experts": IDS, "seq": [0.5] * 4}, "seq: dtype is float64; give integers"),
         ({"experts": IDS, "pos": [0, 1, 2, -3]}, "pos: holds -3; values must be from 0"),
@@ -172,7 +180,7 @@ def test_a_malformed_npz_is_refused_in_one_line(tmp_path: Path, arrays: dict[str
     path = npz(tmp_path / "a.npz", **arrays)
     with pytest.raises(InputError) as caught:
         read_trace([path])
-    assert str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).startswith((f"{path}: {message}", f"{path}; {message}"))
     assert "\n" not in str(caught.value)
 
 
@@ -181,9 +189,11 @@ def test_a_malformed_npz_is_refused_in_one_line(tmp_path: Path, arrays: dict[str
     [
         (IDS[None], "experts: shape is (1, 4, 2, 2); give an .npy of integers [tokens, layers], or"),
         (IDS[0, 0], "experts: shape is (2,); give an .npy of integers [tokens, layers]"),
-        (IDS[:0], "experts: shape is (0, 2, 2); give an .npy"),
+        (IDS[:0], "experts: shape is (0, 2, 2); left out 1 files without tokens"),
+        (IDS[:, :0], "experts: shape is (4, 0, 2); give an .npy"),
         (IDS[:, :, 0] * 1.0, "experts: dtype is float64; give integers"),
-        (IDS[:, :, 0] - 1, "experts: holds -1; ids start at 0"),
+        (IDS[:, :, 0] - 2, "experts: holds -2; ids start at 0"),
+        (IDS - 2, "experts: holds -2; ids start at 0"),
         (np.array([["a"]], object), "cannot be read (the array holds Python objects, which are never loaded"),
     ],
 )
