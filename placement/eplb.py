@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
-from exflow.placement.load_only import load_only, replica_counts
+from exflow.placement.levelling import levelled
+from exflow.placement.load_only import replica_counts
 from exflow.placement.topology import Topology
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ def rebalance_experts(
     """Where each replica of each expert goes, given the loads [L, E] `weight`: an array or a torch tensor.
 
     num_replicas  P, a multiple of num_gpus, E at least
-    num_groups    expert groups; if num_nodes divides it, each group's experts share a node
-    num_nodes     nodes, between which links are slower; divides num_gpus
+    num_groups    expert groups; if num_nodes divides it, each group's experts share a node, and groups must
+                  be of one size; else neither groups nor nodes are looked at
+    num_nodes     nodes, between which links are slower; divides num_gpus where it is looked at
     affinity      counts of a trace of this model (`count_affinity`). With them the solver minimises the
                   messages of dispatch and combine besides the imbalance: experts that tokens select together
                   share a GPU or a node. Loads are still those of `weight`; groups are then not looked at, for
-                  what they do to routing is in the counts
+                  what they do to routing is in the counts, and nodes always are
     time_limit    seconds for the solver to search, which for the largest models goes on for minutes
 
     Returns, as int64 arrays or CPU tensors like `weight`,
@@ -50,53 +52,46 @@ def rebalance_experts(
     logical_to_physical_map  [L, E, X], an expert's slots in ascending order, padded with -1
     expert_count             [L, E]
 
+    Without affinity no layer's busiest GPU has more load than by the original, and X is the original's, which
+    can be more than any expert's replicas here.
+
     The same arguments give the same result, so that every rank may call it for itself; with a time limit that
     ends a search they may not: call it on one rank and tell the others. Raises InputError (a ValueError)
     where the numbers contradict each other.
     """
     load = _as_array(weight)
-    _check(load, num_replicas, num_groups, num_nodes, num_gpus)
     if affinity is not None:
-        slots = _by_affinity(load, num_replicas, num_nodes, num_gpus, affinity, time_limit)
-    elif num_groups % num_nodes == 0:
-        slots = _groups_on_nodes(load, num_replicas, num_groups, num_nodes, num_gpus)
+        num_groups = 1
+    elif num_nodes and num_groups % num_nodes:  # the original's global policy
+        num_groups = num_nodes = 1
+    _check(load, num_replicas, num_groups, num_nodes, num_gpus)
+    if affinity is None:
+        # A power of two changes no digit, and brings each layer's loads within single precision.
+        load = np.ldexp(load, -np.frexp(load.max(axis=1, keepdims=True))[1])
+        of_group = _group_sums(weight, load, num_groups)
+        slots, most = levelled(load, of_group, num_replicas, num_nodes, num_gpus)
     else:
-        slots = load_only(load, num_gpus, num_slots=num_replicas)
-    logical_to_physical, count = logical_maps(slots, load.shape[1])
+        slots, most = _by_affinity(load, num_replicas, num_nodes, num_gpus, affinity, time_limit), 1
+    logical_to_physical, count = logical_maps(slots, load.shape[1], most)
     return _like(weight, slots), _like(weight, logical_to_physical), _like(weight, count)
 
 
-def logical_maps(slots: npt.NDArray[np.integer], num_experts: int) -> tuple[IntArray, IntArray]:
+def logical_maps(
+    slots: npt.NDArray[np.integer], num_experts: int, width: int = 1
+) -> tuple[IntArray, IntArray]:
     """(logical_to_physical_map [L, E, X] padded with -1, expert_count [L, E]) of the map `slots` [L, P].
 
-    Slots [[1, 0, 1]] give [[[1, -1], [0, 2]]] and [[1, 2]].
+    X is the most replicas of an expert, or `width` if that is more. Slots [[1, 0, 1]] give
+    [[[1, -1], [0, 2]]] and [[1, 2]].
     """
     count = np.stack([np.bincount(row, minlength=num_experts) for row in slots])
     order = np.argsort(slots, axis=1, kind="stable")
     expert = np.take_along_axis(slots, order, axis=1)
     first = np.cumsum(count, axis=1) - count
     nth = np.arange(slots.shape[1]) - np.take_along_axis(first, expert, axis=1)
-    physical = np.full((*count.shape, count.max()), -1, dtype=np.int64)
+    physical = np.full((*count.shape, max(width, count.max())), -1, dtype=np.int64)
     physical[np.arange(len(slots))[:, None], expert, nth] = order
     return physical, count
-
-
-def _groups_on_nodes(
-    load: npt.NDArray[np.float64], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> IntArray:
-    """[L, P]: whole groups onto nodes by load, then replicas onto the GPUs of each node."""
-    num_layers, num_experts = load.shape
-    of_group = load.reshape(num_layers, num_groups, -1).sum(axis=2)
-    size = num_experts // num_groups
-    groups = load_only(of_group, num_nodes).reshape(num_layers, num_nodes, -1, 1)
-    experts = (groups * size + np.arange(size)).reshape(num_layers, num_nodes, -1)
-    slots = []
-    for node in range(num_nodes):
-        here = experts[:, node]
-        loads = np.take_along_axis(load, here, axis=1)
-        places = load_only(loads, num_gpus // num_nodes, num_slots=num_replicas // num_nodes)
-        slots.append(np.take_along_axis(here, places, axis=1))
-    return np.concatenate(slots, axis=1)
 
 
 def _by_affinity(
@@ -131,6 +126,8 @@ def _check(
 ) -> None:
     if load.ndim != 2 or not load.size:
         raise InputError(f"weight: has the shape {load.shape}; give [layers, experts], at least one of each")
+    if not np.isfinite(load).all() or (load < 0).any():
+        raise InputError("weight: holds negative or non-finite values; give counts or shares of tokens")
     counts = {"num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
     for name, count in counts.items():
         if count < 1:
@@ -151,6 +148,12 @@ def _as_array(weight: Any) -> npt.NDArray[np.float64]:
     if hasattr(weight, "detach"):
         weight = weight.detach().cpu().double().numpy()
     return np.asarray(weight, dtype=np.float64)
+
+
+def _group_sums(weight: Any, load: npt.NDArray[np.float64], num_groups: int) -> npt.NDArray[np.float32]:
+    """[L, groups], of a tensor by its own sum: so rounding orders equal groups as it does in the original."""
+    single: Any = weight.detach().cpu().float() if hasattr(weight, "detach") else load.astype(np.float32)
+    return np.asarray(single.reshape(len(load), num_groups, -1).sum(-1))
 
 
 def _like(weight: Any, values: IntArray) -> Any:

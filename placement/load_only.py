@@ -2,7 +2,8 @@
 
 The hottest experts get replicas until all slots are taken; then the replicas are packed, the heaviest first,
 each onto the lightest rank that has a free slot: onto nodes first, then onto the GPUs inside each. Affinity
-plays no part: that is what the other methods are measured against.
+plays no part: that is what the other methods are measured against. An expert's replicas are spread over the
+ranks, as not every engine takes two on one; `levelling` lets them share a GPU where that is more level.
 
 Shapes: L MoE layers, E experts, P slots.
 """
@@ -44,8 +45,8 @@ def replica_counts(load: Numbers, num_slots: int, num_ranks: int) -> IntArray:
     """[L, E] replicas of each expert, one at least, `num_slots` in each layer, for loads [L, E].
 
     Slot by slot the expert with the most load per replica gets another (of equals the first): that makes the
-    largest load per replica as small as it can be. More replicas than ranks are of no use, so an expert gets
-    them only when every other has as many. Raises InputError if there are fewer slots than experts.
+    largest load per replica as small as it can be, up to one a rank: an expert gets more replicas only when
+    every other has as many. Raises InputError if there are fewer slots than experts.
     """
     _check_load(load)
     if num_ranks < 1:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exflow.encodings import utf8_text
 from exflow.errors import InputError
 from exflow.placement.exporters.sidecar import ModelShape
 
@@ -44,11 +45,13 @@ def decoded(content: bytes) -> str:
     if content.startswith((b"\x80", b"PK\x03\x04")):
         raise InputError("is a pickle or a .pt archive, which is never loaded; save the map as text")
     try:
-        return content.decode("utf-8")
+        return utf8_text(content)
     except UnicodeDecodeError as error:
         raise InputError(
             f"is not UTF-8 text (byte {error.start} is {content[error.start]:#04x}); give the engine's file"
         ) from error
+    except ValueError as error:
+        raise InputError(f"is not UTF-8 text: {error}") from error
 
 
 def fields(name: str, value: Any, keys: tuple[str, ...]) -> list[Any]:

@@ -1,5 +1,6 @@
 """The placement formats of other engines by name, and reading a file of one of them as a plan."""
 
+import codecs
 import os
 import reprlib
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def _read(path: Path) -> bytes:
                 raise InputError(
                     f"{path}: has {size} bytes, a placement {MAX_BYTES} at most; give another file"
                 )
-            return file.read(MAX_BYTES)
+            return file.read(MAX_BYTES).removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); give a placement of an engine"

@@ -9,14 +9,19 @@ from exflow.placement.importers.flat_yaml import parsed_yaml
 from exflow.placement.importers.foreign import ForeignMap, decoded, fields, number, table
 
 _KEYS = ("initial_global_assignments", "num_slots", "layer_updates_per_iter")
+_DEFAULTS = {"layer_updates_per_iter": 0}  # of MoeLoadBalancerConfig
 
 
 def read_trtllm(content: bytes, model: ModelShape) -> ForeignMap:
     """The rows of the MoE layers, which must be all and no others.
 
-    `layer_updates_per_iter` must be 0: otherwise the engine moves experts, and the map is not what it uses.
+    `layer_updates_per_iter` must be 0, which it is where the file does not say it: otherwise the engine moves
+    experts, and the map is not what it uses.
     """
-    assignments, num_slots, updates = fields("the file", parsed_yaml(decoded(content)), _KEYS)
+    settings = parsed_yaml(decoded(content))
+    if isinstance(settings, dict):
+        settings = _DEFAULTS | settings
+    assignments, num_slots, updates = fields("the file", settings, _KEYS)
     number(
         "layer_updates_per_iter",
         updates,

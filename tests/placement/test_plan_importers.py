@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
+from safetensors.torch import save_file as save_torch
 
 from exflow.errors import InputError
+from exflow.placement.eplb import rebalance_experts
 from exflow.placement.exporters.registry import export_plan
 from exflow.placement.exporters.sidecar import sidecar_path
 from exflow.placement.importers import registry
@@ -136,6 +139,12 @@ def test_costs_of_links_come_back(tmp_path: Path, trace: RoutingTrace) -> None:
     assert read_plan(tmp_path / "again.json").topology.link_cost == cost
 
 
+def trace_of(num_layers: int, num_experts: int) -> RoutingTrace:
+    rng = np.random.default_rng(0)
+    experts = rng.permuted(np.tile(np.arange(num_experts), (40, num_layers, 1)), axis=2)[:, :, :2]
+    return RoutingTrace.from_arrays(experts, num_experts=num_experts)
+
+
 def golden(format: str, folder: Path) -> Path:
     """A copy without a sidecar, under a name that says nothing of the format."""
     path = folder / "placement"
@@ -196,6 +205,85 @@ def test_csv_rows_in_any_order(trace: RoutingTrace, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\n".join([header, *reversed(rows)]))
     assert read_plan(path, trace=trace).physical_to_logical_map.tolist() == SLOTS["exflow"]
+
+
+# Of the golden file: an expert's slots.
+EPLB_SLOTS = np.array([[[0, 3], [1, -1], [2, 4], [5, -1]], [[2, -1], [3, -1], [1, 4], [0, 5]]])
+EPLB_NAMES = ("physical_to_logical_map", "logical_to_physical_map", "expert_count")
+# What EPLB's README shows for its loads: 16 slots, 4 groups, 2 nodes, 8 GPUs.
+EPLB_EXAMPLE = (
+    [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ],
+    [
+        [
+            *([12, -1], [15, 13], [11, -1], [6, -1], [7, 5], [0, 2]),
+            *([1, -1], [3, -1], [4, -1], [9, -1], [8, 10], [14, -1]),
+        ],
+        [
+            *([13, -1], [15, 11], [8, -1], [14, -1], [9, -1], [10, 12]),
+            *([2, 4], [0, -1], [6, 3], [7, -1], [1, -1], [5, -1]),
+        ],
+    ],
+    [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1], [1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1]],
+)
+
+
+@pytest.mark.parametrize("names", [EPLB_NAMES, ("phy2log", "log2phy", "logcnt")])
+@pytest.mark.parametrize("width", [2, 3, 17])
+@pytest.mark.parametrize("order", ["as it is", "descending", "padding first"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32]
+)
+def test_what_eplb_returns_in_any_order_width_and_dtype(
+    names: tuple[str, ...], width: int, order: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    slots, physical, count = (torch.tensor(each) for each in EPLB_EXAMPLE)
+    physical = torch.nn.functional.pad(physical, (0, width - 2), value=-1)
+    if order != "as it is":
+        physical = physical.sort(dim=2, descending=order == "descending").values
+    values = [each.to(dtype).contiguous() for each in (slots, physical, count)]
+    save_torch(dict(zip(names, values, strict=True)), tmp_path / "map")
+    plan = read_plan(tmp_path / "map", trace=trace_of(2, 12), topology=Topology(num_nodes=2, gpus_per_node=4))
+    assert plan.physical_to_logical_map.tolist() == EPLB_EXAMPLE[0]
+    assert plan.method == "imported from eplb"
+    assert plan.expected["strategies"]["dispatch_combine"]["messages_per_token_layer"] > 0
+
+
+@pytest.mark.parametrize("dtype", np.typecodes["AllInteger"])
+def test_eplb_of_numpy(dtype: str, tmp_path: Path) -> None:
+    values = [np.array(each).astype(dtype) for each in EPLB_EXAMPLE]
+    (tmp_path / "map").write_bytes(save(dict(zip(EPLB_NAMES, values, strict=True))))
+    plan = read_plan(tmp_path / "map", trace=trace_of(2, 12), topology=Topology(gpus_per_node=8))
+    assert plan.physical_to_logical_map.tolist() == EPLB_EXAMPLE[0]
+
+
+@pytest.mark.parametrize("slots", [255, 256])
+def test_slot_255_is_one_although_it_could_be_padding(slots: int, tmp_path: Path) -> None:
+    """256 experts in as many slots fit a byte; so does padding, as long as there are fewer slots."""
+    row = np.arange(slots)
+    physical = row[None, :, None]
+    if slots < 256:
+        physical = np.concatenate([physical, np.full_like(physical, -1)], axis=2)
+    values = (row[None], physical, np.ones((1, slots)))
+    content = save({name: value.astype(np.uint8) for name, value in zip(EPLB_NAMES, values, strict=True)})
+    (tmp_path / "map").write_bytes(content)
+    plan = read_plan(tmp_path / "map", trace=trace_of(1, slots), topology=Topology(gpus_per_node=1))
+    assert plan.physical_to_logical_map[0].tolist() == row.tolist()
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_what_our_rebalance_experts_returns(tensors: bool, tmp_path: Path) -> None:
+    """With replicas that share a GPU, and X beyond any expert's replicas, as layers without load make it."""
+    weight: Any = np.array([[0, 0, 0, 0], [99, 1, 1, 1]])
+    results = rebalance_experts(torch.tensor(weight) if tensors else weight, 12, 1, 1, 2)
+    assert results[1].shape == (2, 4, 9)
+    content = save({name: np.asarray(each) for name, each in zip(EPLB_NAMES, results, strict=True)})
+    (tmp_path / "map").write_bytes(content)
+    plan = read_plan(tmp_path / "map", trace=trace_of(2, 4), topology=Topology(gpus_per_node=2))
+    assert plan.physical_to_logical_map.tolist() == results[0].tolist()
+    assert plan.expected["strategies"]["dispatch_combine"]["messages_per_token_layer"] > 0
 
 
 # What is wrong with a file, the edit that makes it so, and what the error says.
@@ -306,12 +394,25 @@ MALFORMED = [
     ("eplb", swap('"shape":[2,6]', '"shape":[2,9]'), r"is no safetensors file of integers"),
     ("eplb", tensors(expert_count=None), r"has no key 'expert_count'; add it"),
     ("eplb", tensors(x=np.zeros(1)), r"unknown key 'x'; keep"),
-    ("eplb", tensors(expert_count=np.zeros((2, 4))), r"expert_count: is float64; give int64"),
+    ("eplb", tensors(expert_count=np.zeros((2, 4))), r"expert_count: is float64; give integers"),
+    ("eplb", tensors(physical_to_logical_map=np.ones((2, 6), bool)), r"_map: is bool; give integers"),
     ("eplb", tensors(expert_count=np.ones((2, 4), np.int64)), r"expert_count: does not say the same as phys"),
-    (
-        "eplb",
-        tensors(logical_to_physical_map=np.ones((2, 4, 2), np.int64)),
-        r"logical_to_physical_map: does not",
+    *(
+        ("eplb", tensors(logical_to_physical_map=physical), r"logical_to_physical_map: does not say the same")
+        for physical in (
+            np.ones((2, 4, 2), np.int64),
+            np.array(0),
+            np.ones((2, 4, 0), np.int64),
+            np.array([[0, 1, 2, 5], [2, 3, 0, 0]]),  # a replica of each alone
+            np.array([[[0], [1], [2], [5]], [[2], [3], [4], [5]]]),
+            EPLB_SLOTS[:, ::-1].copy(),  # of other experts
+            EPLB_SLOTS[:1],
+            np.where(EPLB_SLOTS == 3, 0, EPLB_SLOTS),  # one twice, one not at all
+            np.where(EPLB_SLOTS == 3, -1, EPLB_SLOTS),
+            np.where(EPLB_SLOTS == -1, 4, EPLB_SLOTS),  # one too many
+            np.where(EPLB_SLOTS == -1, -2, EPLB_SLOTS),
+            np.where(EPLB_SLOTS == -1, 6, EPLB_SLOTS),
+        )
     ),
     ("eplb", tensors(physical_to_logical_map=np.zeros((3, 6), np.int64)), r"shape \(3, 6\), or negative ids"),
     ("eplb", tensors(physical_to_logical_map=np.full((2, 6), -1)), r"shape \(2, 6\), or negative ids; give"),
