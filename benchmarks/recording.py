@@ -85,7 +85,7 @@ def load_subject(name: str, device: str) -> tuple[Any, dict[str, Load]]:
     """What to record, and its two loads."""
     if name.startswith(hugging_face.PREFIX):
         folder = Path(name.removeprefix(hugging_face.PREFIX))
-        model = hugging_face.load_model(folder, torch.device(device))
+        model = hugging_face.load_model(folder, hugging_face.load_config(folder), torch.device(device))
         return model, {"profile": hugging_face_profile_load, "decode": hugging_face_decode_load}
     return load_model(name, device), {"profile": profile_load, "decode": decode_load}
 

@@ -51,12 +51,13 @@ def profile_text(
     on = choose_device(device)
     if str(model).startswith(hugging_face.PREFIX):
         folder = Path(str(model).removeprefix(hugging_face.PREFIX))
-        tokenizer = hugging_face.load_tokenizer(folder)
-        causal_model = hugging_face.load_model(folder, on)
-        longest = hugging_face.longest_sequence(causal_model)
+        config = hugging_face.load_config(folder)
+        tokenizer = hugging_face.load_tokenizer(folder, config)
         ids = hugging_face.encode(tokenizer, contents)
+        longest = hugging_face.longest_sequence(config)
         windows = token_windows(ids, _length(length, longest, DEFAULT_LENGTH), max_tokens)
         source = _source(folder, windows)
+        causal_model = hugging_face.load_model(folder, config, on)
         return profile_hugging_face(
             causal_model, windows, output, weights, source=source, resume=resume, advance=advance
         )
@@ -103,6 +104,7 @@ def profile(
     source, resume: as for record().
     """
     device = decoder.embedding.weight.device
+    _check_tokens(windows_NS, decoder.config.vocab_size)
 
     def run(batch_BS: Tensor, first: int) -> None:
         rows = rows_of_batch(len(batch_BS), batch_BS.shape[1], device, first_sequence=first)
@@ -122,17 +124,21 @@ def profile_hugging_face(
     advance: Advance = lambda done, total: None,
 ) -> RoutingTrace:
     """As `profile`, for a causal model of transformers. Raises InputError where it has no MoE layers."""
-    highest, known = int(windows_NS.max()), model.get_input_embeddings().num_embeddings
-    if highest >= known:
-        raise InputError(
-            f"the tokenizer gives token {highest}, the model knows {known} tokens; give the model its own"
-        )
+    _check_tokens(windows_NS, model.get_input_embeddings().num_embeddings)
     layers = model.base_model  # without the head, whose logits would take more memory than the model
 
     def run(batch_BS: Tensor, first: int) -> None:
         layers(input_ids=batch_BS.to(model.device), use_cache=False)
 
     return _record_batches(model, run, windows_NS, path, weights, batch_tokens, source, resume, advance)
+
+
+def _check_tokens(windows_NS: Tensor, known: int) -> None:
+    if (highest := int(windows_NS.max())) >= known:
+        raise InputError(
+            f"the tokenizer gives token {highest}, the model knows {known} tokens; give the model its own "
+            "tokenizer, or leave out of the text what that token stands for"
+        )
 
 
 @torch.inference_mode()

@@ -114,7 +114,7 @@ class _Listening:
         self._layers = layers
         self._top_k = top_k
         self._listener = listener
-        self._batches = Batches()
+        self._batches = Batches(type(stack).__name__)
         self._tokens: PassTokens | None = None  # of the pass under way
         self._ids: list[Tensor] = []
         self._weights: list[Tensor] = []

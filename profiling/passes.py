@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from exflow.errors import InputError
+from exflow.profiling.places import places
 from exflow.profiling.sequences import PADDING
 from exflow.profiling.trace import DECODE, PREFILL
 
@@ -24,6 +25,14 @@ class PassTokens:
     phase: int
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What a cache holds after a pass: the sequences `sequence_B`, and how many `tokens` of each."""
+
+    sequence_B: Tensor
+    tokens: int
+
+
 class Batches:
     """Numbers the sequences of batches, and knows a batch again by its cache.
 
@@ -31,10 +40,12 @@ class Batches:
     goes on with that pass's sequences. With beam search each beam is a sequence.
     """
 
-    def __init__(self) -> None:
-        self._batches: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()  # cache -> sequence ids [B]
+    def __init__(self, model: str) -> None:
+        """model: its name, for errors."""
+        self._model = model
+        self._batches: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()  # of each cache
         self._next = 0
-        self._current_B: Tensor | None = None
+        self._current: _Batch | None = None
 
     def begin(self, arguments: dict[str, Any]) -> PassTokens:
         """The tokens of a pass, from what the stack of layers is called with.
@@ -48,12 +59,15 @@ class Batches:
             raise InputError("record: the layers got neither input_ids nor inputs_embeds; call the model")
         size, length = inputs.shape[:2]
         cache = _cache(arguments)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        sequence_B = self._sequences(cache if past else None, size, inputs.device)
+        known = None if cache is None else self._batches.get(cache)
+        past, aware = (0, True) if cache is None else _past(cache, 0 if known is None else known.tokens)
+        if not aware:
+            _check_unaware(self._model, arguments, past, length)
+        sequence_B = self._sequences(known if past else None, size, inputs.device)
+        self._current = _Batch(sequence_B, past + length)
         if cache is not None:
-            self._batches[cache] = sequence_B
-        self._current_B = sequence_B
-        position_BS, real_BS = _places(arguments, past, size, length, inputs.device)
+            self._batches[cache] = self._current
+        position_BS, real_BS = places(arguments, past, size, length, inputs.device)
         sequence_BS = sequence_B[:, None].expand(size, length)
         if real_BS is not None:
             sequence_BS = torch.where(real_BS, sequence_BS.to(real_BS.device), PADDING)
@@ -64,14 +78,13 @@ class Batches:
         """Remember the cache that a pass was called without and that its output holds."""
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         for value in values:
-            if hasattr(value, "get_seq_length") and self._current_B is not None:
-                self._batches.setdefault(value, self._current_B)
+            if hasattr(value, "get_seq_length") and self._current is not None:
+                self._batches.setdefault(value, self._current)
 
-    def _sequences(self, cache: Any, size: int, device: torch.device) -> Tensor:
-        """The sequence ids [B] of the batch whose past `cache` holds, new ones where it is not known."""
-        known_B = None if cache is None else self._batches.get(cache)
-        if known_B is not None and len(known_B) == size:
-            return known_B
+    def _sequences(self, known: "_Batch | None", size: int, device: torch.device) -> Tensor:
+        """The sequence ids [B] of a batch that goes on, new ones where it is not known."""
+        if known is not None and len(known.sequence_B) == size:
+            return known.sequence_B
         self._next += size
         return torch.arange(self._next - size, self._next, device=device)
 
@@ -88,37 +101,45 @@ def _cache(arguments: dict[str, Any]) -> Any:
     return cache
 
 
-def _places(
-    arguments: dict[str, Any], past: int, size: int, length: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Positions [B, S], and which are real tokens [B, S], or None where all are."""
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, dict):  # a mask for each kind of layer
-        mask = mask.get("full_attention", mask)
-    if mask is None:
-        return _positions(arguments, past, size, length, device), None
-    stop = past + length
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.shape[-1] < stop:
+def _past(cache: Any, counted: int) -> tuple[int, bool]:
+    """How many tokens of each sequence `cache` holds, of which `counted` were seen to go in.
+
+    And whether the cache itself knows: it asks its first layer, which in a hybrid model may be one of linear
+    attention, with a state and no length. Any layer of attention that was used knows; where there is none,
+    tokens are counted.
+    """
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if layers is None:
+        return int(cache.get_seq_length()), True
+    of_attention = [layer for layer in layers if hasattr(layer, "get_seq_length")]
+    if of_attention or not _holds_states(cache, layers):
+        lengths = ((int(layer.get_seq_length()), layer is of_attention[0]) for layer in of_attention)
+        return next((found for found in lengths if found[0]), (0, True))
+    if not counted:
         raise InputError(
-            f"record: an attention_mask {_describe(mask)} does not tell which of {stop} tokens are padding; "
-            f"give one [batch, {stop}], and load the model with attn_implementation sdpa or eager"
+            f"record: a {type(cache).__name__} without layers of attention does not say how many tokens went "
+            "in before the recording; begin to record before its first pass"
         )
-    if mask.ndim == 2:
-        counted_BS = mask[:, :stop].long().cumsum(dim=1)[:, past:] - 1
-        return counted_BS, mask[:, past:stop] != 0
-    # a token that may attend to itself is real: bool masks allow where True, the others where they add 0
-    itself_BS = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :length].expand(size, length)
-    real_BS = itself_BS if mask.dtype == torch.bool else itself_BS == 0
-    return _positions(arguments, past, size, length, mask.device), real_BS
+    return counted, True  # no layer asks it
 
 
-def _positions(arguments: dict[str, Any], past: int, size: int, length: int, device: torch.device) -> Tensor:
-    """The positions [B, S] that the model is told, or those it takes by itself."""
-    told = arguments.get("position_ids")
-    if not isinstance(told, Tensor) or told.ndim != 2:
-        told = torch.arange(past, past + length, device=device)[None]
-    return told.expand(size, length)
+def _holds_states(cache: Any, layers: list[Any]) -> bool:
+    """Whether layers of linear attention have seen a token."""
+    kept_by_minimax = getattr(cache, "linear_cache", [])
+    kept = (getattr(layer, "has_previous_state", {}) for layer in layers)  # for each state of a layer
+    return bool(kept_by_minimax) or any(any(states.values()) for states in kept)
 
 
-def _describe(mask: Any) -> str:
-    return f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"of type {type(mask).__name__}"
+def _check_unaware(model: str, arguments: dict[str, Any], past: int, length: int) -> None:
+    """Refuse what a model runs wrongly whose cache does not know its `past`: it masks and places as without.
+
+    A step of one token without padding comes out right, if the model is told its position.
+    """
+    mask, told = arguments.get("attention_mask"), arguments.get("position_ids")
+    padded = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+    if length > 1 or padded or not isinstance(told, Tensor) or not bool((told == past).all()):
+        raise InputError(
+            f"record: {model} runs this pass wrongly: its first layer has no attention, so its cache does "
+            f"not tell it of the {past} tokens before; generate() from texts of one length, without padding, "
+            "with a new cache each time, or give use_cache=False"
+        )

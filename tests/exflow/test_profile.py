@@ -1,7 +1,5 @@
 """exflow profile: the trace is what the router says, whatever the batches."""
 
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from exflow.config import ModelConfig
 from exflow.decoder import Decoder, MoE, Rows
 from exflow.errors import InputError
 from exflow.moe import AllExpertsHere
-from exflow.profile import profile, profile_hugging_face, profile_text, windows_of_text
+from exflow.profile import profile, profile_text, windows_of_text
 from exflow.profiling.trace import PREFILL, RoutingTrace
 
 TEXT = "".join(chr(ord("a") + number % 26) for number in range(1000))
@@ -137,143 +135,7 @@ def test_the_whole_command(tmp_path: Path, tiny_checkpoint: Callable[..., Path])
     assert str(error.value) == "--length 65: the model has 64 positions; give 64 or less"
 
 
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokenizer) -> Path:
-    """The folder of a tiny Hugging Face model with random weights, and its tokenizer."""
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    folder = tmp_path_factory.mktemp("hugging-face") / "tiny-mixtral"
-    save(folder, transformers.MixtralConfig(num_local_experts=8, num_experts_per_tok=2, **TINY))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer).save_pretrained(folder)
-    return folder
-
-
-TINY = {
-    "vocab_size": 257,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def save(folder: Path, config: Any) -> None:
-    import transformers
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-def profile_mixtral(folder: Path, output: Path, length: int | None = None) -> RoutingTrace:
-    (output.parent / "text.txt").write_text(TEXT)
-    return profile_text(
-        f"hf:{folder}",
-        [str(output.parent / "text.txt")],
-        output,
-        max_tokens=200,
-        length=length,
-        weights=True,
-        device="cpu",
-        advance=lambda done, total: None,
-    )
-
-
-def test_a_hugging_face_model_in_a_folder(tmp_path: Path, mixtral: Path, byte_tokenizer: Tokenizer) -> None:
-    import transformers
-
-    trace = profile_mixtral(mixtral, tmp_path / "trace", length=20)
-    assert (trace.num_tokens, trace.model, trace.num_experts, trace.top_k) == (200, "tiny-mixtral", 8, 2)
-    assert trace.sequence.tolist() == [number for number in range(10) for _ in range(20)]
-    assert trace.position.tolist() == list(range(20)) * 10
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(mixtral)
-    heard: list[Any] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda gate, args, output: heard.append(output[0]))
-    with torch.no_grad():
-        for window in windows_of_text(byte_tokenizer, [TEXT], 20, 200):
-            model(input_ids=window[None])
-    logits = torch.stack([torch.cat(heard[layer::2]) for layer in range(2)], dim=1)
-    assert trace.experts.tolist() == logits.topk(2).indices.tolist()
-    assert profile_mixtral(mixtral, tmp_path / "whole").num_tokens == 3 * 64
-
-
-def test_a_length_that_a_hugging_face_model_has_not(tmp_path: Path, mixtral: Path) -> None:
-    with pytest.raises(InputError, match="--length 65: the model has 64 positions; give 64 or less"):
-        profile_mixtral(mixtral, tmp_path / "trace", length=65)
-
-
-def copied(folder: Path, target: Path, without: str) -> Path:
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(without))
-    return target
-
-
-@pytest.mark.parametrize(
-    ("without", "message"),
-    [
-        ("config.json", "model: holds no config.json, so no Hugging Face model; give a folder that save_"),
-        ("tokenizer*", "model: holds no tokenizer; copy the model's tokenizer files there"),
-        ("*.safetensors", "model: the model cannot be loaded .*; give a folder with a causal language model"),
-    ],
-)
-def test_what_a_hugging_face_folder_lacks(tmp_path: Path, mixtral: Path, without: str, message: str) -> None:
-    folder = copied(mixtral, tmp_path / "model", without)
-    with pytest.raises(InputError, match=message):
-        profile_mixtral(folder, tmp_path / "trace")
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere: holds no config.json, so no Hugging Face model"):
-        profile_mixtral(tmp_path / "nowhere", tmp_path / "trace")
-
-
-def test_weights_that_are_missing_or_damaged(tmp_path: Path, mixtral: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = copied(mixtral, tmp_path / "model", "nothing")
-    (weights,) = folder.glob("*.safetensors")
-    kept = {name: value for name, value in load_file(weights).items() if "gate.weight" not in name}
-    save_file(kept, weights, {"format": "pt"})
-    with pytest.raises(
-        InputError, match=r"model: the weights 'model.layers.0.mlp.gate.* missing \(2 in all\)"
-    ):
-        profile_mixtral(folder, tmp_path / "trace")
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="model: the model cannot be loaded"):
-        profile_mixtral(folder, tmp_path / "trace")
-
-
-def test_a_hugging_face_model_without_experts(tmp_path: Path, mixtral: Path) -> None:
-    import transformers
-
-    folder = copied(mixtral, tmp_path / "dense", "*.safetensors")
-    save(folder, transformers.LlamaConfig(**TINY))
-    with pytest.raises(
-        InputError, match="dense: LlamaForCausalLM has no MoE layers that are known: looked for"
-    ):
-        profile_mixtral(folder, tmp_path / "trace")
-
-
-def test_a_hugging_face_model_of_another_kind(tmp_path: Path, mixtral: Path) -> None:
-    folder = copied(mixtral, tmp_path / "model", "config.json")
-    (folder / "config.json").write_text('{"model_type": "switch_transformers"}')
-    with pytest.raises(InputError, match=r"model: the model cannot be loaded .*give a folder with a causal"):
-        profile_mixtral(folder, tmp_path / "trace")
-
-
-def test_a_tokenizer_of_another_model(mixtral: Path) -> None:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(mixtral)
+def test_a_token_that_the_model_does_not_know(tiny_decoder: Callable[..., Decoder]) -> None:
+    """As an added token of tokenizer.json may be, for which the embedding has no row."""
     with pytest.raises(InputError, match="the tokenizer gives token 257, the model knows 257 tokens"):
-        profile_hugging_face(model, torch.tensor([[0, 257]]), None)
-
-
-def test_without_transformers(tmp_path: Path, mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        InputError, match=r"transformers is not installed .*pip install 'exflow\[transformers\]'"
-    ):
-        profile_mixtral(mixtral, tmp_path / "trace")
+        profile(tiny_decoder(), torch.tensor([[1, 257]]), None)
