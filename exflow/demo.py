@@ -43,7 +43,12 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
     was not trained on). report: is told what is going on. Raises InputError, RankDied, or RuntimeError where
     variants disagree.
     """
-    folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
+    except OSError as error:
+        raise InputError(
+            "no temporary folder can be written; make room there, or name another in TMPDIR"
+        ) from error
     try:
         report(f"profiling {PROFILED_TOKENS:,} tokens of text")
         engine = load_model(model)

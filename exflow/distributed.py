@@ -10,13 +10,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from exflow.environment import Place, need_no_names, place_in
 from exflow.errors import InputError, WrongResult
-from exflow.launch import PATIENCE_S, LostContact, Place, torchrun_place
+from exflow.launch import PATIENCE_S, LostContact
 from exflow.roll_call import RollCall, tells_of_a_lost_rank
+from exflow.signals import leave_signals
 
 Result = TypeVar("Result")
 
 _NO_INTERFACE = "Unable to find address"  # gloo's words
+_TAKEN = "EADDRINUSE"  # the store's
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class Cluster:
 
 @contextmanager
 def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[Cluster]:
-    """Join the job that torchrun describes in the environment; gloo on CPUs, NCCL on GPUs.
+    """Join the job that the environment describes, in torchrun's variables; gloo on CPUs, NCCL on GPUs.
 
     Raises InputError for a job that cannot be, and LostContact if another rank goes away, or is waited for
     longer than `patience_s`. Of WrongResults that several ranks of a node raise at once, the first remains.
     """
-    place = torchrun_place()
+    place = place_in(os.environ)
     assert place is not None
     device = _device_of(place, device_type)
+    if place.ranks_per_node == place.num_ranks:
+        need_no_names()
+    leave_signals()  # torch waits for other ranks in C++, where Python answers none
     patience, roll_call = timedelta(seconds=patience_s), RollCall(place, patience_s)
     try:
         dist.init_process_group(
@@ -73,6 +79,11 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
             raise InputError(
                 f"GLOO_SOCKET_IFNAME={named}: no such network interface; see `ip link`"
             ) from error
+        if isinstance(error, RuntimeError) and _TAKEN in str(error):
+            port = os.environ["MASTER_PORT"]
+            raise InputError(
+                f"MASTER_PORT={port}: is taken, by another job or another process with RANK=0; choose another"
+            ) from error
         if isinstance(error, RuntimeError) and tells_of_a_lost_rank(error):
             raise roll_call.lost(error) from error
         error.add_note(f"on rank {place.rank} of {place.num_ranks}")  # for the traceback
@@ -91,11 +102,6 @@ def during(what: str) -> Iterator[None]:
 
 
 def _device_of(place: Place, device_type: str) -> torch.device:
-    if place.num_ranks % place.ranks_per_node:
-        raise InputError(
-            f"torchrun: {place.ranks_per_node} of {place.num_ranks} ranks are on this node; "
-            "start the same number on every node"
-        )
     if device_type != "cuda":
         return torch.device(device_type)
     if place.ranks_per_node > torch.cuda.device_count():

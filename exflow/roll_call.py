@@ -1,6 +1,7 @@
-"""Who of a job is there: what ranks leave word of in torchrun's store, to name the ones that fail it.
+"""Who of a job is there: what ranks leave word of in a store, to name the ones that fail it.
 
-The store lives in the agent of the first node, which may be out of reach itself.
+The store lives in what starts the ranks of the first node (torchrun, or --nproc), or in the first rank where
+nothing did; it may be out of reach itself.
 """
 
 import os
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from exflow.launch import LostContact, Place
+from exflow.environment import Place, has_agent
+from exflow.launch import LostContact, without
 
 Answer = TypeVar("Answer")
 
@@ -55,13 +57,13 @@ class RollCall:
         """What to say of an error that tells of a lost rank. Takes seconds, for the others to be heard."""
         if self.store is None:
             return LostContact(
-                f"rank {self.place.rank}: no answer from the first node's torchrun at {_first_node()} within "
-                f"{self.patience_s:g} s{_ALIKE}"
+                f"rank {self.place.rank}: no answer from {_store_keeper()} within {self.patience_s:g} s"
+                f"{_ALIKE}"
             )
         answer = _asked(lambda: self._answer(error), _GRACE_S + _PATIENCE_WITH_STORE_S)
         return answer or LostContact(
-            f"rank {self.place.rank}: {self._what(error, 'another rank')}, and no answer from the first "
-            f"node's torchrun ({_first_node()}): this node may be cut off"
+            f"rank {self.place.rank}: {self._what(error, 'another rank')}, and no answer from "
+            f"{_store_keeper()}: this node may be cut off"
         )
 
     def is_told(self) -> bool:
@@ -106,10 +108,8 @@ class RollCall:
         self.store.set(f"exflow/{word}/{self.place.rank}", "")
 
     def _without(self, word: str) -> list[int]:
-        """The ranks that have not left this word."""
         assert self.store is not None
-        ranks = range(self.place.num_ranks)
-        return [rank for rank in ranks if not self.store.check([f"exflow/{word}/{rank}"])]
+        return without(word, self.store, self.place.num_ranks)
 
     def _named(self, ranks: list[int]) -> str:
         if not ranks:
@@ -134,8 +134,9 @@ def _asked(ask: Callable[[], Answer], seconds: float) -> Answer | None:
     return answers[0] if answers else None
 
 
-def _first_node() -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+def _store_keeper() -> str:
+    who = "the first node's torchrun" if has_agent(os.environ) else "rank 0"
+    return f"{who} ({os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
 
 
 def _is_silence(error: RuntimeError) -> bool:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from threading import Timer
 from types import FrameType
 
-from exflow.launch import torchrun_place
+from exflow.environment import has_agent
+from exflow.launch import STARTED_BY
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN_S = 1.0  # a signal that comes again so soon does not disturb the tidying up
@@ -36,7 +37,7 @@ def answer_signals() -> None:
     A rank ends at once and without a word: the process that started it says one. It ends with that process,
     too, which may be killed and then cannot end anybody.
     """
-    is_rank = torchrun_place() is not None
+    is_rank = has_agent(os.environ)
     for number in ANSWERED:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.SIG_DFL if is_rank else _stop)
@@ -97,6 +98,9 @@ def _not_heard(dropped: "sys.UnraisableHookArgs") -> None:
 def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    parent = str(os.getppid())
+    if os.environ.get(STARTED_BY, parent) != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _send_again(number: int, seconds: float) -> None:

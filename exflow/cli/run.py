@@ -10,7 +10,7 @@ import typer
 from exflow.cli.options import DTYPES, STRATEGIES, TRANSPORTS, Device, Json, examples, one_of
 from exflow.cli.show import print_decode_bench, print_generation
 from exflow.errors import InputError
-from exflow.launch import PATIENCE_S, run_ranks, torchrun_place
+from exflow.launch import PATIENCE_S, check_start, run_ranks, torchrun_place
 
 verbs = typer.Typer()
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Time variants side by side in one job.")
@@ -83,7 +83,7 @@ def generate(
     patience: Patience = PATIENCE_S,
     as_json: Json = False,
 ) -> None:
-    """Generate text, on one process or on many ranks (torchrun is started with --nproc)."""
+    """Generate text, on one process or on many ranks (--nproc starts them here)."""
     from exflow.generate import GenerateJob, generate, read_prompts
     from exflow.sampling import Sampling
 
@@ -106,7 +106,7 @@ def generate(
         verify=verify,
         patience_s=patience,
     )
-    if _ranks_did_it(nproc, lambda: job.check(nproc or 1)):
+    if _ranks_did_it(nproc, patience, lambda: job.check(nproc or 1)):
         return
     if (result := generate(job)) is not None:
         print_generation(prompts, result, as_json)
@@ -182,24 +182,27 @@ def bench_decode(
         output=output,
         patience_s=patience,
     )
-    if _ranks_did_it(nproc, lambda: job.check(nproc)):
+    if _ranks_did_it(nproc, patience, lambda: job.check(nproc)):
         return
     if (result := bench_decode(job)) is not None:
         print_decode_bench(result, as_json)
 
 
-def _ranks_did_it(nproc: int | None, check: Callable[[], None]) -> bool:
+def _ranks_did_it(nproc: int | None, patience_s: float, check: Callable[[], None]) -> bool:
     """Start the ranks that --nproc asks for, if `check` finds no fault in their job: they do the work.
 
     False where this process is to do it: it is alone, or one of torchrun's ranks. Raises InputError and
     RankDied.
     """
+    check_start()
     place = torchrun_place()
     if place is None:
         check()
         if nproc is not None:
-            run_ranks(sys.argv[1:], nproc)
+            run_ranks(sys.argv[1:], nproc, patience_s)
             return True
     elif nproc not in (None, place.num_ranks):
-        raise InputError(f"--nproc {nproc}: torchrun has started {place.num_ranks} ranks; leave --nproc out")
+        raise InputError(
+            f"--nproc {nproc}: the job has {place.num_ranks} ranks (WORLD_SIZE); leave --nproc out"
+        )
     return False

@@ -16,8 +16,9 @@ from exflow.cli import run
 from exflow.config import load_model_config
 from exflow.deploy import contiguous_plan, load_model
 from exflow.engine import Request
+from exflow.environment import Place
 from exflow.errors import InputError, WrongResult
-from exflow.launch import LostContact, Place
+from exflow.launch import LostContact
 from exflow.placement.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
@@ -128,5 +129,5 @@ def test_nproc_must_not_contradict_torchrun(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    told = "exflow: --nproc 2: torchrun has started 4 ranks; leave --nproc out\n"
+    told = "exflow: --nproc 2: the job has 4 ranks (WORLD_SIZE); leave --nproc out\n"
     assert capsys.readouterr().err == told

@@ -5,7 +5,8 @@ from signal import SIGKILL, SIGSEGV, SIGTERM
 
 import pytest
 
-from exflow.launch import Place, _cause_of_death, culprit, torchrun_place
+from exflow.environment import Place
+from exflow.launch import _cause_of_death, culprit, torchrun_place
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,6 +43,7 @@ def test_the_place_that_torchrun_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert torchrun_place() is None
     places = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
-    for name, value in (places | {"LOCAL_WORLD_SIZE": "4"}).items():
+    places |= {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    for name, value in places.items():
         monkeypatch.setenv(name, value)
     assert torchrun_place() == Place(rank=5, num_ranks=8, local_rank=1, ranks_per_node=4)
