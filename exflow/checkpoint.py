@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
 
 from exflow.config import OWN, ModelConfig, load_model_config, read_config
@@ -30,8 +30,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, which leads to no other folder
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights as they are
+PACKED = (torch.uint8,)  # ... of quantised ones
 _log = logging.getLogger(__name__)
 REMEDY = "copy the checkpoint again, or give another"
 
@@ -82,19 +85,42 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Read `tokenizer.json` of a folder. Raises InputError if it is missing or malformed.
 
-    Truncation and padding that a training or calibration tool left in the file are not applied: they would
-    change prompts.
+    Truncation, padding and dropout that a training or calibration tool left in the file are not applied: they
+    would change prompts. Tokens that only `tokenizer_config.json` has are added, as transformers does.
     """
     path = folder / TOKENIZER
     if not path.is_file():
         raise InputError(f"{path}: no such tokenizer; {REMEDY}")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise InputError(f"{path}: not a tokenizer ({error}); {REMEDY}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+    _add_tokens(tokenizer, folder / TOKENIZER_CONFIG)
     return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, settings: Path) -> None:
+    """Those of `added_tokens_decoder` that the tokenizer lacks, in the order of their ids."""
+    named = read_json(settings, "tokenizer's configuration", REMEDY) if settings.is_file() else {}
+    decoder = named.get("added_tokens_decoder") if isinstance(named, dict) else None
+    if not isinstance(decoder, dict):
+        return
+    for number in sorted((each for each in decoder if each.isdecimal()), key=int):
+        token = decoder[number]
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or tokenizer.token_to_id(content) is not None:
+            continue
+        flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        tokenizer.add_tokens([AddedToken(content, **flags, special=bool(token.get("special")))])
+        if tokenizer.token_to_id(content) != int(number):
+            raise InputError(
+                f"{settings}: added_tokens_decoder has {content!r} as token {number}, where {TOKENIZER} has "
+                f"no place for it; {REMEDY}"
+            )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -113,8 +139,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text: our own model's end of text, or those that a Hugging Face folder names."""
+def end_tokens(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text: our own model's end of text, or those that a Hugging Face folder names.
+
+    Some folders name a number beyond the vocabulary, for no token: it is left out.
+    """
     config, model_type = read_config(folder)
     if model_type == OWN:
         end = tokenizer.token_to_id(END_OF_TEXT)
@@ -124,8 +153,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     for found, source in ((named, path), (config, folder / CONFIG)):
         ends = found.get("eos_token_id") if isinstance(found, dict) else None
         if ends is not None:
-            known = config.get("vocab_size", 0)  # some files name a number that stands for no token
-            return tuple(end for end in _token_ids(ends, source) if 0 <= end < known)
+            return tuple(end for end in _token_ids(ends, source) if 0 <= end < vocab_size)
     return ()
 
 
@@ -251,6 +279,12 @@ class StoredWeights:
                 f"{path}: '{part.name}' has shape {found}, config.json implies {list(part.shape)}; {REMEDY}"
             )
         value: Tensor = file.get_tensor(part.name) if part.row is None else stored[part.row : part.row + 1][0]
+        if value.dtype not in (PACKED if part.packed else PLAIN):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{path}: '{part.name}' is stored as {kind}, which config.json does not explain; give "
+                "weights in bfloat16, float16 or float32"
+            )
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: the weights '{part.name}' hold NaN or infinite values; {REMEDY}")
         return value

@@ -6,8 +6,10 @@ On a terminal, work in progress is a bar that vanishes when it is done. Elsewher
 
 import logging
 import math
+import os
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from io import TextIOWrapper
@@ -39,8 +41,9 @@ manners = Manners()
 
 
 def say(message: str) -> None:
-    """One line on stderr, never wrapped."""
-    print(f"exflow: {message}", file=sys.stderr)
+    """One line on stderr, never wrapped; where that cannot be written there is nobody to tell."""
+    with suppress(OSError):
+        print(f"exflow: {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:
@@ -68,8 +71,11 @@ def begin() -> None:
     """At the start of a command: forget what an earlier one was told, and listen to the library.
 
     Characters that stdout's encoding lacks become escapes: the rest of a result is not lost with them.
+    What is for a closed stream goes nowhere: Python has None for it, and prints to stdout what is for stderr.
     """
     manners.quiet = manners.verbose = False
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the program runs
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("exflow").handlers = [_Notes()]

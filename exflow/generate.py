@@ -56,10 +56,11 @@ class GenerateJob:
     def request(self) -> Request:
         """The prompts as tokens. Raises InputError if the model cannot serve them."""
         tokenizer = load_tokenizer(self.model)
-        ends = () if self.ignore_end else end_tokens(self.model, tokenizer)
+        config = load_model_config(self.model)
+        ends = () if self.ignore_end else end_tokens(self.model, tokenizer, config.vocab_size)
         prompts = [encoding.ids for encoding in tokenizer.encode_batch(self.prompts)]
         request = Request(prompts, self.max_new_tokens, self.sampling, ends)
-        check_request(request, load_model_config(self.model))
+        check_request(request, config)
         return request
 
     def deployment(self, topology: Topology) -> Deployment:

@@ -87,6 +87,10 @@ def generate(
     from exflow.generate import GenerateJob, generate, read_prompts
     from exflow.sampling import Sampling
 
+    if nproc is not None and prompt_file is not None and not prompt_file.is_file() and prompt_file.exists():
+        raise InputError(
+            f"--prompt-file {prompt_file}: can be read once alone, and each rank reads it; give a file"
+        )
     prompts = read_prompts(prompt or [], prompt_file)
     sampling = Sampling(temperature, top_p, seed)
     job = GenerateJob(

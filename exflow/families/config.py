@@ -20,7 +20,8 @@ class HuggingFaceConfig(RopeConfig):
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
+    is_causal: Literal[True] | None = None
     rms_norm_eps: PositiveFloat
     num_experts: PositiveInt = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
     num_experts_per_tok: PositiveInt

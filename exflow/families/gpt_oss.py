@@ -33,7 +33,7 @@ class GptOssConfig(HuggingFaceConfig):
     default_rope: ClassVar[RopeParameters] = PUBLISHED_ROPE
     quantisations: ClassVar[tuple[str, ...]] = ("mxfp4",)
     num_key_value_heads: PositiveInt | None = 8
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     head_dim: PositiveInt = 64
     attention_bias: bool = True
     sliding_window: PositiveInt | None = 128
@@ -101,7 +101,10 @@ def _each(
 
     return [
         Piece(
-            tuple(Stored(name, (experts, *shape), expert) for name, shape in shapes.items()),
+            tuple(
+                Stored(name, (experts, *shape), expert, packed=read is dequantised)
+                for name, shape in shapes.items()
+            ),
             gates_first if take_turns else read,
         )
         for expert in range(experts)

@@ -28,11 +28,15 @@ LEFT_OVER = re.compile(
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, and the shape it must have; `row` takes one entry of its first dimension."""
+    """A tensor in a file, and the shape it must have; `row` takes one entry of its first dimension.
+
+    packed: its bytes hold quantised numbers.
+    """
 
     name: str
     shape: tuple[int, ...]
     row: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)

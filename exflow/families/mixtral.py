@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from exflow.families.config import HuggingFaceConfig
 from exflow.families.layout import ExpertNames, Layout, gated_experts, hugging_face_layout, single
@@ -17,7 +17,7 @@ NAMES = ExpertNames(gate="w1", up="w3", down="w2")
 class MixtralConfig(HuggingFaceConfig):
     default_theta: ClassVar[float] = 1_000_000.0
     num_key_value_heads: PositiveInt | None = 8
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     sliding_window: PositiveInt | None = None
 
     def settings(self, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OlmoeConfig(HuggingFaceConfig):
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     attention_bias: bool = False
     clip_qkv: PositiveFloat | None = None
     norm_topk_prob: bool = False

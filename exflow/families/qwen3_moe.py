@@ -3,7 +3,7 @@
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from exflow.families.config import HuggingFaceConfig
 from exflow.families.layout import (
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 class Qwen3MoeConfig(HuggingFaceConfig):
     num_key_value_heads: PositiveInt | None = 4
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: PositiveFloat = 1e-6
     attention_bias: bool = False
     moe_intermediate_size: PositiveInt
     norm_topk_prob: bool = False
     decoder_sparse_step: PositiveInt = 1
     mlp_only_layers: tuple[NonNegativeInt, ...] | None = None
     use_sliding_window: bool = False
-    sliding_window: PositiveInt | None = 4096
+    sliding_window: int | None = 4096  # of any value where it is not used
 
     def settings(self, name: str) -> dict[str, Any]:
         return super().settings(name) | {

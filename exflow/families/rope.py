@@ -9,9 +9,17 @@ so that some files have both: then `rope_scaling` counts, and nothing of `rope_p
 from math import log
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    model_validator,
+)
 
-from exflow.limits import PositionCount
+from exflow.limits import PositionCount, Theta
 
 
 class RopeParameters(BaseModel):
@@ -22,14 +30,14 @@ class RopeParameters(BaseModel):
     rope_type: Literal["default", "yarn"] = Field(
         default="default", validation_alias=AliasChoices("rope_type", "type")
     )
-    rope_theta: PositiveFloat | None = None
+    rope_theta: Theta | None = None
     partial_rotary_factor: float = Field(default=1.0, ge=1.0, le=1.0)
     factor: PositiveFloat | None = None
     original_max_position_embeddings: PositionCount | None = None
     attention_factor: PositiveFloat | None = None
-    beta_fast: PositiveFloat | None = None
-    beta_slow: PositiveFloat | None = None
-    truncate: bool = True
+    beta_fast: NonNegativeFloat | None = None
+    beta_slow: NonNegativeFloat | None = None
+    truncate: bool | None = True
     mscale: float | None = None
     mscale_all_dim: float | None = None
 
@@ -56,7 +64,7 @@ class RopeConfig(BaseModel):
     default_rope: ClassVar[RopeParameters] = RopeParameters()  # where neither spelling has a value
 
     max_position_embeddings: PositionCount
-    rope_theta: PositiveFloat | None = None
+    rope_theta: Theta | None = None
     rope_scaling: RopeParameters | None = None
     rope_parameters: RopeParameters | None = None
     original_max_position_embeddings: PositionCount | None = None
@@ -92,7 +100,7 @@ class RopeConfig(BaseModel):
             "attention_factor": given.attention_factor or _attention_factor(factor, given),
             "beta_fast": given.beta_fast or 32.0,
             "beta_slow": given.beta_slow or 1.0,
-            "truncate": given.truncate,
+            "truncate": bool(given.truncate),
         }
         return {"theta": theta, "yarn": yarn}
 

@@ -57,6 +57,8 @@ def export_plan(plan: Plan, format: str, path: Path) -> Exported:
     chosen = FORMATS[format]
     if not path.name.endswith(chosen.ending):
         raise InputError(f"{path}: {format} reads only files that end in {chosen.ending}; name it so")
+    if not str(path).isprintable():
+        raise InputError(f"{path}: the name cannot be copied from a terminal; choose another")
     content = chosen.write(plan)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

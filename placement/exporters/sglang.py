@@ -28,9 +28,10 @@ def write_sglang(plan: Plan) -> bytes:
 
 def sglang_usage(plan: Plan, path: Path) -> Usage:
     redundant = redundant_experts(plan)
+    named = f"./{path}" if str(path).startswith("-") else str(path)  # which is no option
     options = [
         f"--tp-size {plan.num_ranks} --ep-size {plan.num_ranks}",
-        f"--init-expert-location {quote(str(path))}",
+        f"--init-expert-location {quote(named)}",
         "--moe-a2a-backend deepep",
     ]
     if redundant:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from exflow import checkpoint
-from exflow.checkpoint import end_tokens, load_decoder, load_tokenizer, save_checkpoint
+from exflow.checkpoint import end_tokens, load_decoder, load_tokenizer, read_tokenizer, save_checkpoint
 from exflow.config import ModelConfig
 from exflow.corpus import train_tokenizer
 from exflow.decoder import Decoder
@@ -305,14 +305,58 @@ def test_truncation_and_padding_that_were_left_in_a_tokenizer(
     folder: Path, byte_tokenizer: Tokenizer, left_there: dict[str, Any]
 ) -> None:
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | left_there))
+    content = json.loads(path.read_text())
+    for key, value in left_there.items():
+        content[key] = (content[key] or {}) | value
+    path.write_text(json.dumps(content))
     prompts = ["a longer prompt", "short"]
-    assert [each.ids for each in Tokenizer.from_file(str(path)).encode_batch(prompts)] != [
-        each.ids for each in byte_tokenizer.encode_batch(prompts)
-    ]
-    assert [each.ids for each in load_tokenizer(folder).encode_batch(prompts)] == [
-        each.ids for each in byte_tokenizer.encode_batch(prompts)
-    ]
+    as_stored = Tokenizer.from_file(str(path)).encode_batch(prompts)
+    assert [each.ids for each in as_stored] != [each.ids for each in byte_tokenizer.encode_batch(prompts)]
+
+
+def test_dropout_that_was_left_in_a_tokenizer(folder: Path) -> None:
+    """With it a prompt would have other tokens each time."""
+    text = "the cat sat on the mat"
+    tokenizer = train_tokenizer([f"{text}\n" * 20], vocab_size=300)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["dropout"] = 0.9
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert {tuple(read_tokenizer(folder).encode(text).ids) for _ in range(5)} == {
+        tuple(tokenizer.encode(text).ids)
+    }
+
+
+def test_tokens_that_only_the_configuration_adds(folder: Path) -> None:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = {
+        "258": {"content": "<b>"} | flags,
+        "257": {"content": "<a>"} | flags,
+        "0": {"content": "!"} | flags,
+    }
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({"added_tokens_decoder": added}))
+    assert read_tokenizer(folder).encode("<b><a>").ids == [258, 257]
+    settings.write_text(json.dumps({"added_tokens_decoder": {"300": {"content": "<c>"}}}))
+    with pytest.raises(
+        InputError, match=r"tokenizer_config\.json: added_tokens_decoder has '<c>' as token 300"
+    ):
+        read_tokenizer(folder)
+    for other in ("[]", "{}", '{"added_tokens_decoder": null}', '{"added_tokens_decoder": {"x": 1, "5": 2}}'):
+        settings.write_text(other)
+        assert read_tokenizer(folder).get_vocab_size() == 257
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool]
+)
+def test_weights_that_are_no_plain_numbers(folder: Path, kind: torch.dtype) -> None:
+    weights = folder / "model.safetensors"
+    state = load_file(weights)
+    save_file(state | {W_IN: state[W_IN].to(kind)}, weights)
+    assert message(folder) == (
+        f"{weights}: '{W_IN}' is stored as {str(kind).removeprefix('torch.')}, which config.json does not "
+        "explain; give weights in bfloat16, float16 or float32"
+    )
 
 
 def test_added_tokens_may_lie_beyond_the_vocabulary(folder: Path) -> None:
@@ -338,34 +382,34 @@ def test_added_tokens_may_lie_beyond_the_vocabulary(folder: Path) -> None:
 def test_end_tokens_that_the_model_does_not_have(
     tmp_path: Path, byte_tokenizer: Tokenizer, named: Any, expected: tuple[int, ...]
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": 5}')
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "eos_token_id": 5}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-    assert end_tokens(tmp_path, byte_tokenizer) == expected
+    assert end_tokens(tmp_path, byte_tokenizer, 257) == expected
 
 
 @pytest.mark.parametrize("named", [True, 2.0, "2", [[2]], [None], {"id": 2}])
 def test_end_tokens_that_are_none(tmp_path: Path, byte_tokenizer: Tokenizer, named: Any) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral", "vocab_size": 257}')
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id .* is no list of token ids"):
-        end_tokens(tmp_path, byte_tokenizer)
+        end_tokens(tmp_path, byte_tokenizer, 257)
 
 
 def test_the_tokens_that_end_a_text(tmp_path: Path, folder: Path, byte_tokenizer: Tokenizer) -> None:
     """Our own models have one; a Hugging Face folder says it in generation_config.json, or in config.json."""
-    assert end_tokens(folder, byte_tokenizer) == (byte_tokenizer.token_to_id("<|endoftext|>"),)
+    assert end_tokens(folder, byte_tokenizer, 257) == (byte_tokenizer.token_to_id("<|endoftext|>"),)
     config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
-    config.write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": 2}')
-    assert end_tokens(tmp_path, byte_tokenizer) == (2,)
+    config.write_text('{"model_type": "mixtral", "eos_token_id": 2}')
+    assert end_tokens(tmp_path, byte_tokenizer, 257) == (2,)
     generation.write_text('{"eos_token_id": [7, 9]}')
-    assert end_tokens(tmp_path, byte_tokenizer) == (7, 9)
+    assert end_tokens(tmp_path, byte_tokenizer, 257) == (7, 9)
     generation.write_text("{}")
-    assert end_tokens(tmp_path, byte_tokenizer) == (2,)
-    config.write_text('{"model_type": "mixtral", "vocab_size": 257, "eos_token_id": null}')
-    assert end_tokens(tmp_path, byte_tokenizer) == ()
+    assert end_tokens(tmp_path, byte_tokenizer, 257) == (2,)
+    config.write_text('{"model_type": "mixtral", "eos_token_id": null}')
+    assert end_tokens(tmp_path, byte_tokenizer, 257) == ()
     generation.write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(InputError) as error:
-        end_tokens(tmp_path, byte_tokenizer)
+        end_tokens(tmp_path, byte_tokenizer, 257)
     assert str(error.value) == f"{generation}: eos_token_id ['</s>'] is no list of token ids; {AGAIN}"
 
 

@@ -88,6 +88,8 @@ def test_what_is_to_be_copied_is_quoted(run: Run, name: str) -> None:
         for format in ("sglang", "vllm", "vllm-ascend")
     }
     assert shell["sglang"][shell["sglang"].index("--init-expert-location") + 1] == str(path)
+    dashed = export_plan(plan, "sglang", Path("-x.json")).usage.options
+    assert "--init-expert-location ./-x.json" in dashed
     assert json.loads(shell["vllm"][-1])["initial_expert_map_path"] == str(path)
     assert json.loads(shell["vllm-ascend"][-1])["eplb_config"]["expert_map_path"] == str(path)
     options = yaml.safe_load("\n".join(export_plan(plan, "trtllm", path).usage.options))
@@ -123,6 +125,10 @@ def test_the_topology_may_be_a_file(run: Run) -> None:
         ("export none.json --format sglang -o map.json", "none.json: no such plan"),
         ("export plan.json --format pt -o map.json", "format 'pt' is not known; give one of sglang, "),
         ("export plan.json --format sglang -o map.txt", "map.txt: sglang reads only files that end in .json"),
+        (
+            "export plan.json --format exflow -o map\x7f.csv",
+            r"map\x7f.csv: the name cannot be copied from a terminal; choose another",
+        ),
         ("export plan.json --format vllm -o plan.json/map.json", "plan.json/map.json: cannot be written"),
         ("import-plan none.json -o back.json", "none.json: cannot be read"),
         ("import-plan plan.json -o back.json", "plan.json: is a plan already; evaluate it as it is"),

@@ -341,7 +341,7 @@ def test_published_configurations(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
-        ("mixtral", {"hidden_act": "gelu"}, "hidden_act = 'gelu': Input should be 'silu'"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act = 'gelu': Input should be 'silu' or 'swish'"),
         ("mixtral", {"num_local_experts": None}, "num_local_experts = None: Input should be a valid integer"),
         (
             "mixtral",

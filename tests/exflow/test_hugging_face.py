@@ -386,7 +386,7 @@ def test_a_tokenizer_that_cannot_encode_the_text(folder: Path, model: dict[str, 
 
 @pytest.mark.parametrize("content", ["{", "[]", "", '{"temperature": "hot", "eos_token_id": "x"}', b"\xff"])
 def test_what_is_not_needed_is_not_read(folder: Path, content: str | bytes) -> None:
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("generation_config.json", "special_tokens_map.json"):
         write(name, content)(folder)
     assert profile_folder(folder, folder.parent / "trace", length=20).num_tokens == 200
 

@@ -58,6 +58,10 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "4: optional keys null": {
         "rope_scaling": YARN | {"attention_factor": None, "beta_fast": None, "beta_slow": None}
     },
+    "4: truncate null, betas 0": {
+        "rope_scaling": YARN | {"truncate": None, "beta_fast": 0, "beta_slow": 0},
+        "rope_theta": 3000.0,
+    },
     "4: original positions beside": {"rope_scaling": YARN, "original_max_position_embeddings": 32},
     "5: parameters null": {"rope_parameters": None},
     "5: parameters null, theta beside": {"rope_parameters": None, "rope_theta": 3000.0},

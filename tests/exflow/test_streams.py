@@ -70,3 +70,23 @@ def test_a_reader_that_goes_away(folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, stdout=writer, stderr=subprocess.PIPE, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_stream_that_is_closed(folder: Path, closed: str) -> None:
+    """What is for the other stream does not go there, and nothing fails."""
+    command = [sys.executable, "-m", "exflow.cli", "-v", "evaluate", "plan.json", "none"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], cwd=folder, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert (b"exflow: none" in done.stderr) == (closed == "1")
+
+
+def test_a_prompt_file_that_can_be_read_once(folder: Path) -> None:
+    os.mkfifo(folder / "prompts")
+    done = exflow(folder, ["generate", "model", "--prompt-file", "prompts", "--nproc", "2"])
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == (
+        b"exflow: --prompt-file prompts: can be read once alone, and each rank reads it; give a file\n"
+    )
