@@ -1,9 +1,9 @@
 """`exflow simulate` beside measured runs, on clusters that nobody has, and in the ExFlow paper's settings.
 
-    python benchmarks/simulate.py calibrate TRACES -o FILE.json
-    python benchmarks/simulate.py SCENARIO TRACES -o FILE.json [--gpus N]...
-    python benchmarks/simulate.py paper TRACES -o FILE.json [--gpus N]... [--routing recorded]
-    python benchmarks/simulate.py show -o FILE.json [--drawing FILE.svg]
+    python -m benchmarks.simulate calibrate TRACES -o FILE.json
+    python -m benchmarks.simulate SCENARIO TRACES -o FILE.json [--gpus N]...
+    python -m benchmarks.simulate paper TRACES -o FILE.json [--gpus N]... [--routing recorded]
+    python -m benchmarks.simulate show -o FILE.json [--drawing FILE.svg]
 
 calibrate predicts the steps of results/decode-*xh*.json and results/hosts.json, on the routing and the plans
 that those benchmarks make, and prints the error of each. SCENARIO is a model on a machine in several
@@ -24,23 +24,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import hosts
 import numpy as np
-from decode_cases import SHAPES, SOURCES, generated, grid_config, write_case
-from decode_cases import routing as routing_of
-from generated_routing import generate
 
-from exflow.config import ModelConfig, load_model_config
-from exflow.cost_model import Link, Load, Machine, predict
+from benchmarks.decode.cases import SHAPES, SOURCES, generated, grid_config, write_case
+from benchmarks.decode.cases import routing as routing_of
+from benchmarks.hosts import run as hosts
+from benchmarks.routing.generated import generate
+from exflow.commands.simulate import Size
+from exflow.cost.crossover import turns
+from exflow.cost.machines import load_machine
+from exflow.cost.predict import Link, Load, Machine, predict
+from exflow.cost.simulate import Layout, Point, Step, Variant, fastest, step, variants
 from exflow.files import atomic_path, read_json
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.model.config import ModelConfig
+from exflow.model.config_file import load_model_config
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.report.scaling import DRAWN, scaling_drawing
-from exflow.report.times import load_machine
-from exflow.simulate import Layout, Point, Step, Variant, fastest, step, variants
-from exflow.simulate_run import Size
-from exflow.turns import turns
 
 HERE = Path(__file__).parent
 MACHINES = HERE.parent / "configs" / "machines"
@@ -90,7 +91,7 @@ class Measured:
 def measured_steps(traces: Path, folder: Path) -> Iterator[Measured]:
     """The captured steps of the decode benchmark."""
     for run in RUNS:
-        document = read_json(HERE / "results" / f"{run}.json", "result", "run benchmarks/decode.py")
+        document = read_json(HERE / "results" / f"{run}.json", "result", "run benchmarks/decode/run.py")
         ranks = int(run.split("-")[1][0])
         found: dict[tuple[str, str, str], Variant] = {}
         for case in document["cases"]:
@@ -218,7 +219,7 @@ def _choices(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
     """The runs on emulated hosts, predicted from the figures that each job measured of itself before."""
-    document = read_json(HERE / "results" / "hosts.json", "result", "run benchmarks/hosts.py")
+    document = read_json(HERE / "results" / "hosts.json", "result", "run benchmarks/hosts/run.py")
     for result in document["results"]:
         parts = hosts.split(result["shape"], traces, result["steps"] + 1)
         trace = hosts.replayed(parts, result["batch"])

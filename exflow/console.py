@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from exflow.train import Progress as TrainingProgress
+    pass
 
 stderr = Console(stderr=True)
 _EVERY = 5.0  # seconds between the lines that --verbose asks for
@@ -164,21 +164,3 @@ class TimedWork(Work):
     def tell(self, detail: str) -> None:
         self.advance(min(monotonic() - self.began, self.seconds), self.seconds)
         super().tell(detail)
-
-
-class TrainingLog(Work):
-    """The latest figures beside the bar; checkpoints stay on the screen as lines of their own."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__("training", "steps")
-        self.steps = steps
-        self.held_out_bits_per_byte = math.nan  # the latest
-
-    def report(self, progress: "TrainingProgress") -> None:
-        if (latest := progress.figures) is not None:
-            speed = f"{latest.tokens_per_s:,.0f} tokens/s"
-            self.tell(f"loss {latest.loss:.3f}, busiest expert {latest.balance:.2f}x, {speed}")
-        self.advance(progress.step, self.steps)
-        if (bits := progress.held_out_bits_per_byte) is not None:
-            self.held_out_bits_per_byte = bits
-            note(f"step {progress.step}: held-out text takes {bits:.3f} bits per byte")

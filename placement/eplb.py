@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
-from exflow.placement.levelling import levelled
-from exflow.placement.load_only import replica_counts
-from exflow.placement.topology import Topology
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.levelling import levelled
+from exflow.placement.solve.load_only import replica_counts
 
 if TYPE_CHECKING:
-    from exflow.placement.affinity import AffinityCounts
+    from exflow.placement.counts.affinity import AffinityCounts
 
 IntArray = npt.NDArray[np.int64]
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
@@ -103,8 +103,8 @@ def _by_affinity(
     time_limit: float,
 ) -> IntArray:
     """[L, P]: replicas by load, their places by the solver; a rank's experts in ascending order."""
-    from exflow.placement.objective import Objective, items_of, make_problem  # compiled solvers
-    from exflow.placement.solve import solve
+    from exflow.placement.solve.objective import Objective, items_of, make_problem  # compiled solvers
+    from exflow.placement.solve.solve import solve
 
     if affinity.load.shape != load.shape:
         raise InputError(

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from exflow.errors import InputError
-from exflow.placement.confidence import interval, of_sequences, split_by_sequence
-from exflow.placement.evaluate import own_figures
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.confidence import interval, split_by_sequence
+from exflow.placement.traffic.evaluate import own_figures
+from exflow.profiling.merge import of_sequences
 from exflow.profiling.trace import RoutingTrace
 
 _SMALL_GAIN = 0.005  # of the messages: a doubling that brings less is not worth profiling for

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from exflow.placement.affinity import count_affinity
-from exflow.placement.evaluate import own_figures
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.evaluate import own_figures
 from exflow.profiling.trace import RoutingTrace
 
 PRICES = (0.0, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from exflow.placement.affinity import count_affinity
-from exflow.placement.place import place
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic
+from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.make_plan import place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.traffic import count_traffic
 from exflow.profiling.trace import RoutingTrace
 
 _ROUNDS = 8

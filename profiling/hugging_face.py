@@ -16,7 +16,7 @@ from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.passes import Batches, PassTokens
 
 if TYPE_CHECKING:
-    from exflow.profiling.record import RoutingListener
+    from exflow.profiling.listener import RoutingListener
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.profiling.trace import RoutingTrace
@@ -41,3 +42,11 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 
 def _describe(trace: RoutingTrace) -> str:
     return f"{trace.num_layers} MoE layers of {trace.num_experts} experts, top-{trace.top_k}"
+
+
+def of_sequences(trace: RoutingTrace, places: npt.NDArray[np.integer]) -> RoutingTrace:
+    """The sequences at these places in the ascending order of ids, numbered anew: 0, 1, ... in that order."""
+    _, sequence = np.unique(trace.sequence, return_inverse=True)
+    chosen = trace.select(np.isin(sequence, places))
+    _, numbers = np.unique(chosen.sequence, return_inverse=True)
+    return replace(chosen, sequence=numbers.astype(np.int32))

@@ -1,13 +1,14 @@
 """record(model): a context manager that writes down which experts each token visits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from exflow.errors import InputError
 from exflow.profiling.layout import RoutingLayout as RoutingLayout
+from exflow.profiling.listener import Recordable
 from exflow.profiling.shard import Rows, concatenate
 from exflow.profiling.trace import RoutingTrace
 from exflow.profiling.writer import SHARD_TOKENS, TraceWriter
@@ -16,37 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from exflow.profiling.staging import Staging
-
-
-class RoutingListener(Protocol):
-    """Is told the routing of one MoE layer for the T tokens of a forward pass.
-
-    `layer` is the MoE layer's index l, `expert_ids` [T, k] int64 (logical ids, first choice first), `weights`
-    [T, k] floating point, `sequence` and `position` [T] integers, `phase` PREFILL or DECODE; a row whose
-    sequence is -1 is padding. In a pass the layers come in order 0..L-1, each with the same rows. The
-    listener may keep the tensors until the pass is over: they must not be overwritten before that.
-    """
-
-    def __call__(
-        self,
-        layer: int,
-        expert_ids: "Tensor",
-        weights: "Tensor",
-        sequence: "Tensor",
-        position: "Tensor",
-        phase: int,
-    ) -> None: ...
-
-
-@runtime_checkable
-class Recordable(Protocol):
-    """A model that announces its routing."""
-
-    def routing_layout(self) -> RoutingLayout:
-        """Which layers route, among how many experts."""
-
-    def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
-        """Call `listener` from now on, until the function returned is called."""
 
 
 class Recorder:

@@ -44,3 +44,16 @@ class SequenceNumbers:
         numbers = np.empty(len(ids), np.int32)
         numbers[order] = number
         return numbers
+
+
+def consecutive_rows(
+    sequence: npt.NDArray[np.integer],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows of a trace, and for each the next row of its sequence; a sequence's last row is left out.
+
+    `sequence` is [T], the sequences in any order and interleaved at will: (0, 1, 0) gives (0,) and (2,).
+    """
+    order = np.argsort(sequence, kind="stable")
+    row, next_row = order[:-1], order[1:]
+    same = sequence[row] == sequence[next_row]
+    return row[same], next_row[same]

@@ -1,6 +1,7 @@
 """Who may import whom, what a bare import must not load, and what the wheel holds."""
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -14,7 +15,26 @@ import pytest
 
 REPO = Path(__file__).parents[1]
 PARTS = ("exflow", "kernels", "placement", "profiling")
-BASE = {"exflow.errors", "exflow.encodings", "exflow.files"}
+# From the lowest floor up: a part imports parts of lower floors alone, typing included; parts of a floor
+# do not import one another. The parts of placement are its packages, and the modules beside them.
+FLOORS = (
+    ("errors", "encodings", "console"),
+    ("files", "texts"),
+    ("job", "kernels", "profiling"),
+    ("comm",),
+    ("model", "placement.compiled"),
+    ("placement.counts",),
+    ("placement.plan",),
+    ("placement.solve",),
+    ("placement.traffic", "placement.eplb"),
+    ("placement.make_plan", "placement.formats"),
+    ("placement.pareto", "placement.robust", "placement.learning_curve"),
+    ("runtime", "cost", "train"),
+    ("bench", "report"),
+    ("commands",),
+    ("cli",),
+)
+FRONT = ("exflow", "exflow.placement")  # which name what is public, and import it when it is asked for
 
 
 def module_files() -> dict[str, Path]:
@@ -52,49 +72,58 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield inner_module if inner_module in FILES else node.module, id(node) in typing_only
 
 
-def ours(module: str) -> set[str]:
-    """The modules of this project that `module` needs when it runs."""
-    return {
-        name
-        for name, typing_only in imports(FILES[module])
-        if name.split(".")[0] == "exflow" and not typing_only
-    }
-
-
 def modules_in(part: str) -> list[str]:
     found = [name for name in FILES if name.startswith(f"exflow.{part}.")]
     assert found, part
     return found
 
 
-def is_in(name: str, *parts: str) -> bool:
-    return name.startswith(tuple(f"exflow.{part}." for part in parts))
+def part_of(module: str) -> str:
+    names = module.split(".")[1:]
+    return ".".join(names[:2]) if names[0] == "placement" else names[0]
 
 
-def test_the_base_stands_alone() -> None:
-    assert ours("exflow.errors") == ours("exflow.encodings") == set()
-    assert ours("exflow.files") == {"exflow.errors", "exflow.encodings"}
+def test_every_part_has_a_floor() -> None:
+    parts = [part for floor in FLOORS for part in floor]
+    assert len(parts) == len(set(parts))
+    assert {part_of(module) for module in FILES if module not in FRONT} == set(parts)
 
 
-@pytest.mark.parametrize("part", ["kernels", "profiling"])
-def test_kernels_and_profiling_stand_on_the_base(part: str) -> None:
-    for module in modules_in(part):
-        foreign = {name for name in ours(module) - BASE if not is_in(name, part)}
-        assert not foreign, f"{module} imports {foreign}"
+@pytest.mark.parametrize("floor", range(len(FLOORS)), ids=[" ".join(floor) for floor in FLOORS])
+def test_imports_go_down(floor: int) -> None:
+    below = {part for lower in FLOORS[:floor] for part in lower}
+    for module in FILES:
+        part = "" if module in FRONT else part_of(module)
+        if part in FLOORS[floor]:
+            needed = {name for name, _ in imports(FILES[module]) if name.startswith("exflow.")}
+            wrong = {name for name in needed if name in FRONT or part_of(name) not in below | {part}}
+            assert not wrong, f"{module} imports {wrong}"
 
 
-def test_placement_stands_on_the_base_and_traces() -> None:
+def test_placement_knows_no_torch() -> None:
     for module in modules_in("placement"):
-        foreign = {name for name in ours(module) - BASE if not is_in(name, "placement", "profiling")}
-        assert not foreign, f"{module} imports {foreign}"
         assert not {name for name, _ in imports(FILES[module]) if name.split(".")[0] == "torch"}, module
 
 
 def test_every_import_of_ours_exists_and_none_goes_in_circles() -> None:
-    needs = {module: ours(module) for module in FILES}
-    missing = {name for needed in needs.values() for name in needed} - FILES.keys() - {"exflow"}
+    """Within a part, too."""
+    needs = {
+        module: {name for name, _ in imports(FILES[module]) if name.split(".")[0] == "exflow"}
+        for module in FILES
+        if module not in FRONT
+    }
+    missing = {name for needed in needs.values() for name in needed} - FILES.keys()
     assert not missing
-    list(TopologicalSorter(needs).static_order())  # CycleError names the circle
+    list(TopologicalSorter({one: needed - set(FRONT) for one, needed in needs.items()}).static_order())
+
+
+@pytest.mark.parametrize("package", FRONT)
+def test_what_is_public_is_found_where_it_is_said_to_be(package: str) -> None:
+    front = importlib.import_module(package)
+    for name in front.__all__:
+        assert getattr(front, name).__module__.startswith("exflow."), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        front.nothing  # noqa: B018
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exflow.placement.confidence import split_by_sequence
-from exflow.placement.place import place
-from exflow.placement.topology import Topology
+from exflow.commands.report import ReportJob, run_report
+from exflow.placement.make_plan import place
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.confidence import split_by_sequence
 from exflow.profiling.trace import RoutingTrace
-from exflow.report.run import ReportJob, run_report
 
 HERE = Path(__file__).parent
 TRACE = HERE.parents[1] / "models" / "gpt-moe-demo" / "early-traces" / "step-002200"

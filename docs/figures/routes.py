@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from exflow.placement.confidence import split_by_sequence
-from exflow.placement.place import place
-from exflow.placement.topology import Topology
+from exflow.placement.make_plan import place
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.confidence import split_by_sequence
 from exflow.profiling.trace import RoutingTrace
 from exflow.report import routes
-from exflow.report.colours import DARK, LIGHT
 from exflow.report.data import Judged, Report, gather
+from exflow.report.draw.colours import DARK, LIGHT
+from exflow.report.draw.svg import STYLE, WIDTH, text
 from exflow.report.plans import Candidate, contiguous_plan
-from exflow.report.svg import STYLE, WIDTH, text
 
 HERE = Path(__file__).parent
 TRACE = HERE.parents[1] / "models" / "gpt-moe-demo" / "early-traces" / "step-002200"

@@ -23,8 +23,8 @@ from exflow.cli.options import Verbs, general
 from exflow.console import begin, manners, say, say_error
 from exflow.errors import InputError, WrongResult, out_of_memory
 from exflow.files import FULL
-from exflow.launch import BAD_INPUT, LOST_CONTACT, LostContact, RankDied, end, torchrun_place
-from exflow.signals import Stopped, answer_signals, leave_signals, unheard
+from exflow.job.launch import BAD_INPUT, LOST_CONTACT, LostContact, RankDied, end, torchrun_place
+from exflow.job.signals import Stopped, answer_signals, leave_signals, unheard
 
 app = typer.Typer(
     name="exflow",

@@ -1,12 +1,19 @@
 """Plans for other engines, and theirs for us: export, import-plan."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exflow.cli.tables import print_json
+
+if TYPE_CHECKING:
+    from exflow.placement.formats.exporters.registry import Exported
+
 from typing import Annotated
 
 import typer
 
 from exflow.cli.options import PLAN_FORMATS, Json, NewPlan, Nodes, PlanFile, TopologyFile, examples, one_of
-from exflow.cli.show import print_export, print_figures
+from exflow.cli.tables import print_figures
 
 verbs = typer.Typer()
 
@@ -26,7 +33,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a plan for another engine, and say how to use it."""
-    from exflow.export import run_export
+    from exflow.commands.export import run_export
 
     print_export(run_export(plan, format, output), as_json)
 
@@ -56,7 +63,28 @@ def import_plan(
     as_json: Json = False,
 ) -> None:
     """Make a plan of another engine's placement, to evaluate it or to run it."""
-    from exflow.export import given_topology, run_import_plan
+    from exflow.commands.export import given_topology, run_import_plan
 
     where = given_topology(gpus, nodes, topology)
     print_figures(run_import_plan(file, format, trace, where, output), as_json)
+
+
+def print_export(done: "Exported", as_json: bool) -> None:
+    """The files, the engine's options to copy, and its traps."""
+    if as_json:
+        result = {
+            "file": str(done.path),
+            "sidecar": str(done.sidecar),
+            "format": done.format,
+            "options": list(done.usage.options),
+            "traps": list(done.usage.traps),
+        }
+        print_json(result)
+        return
+    print(f"{done.path} for {done.format}; {done.sidecar.name} keeps what it cannot say, for import-plan")
+    print("\nUse it with")
+    for line in done.usage.options:
+        print(f"  {line}")
+    print("\nMind that")
+    for trap in done.usage.traps:
+        print(f"- {trap}")

@@ -1,15 +1,22 @@
 """A trace and plans for it, to look at before deploying: report, simulate."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exflow.cli.tables import _print_table, _readable, print_json
+
+if TYPE_CHECKING:
+    pass
+
 from typing import Annotated
 
 import typer
 
 from exflow.cli.options import Json, Nodes, Phase, TopologyFile, Trace, examples
-from exflow.cli.show import print_figures, print_simulation
+from exflow.cli.tables import print_figures
 from exflow.console import Work
 from exflow.files import check_writable
-from exflow.signals import ctrl_c_ends_the_search
+from exflow.job.signals import ctrl_c_ends_the_search
 
 verbs = typer.Typer()
 _TIMES = "Predicted times"
@@ -55,8 +62,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page about a trace and plans for it, to look at before deploying."""
-    from exflow.place import Where
-    from exflow.report.run import ReportJob, run_report
+    from exflow.commands.place import Where
+    from exflow.commands.report import ReportJob, run_report
 
     check_writable(output)
     if figures is not None:
@@ -118,8 +125,8 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Predict decode steps on clusters that you do not have, strategy by strategy."""
+    from exflow.commands.simulate import SimulateJob, run_simulate
     from exflow.report.scaling import write_scaling
-    from exflow.simulate_run import SimulateJob, run_simulate
 
     if figures is not None:
         check_writable(figures / "drawing.svg")
@@ -142,3 +149,44 @@ def simulate(
     if figures is not None:
         write_scaling(result["sizes"], figures)
     print_simulation(result, as_json)
+
+
+def print_simulation(result: dict[str, Any], as_json: bool) -> None:
+    """A table of all sizes; below it what is fastest on each, and from where on another strategy would be."""
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        {"gpus": str(size["gpus"]), "ep": str(size["expert_parallel"])}
+        | row
+        | {"step_ms": row["step_ms"] if row["fits"] else "no room"}
+        for size in result["sizes"]
+        for row in size["steps"]
+    ]
+    print(f"{result['model']}, {result['context']} positions of context; predicted, not measured")
+    _print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows, width=200)
+    print(_SIMULATION_LEGEND)
+    for size in result["sizes"]:
+        fastest = "none fits" if size["fastest"] is None else ", ".join(size["fastest"])
+        print(f"{size['gpus']} GPUs in groups of {size['expert_parallel']}: {fastest}")
+        for turn in size["turns"]:
+            way, then = ("up" if turn["factor"] > 1 else "down"), turn["strategy"] or "none fits"
+            print(f"    {turn['quantity']} {_readable(turn['value'])} {turn['unit']} and {way}: {then}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
+_SIMULATION_COLUMNS = {
+    "step ms": "step_ms",
+    "exchange": "exchange_ms",
+    "compute": "compute_ms",
+    "K/V": "background_ms",
+    "tokens/s": "tokens_per_s",
+    "a GPU": "tokens_per_s_per_gpu",
+    "GB": "memory_gb",
+}
+
+
+_SIMULATION_LEGEND = """\
+ep   GPUs of an expert-parallel group; there are as many groups as the GPUs make
+K/V  milliseconds of sharing keys and values that computing does not hide; GB a GPU needs"""

@@ -1,16 +1,24 @@
 """From traces, or loads, to a plan, and what the plan comes to: place, balance, evaluate."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exflow.cli.tables import _print_table, print_json
+
+if TYPE_CHECKING:
+    from exflow.commands.place import Placement
+    from exflow.placement.plan.plan import Plan
+
 from typing import Annotated
 
 import typer
 
 from exflow.cli.options import METHODS, OWNED, Json, NewPlan, Nodes, Phase, PlanFile, Trace, examples, one_of
-from exflow.cli.show import print_evaluation, print_figures, print_placement
+from exflow.cli.tables import print_figures
 from exflow.console import TimedWork, Work
 from exflow.errors import InputError
 from exflow.files import check_writable
-from exflow.signals import ctrl_c_ends_the_search
+from exflow.job.signals import ctrl_c_ends_the_search
 
 verbs = typer.Typer()
 _WHERE, _WHAT, _HOW, _TRUST = "Where experts can live", "What is good", "How to search", "How far to trust it"
@@ -125,9 +133,9 @@ def place(
     as_json: Json = False,
 ) -> None:
     """Decide on which GPU each expert lives."""
-    from exflow.place import PlaceJob, Where, run_place
-    from exflow.placement.objective import Objective
-    from exflow.placement.place import Solving
+    from exflow.commands.place import PlaceJob, Where, run_place
+    from exflow.placement.make_plan import Solving
+    from exflow.placement.solve.objective import Objective
 
     if output is not None:
         check_writable(output)
@@ -173,8 +181,8 @@ def balance(
     as_json: Json = False,
 ) -> None:
     """Place by loads alone, for engines that count and do not record; affinity needs import and place."""
-    from exflow.balance import run_balance
-    from exflow.placement.topology import topology_of
+    from exflow.commands.balance import run_balance
+    from exflow.placement.plan.topology import topology_of
 
     check_writable(output)
     with Work("balancing", "files") as work:
@@ -195,10 +203,108 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Count what a plan moves on a trace, for every strategy."""
-    from exflow.placement.evaluate import evaluate
-    from exflow.placement.plan import Plan
+    from exflow.placement.plan.plan import Plan
+    from exflow.placement.traffic.evaluate import evaluate
     from exflow.profiling.trace import RoutingTrace
 
     with Work("counting"):
         figures = evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase))
     print_evaluation(figures, as_json)
+
+
+def print_placement(result: "Placement", output: Path | None, as_json: bool) -> None:
+    """What was solved and how well; then the tables that were asked for."""
+    figures = {} if output is None else {"plan": str(output), **plan_figures(result.plan)}
+    tables = {
+        "pareto": result.pareto,
+        "learning_curve": result.learning_curve,
+        "verdict": result.verdict,
+        "messages_by_trace": result.by_trace,
+    }
+    if as_json:
+        print_json(figures | {name: table for name, table in tables.items() if table is not None})
+        return
+    if figures:
+        print_figures(figures | (result.by_trace or {}), as_json=False)
+    for rows, columns in ((result.pareto, _PARETO_COLUMNS), (result.learning_curve, _CURVE_COLUMNS)):
+        if rows is not None:
+            _print_table([], columns, rows)
+    if result.verdict is not None:
+        print(result.verdict)
+
+
+def plan_figures(plan: "Plan") -> dict[str, Any]:
+    """What was solved and how well, and the expected traffic of every strategy."""
+    messages = {
+        f"messages_{name}": figures["messages_per_token_layer"]
+        for name, figures in plan.expected["strategies"].items()
+        if name != "replicated"
+    }
+    held_out = plan.expected.get("held_out", {})
+    return {
+        "strategy": plan.strategy,
+        "method": plan.method,
+        "slots": plan.num_slots,
+        "objective": plan.objective,
+        "lower_bound": plan.lower_bound,
+        "gap": plan.gap,
+        "optimal": plan.optimal,
+        **messages,
+        "local_fraction": plan.expected["local_fraction"],
+        "imbalance_mean": plan.expected["imbalance"]["mean"],
+        "imbalance_max": plan.expected["imbalance"]["max"],
+        **{f"held_out_{name}": figure for name, figure in held_out.items()},
+    }
+
+
+_PARETO_COLUMNS = {
+    "price": "balance_price",
+    "messages": "messages_per_token_layer",
+    "imbalance": "imbalance_mean",
+    "worst layer": "imbalance_max",
+}
+
+
+_CURVE_COLUMNS = {
+    "tokens": "tokens",
+    "on its own": "on_its_own",
+    "held out": "held_out",
+    "from": "low",
+    "to": "high",
+}
+
+
+def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
+    """A line a strategy, then locality and balance."""
+    if as_json:
+        print_json(result)
+        return
+    print(f"{result['tokens']:,} tokens on {result['ranks']} ranks; messages per token and MoE layer")
+    _print_table(
+        ["strategy"],
+        _EVALUATION_COLUMNS,
+        [
+            {"strategy": name.replace("_", "-"), **each, "owners": each["owner_imbalance"]["mean"]}
+            for name, each in result["strategies"].items()
+        ],
+    )
+    imbalance = result["imbalance"]
+    print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
+    print(
+        f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}"
+    )
+    reduced = result["strategies"]["replicated"]["all_reduce_copies"]
+    print("owners         tokens of the rank that owns most over the mean, averaged over layers")
+    print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
+
+
+_EVALUATION_COLUMNS = {
+    "messages": "messages_per_token_layer",
+    "dispatch": "dispatch",
+    "return": "return",
+    "in node": "intra_node",
+    "between": "inter_node",
+    "K/V": "kv_copies",
+    "owners": "owners",
+    "exchanges": "exchanges_per_step",
+}

@@ -1,12 +1,17 @@
 """From a model, or from another engine's recording, to a trace: profile, import."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exflow.profiling.trace import RoutingTrace
+
 from typing import Annotated
 
 import typer
 
 from exflow.cli.options import TRACE_FORMATS, Device, Json, Texts, examples, one_of
-from exflow.cli.show import print_figures, trace_figures
+from exflow.cli.tables import print_figures
 from exflow.console import Work
 
 verbs = typer.Typer()
@@ -45,7 +50,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Run a model over text and record its routing."""
-    from exflow.profile import profile_text
+    from exflow.commands.profile import profile_text
 
     with Work("profiling", "tokens") as work:
         trace = profile_text(
@@ -94,7 +99,7 @@ def import_trace(
     as_json: Json = False,
 ) -> None:
     """Turn routing recorded by another engine into a trace."""
-    from exflow.import_trace import layer_numbers, run_import
+    from exflow.commands.import_trace import layer_numbers, run_import
     from exflow.profiling.importers.foreign import Hints
 
     hints = Hints(num_experts, layer_numbers(moe_layers), hidden_layers, top_k)
@@ -103,3 +108,14 @@ def import_trace(
             files, output, format, hints, lambda done, total: work.advance(done >> 20, total >> 20)
         )
     print_figures(figures, as_json)
+
+
+def trace_figures(trace: "RoutingTrace") -> dict[str, Any]:
+    return {
+        "model": trace.model,
+        "tokens": trace.num_tokens,
+        "sequences": len(set(trace.sequence.tolist())),
+        "moe_layers": trace.num_layers,
+        "experts": trace.num_experts,
+        "top_k": trace.top_k,
+    }

@@ -1,16 +1,22 @@
 """From a model and a plan to tokens, on one process or on many ranks: generate, bench decode."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exflow.cli.tables import _print_table, _readable, print_json
+
+if TYPE_CHECKING:
+    pass
+
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from exflow.cli.options import DTYPES, STRATEGIES, TRANSPORTS, Device, Json, examples, one_of
-from exflow.cli.show import print_decode_bench, print_generation
 from exflow.errors import InputError
-from exflow.launch import PATIENCE_S, check_start, run_ranks, torchrun_place
+from exflow.job.launch import PATIENCE_S, check_start, run_ranks, torchrun_place
 
 verbs = typer.Typer()
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Time variants side by side in one job.")
@@ -84,8 +90,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text, on one process or on many ranks (--nproc starts them here)."""
-    from exflow.generate import GenerateJob, generate, read_prompts
-    from exflow.sampling import Sampling
+    from exflow.commands.generate import GenerateJob, generate, read_prompts
+    from exflow.model.sampling import Sampling
 
     if nproc is not None and prompt_file is not None and not prompt_file.is_file() and prompt_file.exists():
         raise InputError(
@@ -169,8 +175,8 @@ def bench_decode(
     as_json: Json = False,
 ) -> None:
     """Time decode steps of strategies, transports and placements, on the same weights and routing."""
-    from exflow.bench_decode import bench_decode
-    from exflow.bench_setting import BenchJob
+    from exflow.bench.decode import bench_decode
+    from exflow.bench.job import BenchJob
 
     job = BenchJob(
         model=model,
@@ -210,3 +216,67 @@ def _ranks_did_it(nproc: int | None, patience_s: float, check: Callable[[], None
             f"--nproc {nproc}: the job has {place.num_ranks} ranks (WORLD_SIZE); leave --nproc out"
         )
     return False
+
+
+def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:
+    """The texts on stdout; the figures of the run below them."""
+    if as_json:
+        print_json(result)
+        return
+    for prompt, text in zip(prompts, result["text"], strict=True):
+        print(f"{prompt}{text}\n")
+    print(
+        f"{result['strategy']} on {result['ranks']} rank(s): TTFT {result['ttft_s']:.2f} s, "
+        f"TPOT {result['tpot_ms']:.1f} ms, {result['tokens_per_s']:.1f} tokens/s"
+    )
+    if verified := result.get("verified"):
+        print(
+            f"verified: {verified['choices']} choices are those of one process, with logits within "
+            f"{verified['largest_difference']:.1e} of the largest ({verified['tolerance']:.0e} is allowed), "
+            "and the counters are what the routing comes to"
+        )
+
+
+def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
+    """The table, why rows of it are empty, and what `auto` would take."""
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{result['model']} in {result['dtype']} ({result['weights']} weights) on {result['ranks']} rank(s), "
+        f"{result['hardware']}; {result['context']} positions, {result['steps']} steps"
+    )
+    rows = [
+        {name: "-" if value is None else value for name, value in row.items()} | {"batch": str(row["batch"])}
+        for row in result["rows"]
+    ]
+    measured = {"x floor": "times_floor"} if any(row["times_floor"] for row in result["rows"]) else {}
+    _print_table(
+        ["strategy", "transport", "placement", "batch"], _DECODE_BENCH_COLUMNS | measured, rows, width=200
+    )
+    print(_DECODE_BENCH_LEGEND)
+    for row in result["rows"]:
+        if row["stopped"]:
+            print(f"{_case(row)}: {row['stopped']}")
+    for case in result["auto"]:
+        clock = "not measured" if case["tpot_ms"] is None else f"{_readable(case['tpot_ms'])} ms measured"
+        print(f"auto: {_case(case)}, {_readable(case['predicted_ms'])} ms predicted, {clock}")
+
+
+def _case(row: dict[str, Any]) -> str:
+    return f"{row['strategy']}, {row['transport']}, {row['placement']}, batch {row['batch']}"
+
+
+_DECODE_BENCH_COLUMNS = {
+    "TPOT ms": "tpot_ms",
+    "p99 ms": "p99_ms",
+    "tokens/s": "tokens_per_s",
+    "critical B": "critical_bytes_per_step",
+    "backgr. B": "background_bytes_per_step",
+    "x first": "speedup",
+}
+
+
+_DECODE_BENCH_LEGEND = """\
+critical B, backgr. B  bytes that a rank sends in a step: hidden states; keys and values
+x first                times as fast as the first row of the same batch"""

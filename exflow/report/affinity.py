@@ -13,14 +13,14 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from exflow.placement.information import mutual_information
-from exflow.report import png
+from exflow.placement.counts.information import mutual_information
 from exflow.report.data import Report
+from exflow.report.draw import png
+from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
+from exflow.report.draw.svg import WIDTH, drawing, text
 from exflow.report.experts import blocks, layer_names
-from exflow.report.figure import Figure, table
 from exflow.report.followers import beyond_chance, followers
-from exflow.report.heatmap import Heat, Scale, heatmap, scale_bar
-from exflow.report.svg import WIDTH, drawing, text
 
 SIDE = 512.0
 LEFT, TOP = 224.0, 46.0

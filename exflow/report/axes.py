@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from exflow.report.colours import PLAN_COLOURS
 from exflow.report.data import Judged
-from exflow.report.svg import line, short, text, ticks, upright
+from exflow.report.draw.colours import PLAN_COLOURS
+from exflow.report.draw.svg import line, short, text, ticks, upright
 
 LEFT, TOP, HIGH = 62.0, 24.0, 230.0  # of a drawing with axes
 FOOT = 56.0  # below the axis, down to the legend

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exflow.placement.confidence import interval, of_sequences
-from exflow.placement.plan import Plan
+from exflow.placement.plan.plan import Plan
+from exflow.placement.traffic.confidence import interval
+from exflow.profiling.merge import of_sequences
 from exflow.profiling.trace import RoutingTrace
 
 _POINTS = 6

@@ -1,7 +1,7 @@
 """Which GPU sends to which, layer by layer: placement's count, kept apart by layer and by pair of ranks.
 
-The rules are those of `placement/traffic.py`, whose functions choose hosts and owners here too; the sums
-are its totals (`Counts.totals`).
+The rules are those of `placement/traffic/traffic.py`, whose functions choose hosts and owners here too; the
+sums are its totals (`Counts.totals`).
 
 Shapes: T tokens, L MoE layers, K = top_k, E experts, G ranks, B blocks of ranks.
 """
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import choose_owner, distinct_hosts
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.traffic import choose_owner, distinct_hosts
 from exflow.profiling.trace import RoutingTrace
 
 IntArray = npt.NDArray[np.integer]

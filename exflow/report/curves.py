@@ -19,9 +19,9 @@ from exflow.report.axes import (
 )
 from exflow.report.certainty import Point, Range
 from exflow.report.data import Judged, Report
+from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.svg import WIDTH, drawing, every, line, text
 from exflow.report.experts import layer_names
-from exflow.report.figure import Figure, number, table
-from exflow.report.svg import WIDTH, drawing, every, line, text
 
 Which = Callable[[Point], Range]
 

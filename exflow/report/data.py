@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from exflow.errors import InputError
-from exflow.placement.affinity import AffinityCounts, count_affinity
-from exflow.placement.evaluate import evaluate
-from exflow.placement.plan import Plan
-from exflow.placement.traffic import local_fraction
+from exflow.placement.counts.affinity import AffinityCounts, count_affinity
+from exflow.placement.plan.plan import Plan
+from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.traffic import local_fraction
 from exflow.profiling.trace import DECODE, RoutingTrace
 from exflow.report.certainty import Point, certainty
 from exflow.report.counts import Counts, count
@@ -21,7 +21,7 @@ from exflow.report.followers import followers
 from exflow.report.plans import Candidate
 
 if TYPE_CHECKING:
-    from exflow.report.times import Setting, StepTime  # with torch, which only a prediction needs
+    from exflow.cost.machines import Setting, StepTime  # with torch, which only a prediction needs
 
 Tell = Callable[[str], None]
 

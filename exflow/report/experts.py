@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from exflow.placement.topology import Topology
+from exflow.placement.plan.topology import Topology
 from exflow.report.data import Judged, Report
-from exflow.report.figure import Figure, number, table
-from exflow.report.heatmap import Heat, Scale, heatmap, scale_bar
-from exflow.report.svg import drawing, short, text
+from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
+from exflow.report.draw.svg import drawing, short, text
 
 _LEFT, _WIDE = 64, 880
 _TALLEST = 512

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from exflow.placement.affinity import AffinityCounts
+from exflow.placement.counts.affinity import AffinityCounts
 
 
 @dataclass(frozen=True)

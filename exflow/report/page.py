@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 import exflow
-from exflow.report import colours
 from exflow.report.data import Report
+from exflow.report.draw import colours
 from exflow.report.glossary import glossary
 from exflow.report.script import SCRIPT
 from exflow.report.sections import Section

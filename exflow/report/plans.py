@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exflow.errors import InputError
-from exflow.placement.baselines import contiguous_slots
-from exflow.placement.plan import Plan, Strategy
-from exflow.placement.topology import Topology
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.baselines import contiguous_slots
 from exflow.profiling.trace import RoutingTrace
 
 BASELINE = "contiguous"

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from exflow.report.counts import blocks_of
 from exflow.report.data import Judged, Report
+from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.svg import WIDTH, drawing, key, rect, short, text
 from exflow.report.experts import layer_names
-from exflow.report.figure import Figure, table
-from exflow.report.svg import WIDTH, drawing, key, rect, short, text
 
 WINDOW = 8  # layers in a drawing
 _LEFT, _TOP, _HIGH, _BAR, _SPACE = 60.0, 56.0, 300.0, 10.0, 4.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from exflow.files import atomic_path
 from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, curve, frame, marker
-from exflow.report.svg import WIDTH, drawing, standing_alone, text
+from exflow.report.draw.svg import WIDTH, drawing, standing_alone, text
 
 CURVES = (  # what is drawn, in the order of the colours
     ("dispatch-combine", "contiguous"),

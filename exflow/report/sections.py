@@ -8,7 +8,7 @@ from html import escape
 
 from exflow.report import affinity, curves, experts, routes, steps, summary, traffic
 from exflow.report.data import Report
-from exflow.report.figure import Figure
+from exflow.report.draw.figure import Figure
 from exflow.report.glossary import term
 
 

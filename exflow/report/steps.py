@@ -4,11 +4,11 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from exflow.report.data import Report
-from exflow.report.figure import Figure, number, table
-from exflow.report.svg import WIDTH, drawing, key, line, rect, short, text, ticks
+from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.svg import WIDTH, drawing, key, line, rect, short, text, ticks
 
 if TYPE_CHECKING:
-    from exflow.report.times import StepTime
+    from exflow.cost.machines import StepTime
 
 _LEFT, _ROW, _HEAD = 190.0, 20.0, 30.0
 

@@ -1,6 +1,6 @@
 """The page's style sheet."""
 
-from exflow.report import colours, svg
+from exflow.report.draw import colours, svg
 
 _PAGE = """\
 *{box-sizing:border-box}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from exflow.report.data import Judged, Report
-from exflow.report.figure import number, percent
+from exflow.report.draw.figure import number, percent
 from exflow.report.glossary import term
 
 Cells = Sequence[str]

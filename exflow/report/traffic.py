@@ -4,10 +4,10 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.report.data import Judged, Report
+from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
+from exflow.report.draw.svg import WIDTH, drawing, every, key, line, rect, short, text, ticks
 from exflow.report.experts import blocks, layer_names, node_cuts
-from exflow.report.figure import Figure, table
-from exflow.report.heatmap import Heat, Scale, heatmap, scale_bar
-from exflow.report.svg import WIDTH, drawing, every, key, line, rect, short, text, ticks
 
 STRATEGIES = {
     "dispatch_combine": "dispatch-combine",

@@ -26,11 +26,11 @@ import torch
 import yaml
 
 from exflow.placement.eplb import logical_maps, rebalance_experts
-from exflow.placement.exporters.registry import export_plan
-from exflow.placement.importers.registry import read_plan
-from exflow.placement.load_only import load_only
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.formats.exporters.registry import export_plan
+from exflow.placement.formats.importers.registry import read_plan
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.load_only import load_only
 from exflow.profiling.trace import RoutingTrace
 
 LAYERS, EXPERTS, RANKS, REDUNDANT = (1, 2, 4), 8, 4, 4

@@ -13,13 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "exflow"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from test_decode_step import SimulatedAllToAll, job, plan_of
 
-from exflow import decode_step
-from exflow.config import ModelConfig
-from exflow.decoder import Decoder, initialise
-from exflow.engine import Request
+from exflow.model.config import ModelConfig
+from exflow.model.decoder import Decoder, initialise
+from exflow.runtime import decode_step
+from exflow.runtime.request import Request
 
 BASE = {
     "vocab_size": 320,

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.attention import scaled_dot_product
 from exflow.kernels.decode_attention import decode_attention, merge_splits
+from exflow.model.attention import scaled_dot_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -7,11 +7,11 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.config import ModelConfig, Rope
-from exflow.decoder import Attention, Rows
 from exflow.kernels.heads import prepare_heads
+from exflow.model.config import ModelConfig, Rope
+from exflow.model.decoder import Attention, Rows
+from exflow.model.rotary import Rotary
 from exflow.profiling.trace import DECODE
-from exflow.rotary import Rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

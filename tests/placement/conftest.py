@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from exflow.placement.problem import PlacementProblem
+from exflow.placement.solve.problem import PlacementProblem
 
 
 def _random_problem(

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.affinity import AffinityCounts, consecutive_rows, count_affinity
+from exflow.placement.counts.affinity import AffinityCounts, count_affinity
+from exflow.profiling.sequences import consecutive_rows
 from exflow.profiling.trace import RoutingTrace
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement import balance
-from exflow.placement.balance import balanced_start, level, part_loads, spread, start_inside
-from exflow.placement.baselines import contiguous
-from exflow.placement.exact import _balanced_partitions
-from exflow.placement.problem import PlacementProblem
+from exflow.placement.solve import start as balance
+from exflow.placement.solve.baselines import contiguous
+from exflow.placement.solve.exact import _balanced_partitions
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.start import balanced_start, level, part_loads, spread, start_inside
 
 ProblemFactory = Callable[..., PlacementProblem]
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement import baselines
+from exflow.placement.solve import baselines
 
 
 def test_contiguous_is_what_engines_do() -> None:

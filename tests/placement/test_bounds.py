@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.baselines import contiguous
-from exflow.placement.bounds import lower_bound, most_kept
-from exflow.placement.exact import brute_force, chain_of_matchings, viterbi
-from exflow.placement.problem import PlacementProblem
+from exflow.placement.solve.baselines import contiguous
+from exflow.placement.solve.bounds import lower_bound, most_kept
+from exflow.placement.solve.exact import brute_force, chain_of_matchings, viterbi
+from exflow.placement.solve.problem import PlacementProblem
 
 ProblemFactory = Callable[..., PlacementProblem]
 

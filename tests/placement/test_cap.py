@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import contiguous
-from exflow.placement.chains import swap_chain
-from exflow.placement.exact import brute_force, solve_exactly, viterbi
-from exflow.placement.ilp import build_program, solve_program
-from exflow.placement.kernel import fixed, state, try_swaps
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.search import SearchSettings, search
-from exflow.placement.solve import METHODS, solve
-from exflow.placement.sweep import sweep
-from exflow.placement.topology import Topology
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.anneal import SearchSettings, search
+from exflow.placement.solve.baselines import contiguous
+from exflow.placement.solve.chains import swap_chain
+from exflow.placement.solve.descent import sweep
+from exflow.placement.solve.exact import brute_force, solve_exactly, viterbi
+from exflow.placement.solve.ilp import build_program, solve_program
+from exflow.placement.solve.objective import Objective
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.solve import METHODS, solve
+from exflow.placement.solve.start import balanced_start
+from exflow.placement.solve.swaps import fixed, state, try_swaps
 from exflow.profiling.trace import RoutingTrace
 
 ProblemFactory = Callable[..., PlacementProblem]

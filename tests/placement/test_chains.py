@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import contiguous, random
-from exflow.placement.chains import swap_chain
-from exflow.placement.problem import PlacementProblem
+from exflow.placement.solve.baselines import contiguous, random
+from exflow.placement.solve.chains import swap_chain
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.start import balanced_start
 
 ProblemFactory = Callable[..., PlacementProblem]
 

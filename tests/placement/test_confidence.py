@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.confidence import held_out_figures, interval, of_sequences, split_by_sequence
-from exflow.placement.evaluate import evaluate
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.confidence import held_out_figures, interval, split_by_sequence
+from exflow.placement.traffic.evaluate import evaluate
+from exflow.profiling.merge import of_sequences
 from exflow.profiling.trace import RoutingTrace
 
 EXPERTS, LAYERS = 4, 3

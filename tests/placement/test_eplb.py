@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.affinity import AffinityCounts, count_affinity
+from exflow.placement.counts.affinity import AffinityCounts, count_affinity
 from exflow.placement.eplb import logical_maps, rebalance_experts
 from exflow.profiling.trace import RoutingTrace
 

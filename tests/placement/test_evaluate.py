@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement import baselines
-from exflow.placement.evaluate import evaluate, exchanges_per_step
-from exflow.placement.plan import Plan, Strategy
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic, follow, imbalance
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve import baselines
+from exflow.placement.traffic.evaluate import evaluate, exchanges_per_step
+from exflow.placement.traffic.traffic import count_traffic, follow, imbalance
 from exflow.profiling.trace import RoutingTrace
 
 TRACES = Path(__file__).parents[3] / "shared" / "traces"

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement import exact
-from exflow.placement.affinity import count_affinity
-from exflow.placement.baselines import contiguous
-from exflow.placement.exact import (
+from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve import exact
+from exflow.placement.solve.baselines import contiguous
+from exflow.placement.solve.exact import (
     brute_force,
     chain_of_matchings,
     count_transitions,
@@ -20,9 +21,8 @@ from exflow.placement.exact import (
     solve_exactly,
     viterbi,
 )
-from exflow.placement.objective import Objective, make_problem
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.topology import Topology
+from exflow.placement.solve.objective import Objective, make_problem
+from exflow.placement.solve.problem import PlacementProblem
 from exflow.profiling.trace import RoutingTrace
 
 ProblemFactory = Callable[..., PlacementProblem]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement.exporters.registry import FORMATS, export_plan
-from exflow.placement.exporters.sidecar import sidecar_path
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.formats.exporters.registry import FORMATS, export_plan
+from exflow.placement.formats.exporters.sidecar import sidecar_path
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {
@@ -126,6 +126,7 @@ def test_a_plan_of_numpy_integers_is_exported_alike() -> None:
 
 
 def test_exporting_needs_no_solver() -> None:
-    code = "import exflow.export, sys; print(*{'torch', 'numba', 'pulp', 'highspy'} & sys.modules.keys())"
+    heavy = {"torch", "numba", "pulp", "highspy"}
+    code = f"import exflow.commands.export, sys; print(*{heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

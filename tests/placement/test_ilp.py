@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement import ilp
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import contiguous, random
-from exflow.placement.exact import brute_force, solve_exactly
-from exflow.placement.ilp import build_program, solve_program
-from exflow.placement.problem import NORM, PlacementProblem
+from exflow.placement.solve import ilp
+from exflow.placement.solve.baselines import contiguous, random
+from exflow.placement.solve.exact import brute_force, solve_exactly
+from exflow.placement.solve.ilp import build_program, solve_program
+from exflow.placement.solve.problem import NORM, PlacementProblem
+from exflow.placement.solve.start import balanced_start
 
 ProblemFactory = Callable[..., PlacementProblem]
 

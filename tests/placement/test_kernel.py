@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import random
-from exflow.placement.kernel import (
+from exflow.placement.solve.baselines import random
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.start import balanced_start
+from exflow.placement.solve.swaps import (
     State,
     apply_swap,
     balance_change,
@@ -21,7 +22,6 @@ from exflow.placement.kernel import (
     swap_price,
     try_swaps,
 )
-from exflow.placement.problem import PlacementProblem
 
 ProblemFactory = Callable[..., PlacementProblem]
 

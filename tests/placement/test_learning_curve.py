@@ -7,11 +7,12 @@ import pytest
 
 from exflow.errors import InputError
 from exflow.placement import learning_curve as module
-from exflow.placement.confidence import interval, of_sequences, split_by_sequence
 from exflow.placement.learning_curve import Point, learning_curve, verdict
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.topology import Topology
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.confidence import interval, split_by_sequence
+from exflow.profiling.merge import of_sequences
 from exflow.profiling.trace import RoutingTrace
 
 FOUR = Topology(gpus_per_node=4)

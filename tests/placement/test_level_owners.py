@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.evaluate import evaluate
-from exflow.placement.level_owners import level_owners
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.level_owners import level_owners
 from exflow.profiling.trace import RoutingTrace
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.load_only import _pack, load_only, replica_counts
+from exflow.placement.solve.load_only import _pack, load_only, replica_counts
 
 Case = tuple[np.ndarray, int, int, int]
 

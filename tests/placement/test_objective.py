@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from exflow.errors import InputError
-from exflow.placement.affinity import count_affinity
-from exflow.placement.baselines import contiguous, random
-from exflow.placement.exact import brute_force
-from exflow.placement.objective import BALANCE_PRICE, Objective, items_of, make_problem
-from exflow.placement.plan import Plan
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.sweep import sweep
-from exflow.placement.topology import INTER_NODE_COST, Topology
-from exflow.placement.traffic import count_traffic, imbalance
+from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import INTER_NODE_COST, Topology
+from exflow.placement.solve.baselines import contiguous, random
+from exflow.placement.solve.descent import sweep
+from exflow.placement.solve.exact import brute_force
+from exflow.placement.solve.objective import BALANCE_PRICE, Objective, items_of, make_problem
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.traffic.traffic import count_traffic, imbalance
 from exflow.profiling.trace import RoutingTrace
 
 FREE = Objective(balance_price=0)

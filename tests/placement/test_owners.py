@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.owners import next_owner_table
+from exflow.placement.counts.owners import next_owner_table
 from exflow.profiling.trace import RoutingTrace
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement.objective import Objective
+from exflow.placement.make_plan import Solving, place
 from exflow.placement.pareto import PRICES, Point, trade_off
-from exflow.placement.place import Solving, place
-from exflow.placement.topology import Topology
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
 from exflow.profiling.trace import RoutingTrace
 
 TWO = Topology(gpus_per_node=2)

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement import place as module
-from exflow.placement import search
-from exflow.placement.evaluate import evaluate
-from exflow.placement.objective import Objective
-from exflow.placement.place import BASELINES, InUse, Solving, place
-from exflow.placement.plan import STRATEGIES, Plan, Strategy
-from exflow.placement.solve import METHODS
-from exflow.placement.topology import INTER_NODE_COST, Topology
-from exflow.placement.traffic import Traffic, count_traffic, imbalance
+from exflow.placement import make_plan as module
+from exflow.placement.make_plan import BASELINES, InUse, Solving, place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import STRATEGIES, Strategy
+from exflow.placement.plan.topology import INTER_NODE_COST, Topology
+from exflow.placement.solve import anneal as search
+from exflow.placement.solve.objective import Objective
+from exflow.placement.solve.solve import METHODS
+from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.traffic import Traffic, count_traffic, imbalance
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import RoutingTrace
 

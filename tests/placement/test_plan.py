@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from exflow.errors import InputError
-from exflow.placement.plan import STRATEGIES, Plan
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic, local_fraction
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import STRATEGIES
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.traffic import count_traffic, local_fraction
 from exflow.profiling.trace import RoutingTrace
 
 SLOTS = np.array([[0, 1, 2, 0, 2, 3], [0, 2, 3, 1, 2, 3]])  # of the example in the docs
@@ -410,5 +411,5 @@ def test_another_number_of_ranks_is_refused(plan: Plan) -> None:
 
 
 def test_loading_a_plan_needs_neither_compiler_nor_torch() -> None:
-    check = "import sys, exflow.placement.plan; assert not {'numba', 'torch'} & sys.modules.keys()"
+    check = "import sys, exflow.placement.plan.plan; assert not {'numba', 'torch'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], check=True)

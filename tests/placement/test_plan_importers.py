@@ -19,12 +19,13 @@ from safetensors.torch import save_file as save_torch
 
 from exflow.errors import InputError
 from exflow.placement.eplb import rebalance_experts
-from exflow.placement.exporters.registry import export_plan
-from exflow.placement.exporters.sidecar import sidecar_path
-from exflow.placement.importers import registry
-from exflow.placement.importers.registry import FORMATS, read_plan
-from exflow.placement.plan import STRATEGIES, Plan
-from exflow.placement.topology import Topology
+from exflow.placement.formats.exporters.registry import export_plan
+from exflow.placement.formats.exporters.sidecar import sidecar_path
+from exflow.placement.formats.importers import registry
+from exflow.placement.formats.importers.registry import FORMATS, read_plan
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import STRATEGIES
+from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
 GOLDEN = Path(__file__).parent / "golden"

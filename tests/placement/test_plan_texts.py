@@ -9,8 +9,8 @@ import pytest
 from exflow.encodings import utf8_text, wide_encoding
 from exflow.errors import InputError
 from exflow.files import read_json, read_yaml
-from exflow.placement.importers.registry import read_plan
-from exflow.placement.topology import Topology
+from exflow.placement.formats.importers.registry import read_plan
+from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
 GOLDEN = Path(__file__).parent / "golden"

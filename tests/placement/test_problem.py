@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.baselines import contiguous, random
-from exflow.placement.problem import NORM, PlacementProblem, soft_maximum
+from exflow.placement.solve.baselines import contiguous, random
+from exflow.placement.solve.problem import NORM, PlacementProblem, soft_maximum
 
 ProblemFactory = Callable[..., PlacementProblem]
 

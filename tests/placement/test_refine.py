@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement import refine as module
-from exflow.placement.affinity import count_affinity
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import random
-from exflow.placement.exact import brute_force
-from exflow.placement.kernel import fixed, state
-from exflow.placement.objective import Objective, make_problem
-from exflow.placement.plan import Plan
-from exflow.placement.problem import Assignment, PlacementProblem
-from exflow.placement.refine import refine
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import count_traffic
+from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve import refine as module
+from exflow.placement.solve.baselines import random
+from exflow.placement.solve.exact import brute_force
+from exflow.placement.solve.objective import Objective, make_problem
+from exflow.placement.solve.problem import Assignment, PlacementProblem
+from exflow.placement.solve.refine import refine
+from exflow.placement.solve.start import balanced_start
+from exflow.placement.solve.swaps import fixed, state
+from exflow.placement.traffic.traffic import count_traffic
 from exflow.profiling.trace import RoutingTrace
 
 MISLEADING = 21  # a seed, found by trying

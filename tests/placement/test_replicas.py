@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.replicas import hosting, serving_slots
-from exflow.placement.topology import Topology
+from exflow.placement.plan.replicas import hosting, serving_slots
+from exflow.placement.plan.topology import Topology
 
 Case = tuple[np.ndarray, int, Topology]
 

@@ -3,12 +3,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from exflow.placement.evaluate import evaluate
-from exflow.placement.objective import Objective
-from exflow.placement.place import Solving, place
-from exflow.placement.plan import Plan
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
 from exflow.placement.robust import messages, place_for_the_worst
-from exflow.placement.topology import Topology
+from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
 
 TWO = Topology(gpus_per_node=2)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import contiguous
-from exflow.placement.exact import brute_force, solve_exactly
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.search import SearchSettings, search, search_all, settings_for, swap_deviation
+from exflow.placement.solve.anneal import SearchSettings, search, search_all, settings_for, swap_deviation
+from exflow.placement.solve.baselines import contiguous
+from exflow.placement.solve.exact import brute_force, solve_exactly
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.start import balanced_start
 
 ProblemFactory = Callable[..., PlacementProblem]
 

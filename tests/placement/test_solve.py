@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement import search
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import contiguous, random
-from exflow.placement.exact import brute_force, solve_exactly
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.solve import METHODS, certified_bound, solve
-from exflow.placement.sweep import Stop
-from exflow.placement.topology import Topology
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve import anneal as search
+from exflow.placement.solve.baselines import contiguous, random
+from exflow.placement.solve.descent import Stop
+from exflow.placement.solve.exact import brute_force, solve_exactly
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.solve import METHODS, certified_bound, solve
+from exflow.placement.solve.start import balanced_start
 
 ProblemFactory = Callable[..., PlacementProblem]
 

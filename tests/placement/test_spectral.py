@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import eigh
 
-from exflow.placement import spectral
-from exflow.placement.bounds import lower_bound
-from exflow.placement.exact import brute_force, chain_of_matchings, solve_exactly
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.spectral import certified, most_kept_together, windows
+from exflow.placement.solve import spectral
+from exflow.placement.solve.bounds import lower_bound
+from exflow.placement.solve.exact import brute_force, chain_of_matchings, solve_exactly
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.spectral import certified, most_kept_together, windows
 
 ProblemFactory = Callable[..., PlacementProblem]
 SMALL = [(1, 4, 2), (1, 6, 3), (2, 4, 2), (3, 4, 2), (2, 4, 4), (1, 4, 4), (2, 6, 2), (2, 4, 1), (3, 1, 1)]
@@ -142,7 +142,7 @@ def test_the_unit_of_the_prices_does_not_matter() -> None:
 
 def test_nothing_is_said_of_what_would_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("_USUAL_WORK", "_MOST_WORK"):
-        monkeypatch.setattr(f"exflow.placement.spectral.{limit}", 1000)
+        monkeypatch.setattr(f"exflow.placement.solve.spectral.{limit}", 1000)
     assert most_kept_together(planted()) == np.inf
 
 

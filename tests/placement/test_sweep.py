@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.balance import balanced_start
-from exflow.placement.baselines import random
-from exflow.placement.chains import swap_chain
-from exflow.placement.exact import brute_force
-from exflow.placement.kernel import fixed, state, try_swaps
-from exflow.placement.problem import PlacementProblem
-from exflow.placement.sweep import align_layers, replace_layer, sweep
+from exflow.placement.solve.baselines import random
+from exflow.placement.solve.chains import swap_chain
+from exflow.placement.solve.descent import align_layers, replace_layer, sweep
+from exflow.placement.solve.exact import brute_force
+from exflow.placement.solve.problem import PlacementProblem
+from exflow.placement.solve.start import balanced_start
+from exflow.placement.solve.swaps import fixed, state, try_swaps
 
 ProblemFactory = Callable[..., PlacementProblem]
 

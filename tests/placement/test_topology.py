@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.topology import Topology, topology_of
+from exflow.placement.plan.topology import Topology, topology_of
 
 
 def test_two_nodes_of_three() -> None:

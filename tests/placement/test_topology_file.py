@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.topology import Topology
-from exflow.placement.topology_file import MAX_BYTES, load_topology
+from exflow.placement.plan.topology import Topology
+from exflow.placement.plan.topology_file import MAX_BYTES, load_topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROUNDING = 1e-6

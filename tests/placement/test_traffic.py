@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.plan import Plan
-from exflow.placement.topology import Topology
-from exflow.placement.traffic import (
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.traffic import (
     Traffic,
     count_traffic,
     follow,

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from exflow import cli
+from exflow.commands.import_trace import layer_numbers
 from exflow.errors import InputError
-from exflow.import_trace import layer_numbers
 from exflow.profiling.importers import json_values
 from exflow.profiling.importers.foreign import Hints
 from exflow.profiling.importers.passes import SeenPasses

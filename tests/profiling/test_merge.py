@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exflow.errors import InputError
-from exflow.placement.affinity import count_affinity
+from exflow.placement.counts.affinity import count_affinity
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
 

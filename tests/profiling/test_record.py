@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from exflow.errors import InputError, WrongResult
-from exflow.profiling.record import Recordable, RoutingLayout, RoutingListener, record
+from exflow.profiling.listener import Recordable, RoutingListener
+from exflow.profiling.record import RoutingLayout, record
 from exflow.profiling.sequences import PADDING
 from exflow.profiling.shard import Rows, concatenate
 from exflow.profiling.staging import Staging

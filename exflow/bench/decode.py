@@ -1,0 +1,328 @@
+"""The `exflow bench decode` command: decode steps of strategies, transports and placements side by side, in
+one job, on the same weights and the same routing.
+
+Every case is a batch in the middle of its decode: `context` positions of noise, no prompts run.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.bench.job import WARM_UP, BenchJob, Setting
+from exflow.bench.table import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
+from exflow.comm.collectives import Counters, Exchange
+from exflow.comm.pairwise import Rounds
+from exflow.comm.transport import Transport, alone, choose_transport
+from exflow.console import Work, note
+from exflow.cost.predict import Load, Machine, memory_bytes
+from exflow.cost.probe import free_bytes, measure
+from exflow.errors import InputError
+from exflow.job.cluster import Cluster, alike_on_all_ranks, join_cluster, of_all
+from exflow.job.launch import torchrun_place
+from exflow.model.decoder import Decoder, Rows
+from exflow.model.device import choose_device
+from exflow.model.replay import ReplayedRouting
+from exflow.placement.plan.topology import Topology
+from exflow.profiling.trace import DECODE
+from exflow.runtime.deploy import decoder_of, experts_of
+from exflow.runtime.engine import Engine, _Run
+from exflow.runtime.expert_parallel import PlanTables
+from exflow.runtime.request import Request
+from exflow.runtime.strategies import Strategy, group_size, make_strategy, single_process, strategy_named
+
+Item = TypeVar("Item")
+
+
+def bench_decode(job: BenchJob) -> dict[str, Any] | None:
+    """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
+    device = choose_device(job.device)
+    if torchrun_place() is None:
+        return run(job, Setting.of(job, None), alone(device))
+    with join_cluster(device.type, job.patience_s) as cluster:
+        topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
+        setting = alike_on_all_ranks(cluster, lambda: Setting.of(job, topology))
+        return run(job, setting, cluster)
+
+
+@torch.inference_mode()
+def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | None:
+    """Every case, one after the other. Collective."""
+    first = cluster.rank == 0
+    for line in setting.notes if first else []:
+        note(line)
+    setting = replace(setting, transports=working_transports(setting, cluster))
+    with Work("measuring memory and links", shown=first):
+        free = min(of_all(cluster, free_bytes(cluster)))
+        measured = setting.transports if setting.topology is not None else []
+        machines = {transport: measure(cluster, transport) for transport in measured}
+        report = Report(about(job, setting, cluster, machines), cases_of(setting), job.output)
+        if first:  # compiled: of no use to the other ranks
+            report.predicted = predicted(setting, machines)
+            report.taken_by_auto = taken_by_auto(report.predicted, machines)
+    with Work("timing", "cases", shown=first) as work:
+        bench = Bench(setting, cluster, Rounds.between(cluster), free, machines, work.tell)
+        for case, result in results(bench):
+            if first:
+                report.add(case, result)
+            work.advance(len(report.results), len(report.cases))
+    return report.document() if first else None
+
+
+def working_transports(setting: Setting, cluster: Cluster) -> list[Transport]:
+    """Those asked for, or all that work here; on one GPU they are alike, and one is enough. Collective.
+
+    Raises InputError if one that was asked for does not work.
+    """
+    if setting.transports:
+        return [choose_transport(transport, cluster) for transport in setting.transports]
+    if setting.topology is None or cluster.device.type != "cuda":
+        return [choose_transport("auto", cluster)]
+    working: list[Transport] = []
+    for transport in ("collective", "one-sided" if cluster.num_nodes == 1 else "relayed"):
+        try:
+            working.append(choose_transport(transport, cluster))
+        except InputError as error:  # the same on all ranks
+            if cluster.rank == 0:
+                note(f"left out: {error}")
+    return working or ["eager"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cases share. free: bytes of memory that every rank has, before any weights.
+
+    tell: is told what is going on.
+    """
+
+    setting: Setting
+    cluster: Cluster
+    rounds: Rounds | None
+    free: float
+    machines: dict[Transport, Machine]
+    tell: Callable[[str], object] = lambda what: None
+
+
+def results(bench: Bench) -> Iterator[tuple[Case, Result]]:
+    """Of every case, those that can use the same weights together; the weights of the next ones come when
+    these are gone. Collective."""
+    for together in sharing_weights(bench.setting):
+        cases = []
+        for case in cases_of(bench.setting):
+            if case.placement in together:
+                too_large = does_not_fit(bench, case)
+                if too_large:
+                    yield case, too_large
+                else:
+                    cases.append(case)
+        if cases:
+            yield from results_on_same_weights(bench, cases)
+
+
+def sharing_weights(setting: Setting) -> list[list[str]]:
+    """Placements, by what is in the slots of the ranks while they are timed.
+
+    What a trace dictates is routed alike whatever experts compute, and a step takes as long with one expert
+    in a slot as with another: placements with as many slots share the weights. Where gates choose, what the
+    experts of a layer compute decides what the gates of the next one choose: each needs its own.
+    """
+    if setting.trace is None:
+        return [[name] for name in setting.plans]
+    by_slots: dict[int, list[str]] = {}
+    for name, plan in setting.plans.items():
+        by_slots.setdefault(plan.slots_per_rank, []).append(name)
+    return list(by_slots.values())
+
+
+def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
+    """Load what is in the slots of the first one's placement, and time them all. Collective."""
+    setting, cluster = bench.setting, bench.cluster
+    bench.tell(f"loading the weights ({cases[0].placement})")
+    held = experts_of(setting.plans[cases[0].placement], cluster.rank)
+    decoder = allocated(cluster, lambda: decoder_of(setting.weights, cluster.device, setting.dtype, held))
+    if isinstance(decoder, str):
+        yield from ((case, decoder) for case in cases)
+        return
+    if setting.trace is not None:
+        decoder.replay = ReplayedRouting.of(setting.trace, setting.config, cluster.device)
+    for (_, _, transport), group in groupby(cases, lambda case: (case.batch, case.strategy, case.transport)):
+        together = list(group)
+        if transport != "eager":
+            yield from captured_results(bench, decoder, together)
+            continue
+        for case in together:
+            bench.tell(str(case))
+            yield case, eager_result(bench, decoder, case)
+
+
+class MidDecode(_Run):
+    """An eager run that is in the middle of its decode from the beginning: `prefill`, then `advance`."""
+
+    def __init__(self, decoder: Decoder, strategy: Strategy, batch: int, context: int, steps: int) -> None:
+        super().__init__(Engine(decoder, strategy), Request([[0] * context] * batch, steps + 1), None)
+
+    def prefill(self) -> None:
+        """Noise instead of prompts. Tokens are where the end of prefill leaves them: at home."""
+        self.strategy.prefill(self.cache, self.sequence_N, self.lengths)  # which begins the request
+        fill_with_noise(self.cache.values, self.cache.held, self.longest)
+        here = self.sequence_N[self.strategy.admits(self.sequence_N)]
+        self.token_T = here % self.decoder.config.vocab_size
+        self.rows = Rows(here, torch.full_like(here, self.longest), DECODE)
+
+
+def fill_with_noise(cache: Tensor, sequences: Tensor, context: int) -> None:
+    """Keys and values for the first `context` positions of a cache [layers, 2, N, heads, positions, width],
+    whose n-th row is of sequences[n]: the same for a sequence on every rank that holds it, so that gates
+    choose alike under every strategy."""
+    layers, sides, _, heads, _, width = cache.shape
+    generator = torch.Generator(cache.device)
+    for row, sequence in enumerate(sequences.tolist()):
+        generator.manual_seed(sequence)
+        size = (layers, sides, heads, context, width)
+        cache[:, :, row, :, :context] = torch.randn(size, generator=generator, device=cache.device)
+
+
+def eager_result(bench: Bench, decoder: Decoder, case: Case) -> Result:
+    """Collective."""
+    setting, cluster = bench.setting, bench.cluster
+    strategy = single_process() if setting.topology is None else _strategy(bench, case)
+    made = allocated(
+        cluster, lambda: MidDecode(decoder, strategy, case.batch, setting.context, setting.counted)
+    )
+    if isinstance(made, str):
+        return made
+    made.prefill()
+    for _ in range(WARM_UP):
+        made.advance()
+    ends = [time.perf_counter()]
+    for _ in range(setting.steps):
+        made.advance()
+        ends.append(time.perf_counter())
+    strategy.finish_sharing()
+    taken = torch.tensor([after - before for before, after in pairwise(ends)], device=cluster.device)
+    if cluster.num_ranks > 1:
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+    median_ms, p99_ms = np.percentile(1000 * taken.cpu().numpy(), (50, 99)).tolist()
+    counters = Counters() if strategy.exchange is None else strategy.exchange.counters
+    return Outcome(median_ms, p99_ms, *bytes_per_step(cluster, counters, setting.counted))
+
+
+def _strategy(bench: Bench, case: Case) -> Strategy:
+    config, cluster = bench.setting.config, bench.cluster
+    return make_strategy(
+        strategy_named(case.strategy, cluster.num_nodes),
+        Exchange(cluster, rounds=bench.rounds),
+        PlanTables.of(bench.setting.plans[case.placement], cluster.device),
+        config.moe_layer_ids,
+        config.num_hidden_layers,
+    )
+
+
+def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
+    """Of cases that differ in their placement alone: one captured step, and other tables in its memory.
+    Collective."""
+    from exflow.bench.timing import begin_stand_in, stand_in_decode, time_steps
+    from exflow.runtime.graph_runner import Capture
+
+    setting, cluster = bench.setting, bench.cluster
+    batch, strategy, transport = cases[0].batch, cases[0].strategy, cases[0].transport
+    size = 1 if setting.topology is None else group_size(strategy_named(strategy, cluster.num_nodes), cluster)
+    tables = [PlanTables.of(setting.plans[case.placement], cluster.device) for case in cases]
+    capture = Capture(decoder, tables[0], cluster, size, strategy == "replicated", transport)
+    bench.tell(f"{cases[0]}: capturing")
+    if cluster.device.type == "cuda":
+        torch.cuda.empty_cache()  # a graph that is gone leaves its memory in a pool that no other uses
+    captured = allocated(cluster, lambda: stand_in_decode(capture, batch, setting.context, setting.counted))
+    if isinstance(captured, str):
+        yield from ((case, captured) for case in cases)
+        return
+    fill_with_noise(captured.cache, captured.shape.sequence_of_rows(), setting.context)
+    for case, table in zip(cases, tables, strict=True):
+        bench.tell(str(case))
+        captured.use_tables(table)
+        begin_stand_in(captured, batch, setting.context)
+        times = time_steps(captured, setting.steps)
+        sent = bytes_per_step(cluster, captured.counters(setting.counted), setting.counted)
+        floor = floor_ms(bench, captured)
+        yield case, Outcome(times.median_us / 1000, times.p99_us / 1000, *sent, floor)
+
+
+def floor_ms(bench: Bench, captured: Any) -> float | None:
+    """What the latest step had to read and send, at the best bandwidths measured. Collective."""
+    from exflow.bench.timing import step_bytes
+
+    if not bench.machines or bench.cluster.num_nodes > 1:
+        return None
+    moved = step_bytes(captured, bench.setting.counted)
+    read = max(machine.read_bytes_per_s for machine in bench.machines.values())
+    link = max(machine.inside.bytes_per_s for machine in bench.machines.values())
+    return moved.floor_us(read / 1e9, link / 1e9) / 1000
+
+
+def bytes_per_step(cluster: Cluster, mine: Counters, steps: int) -> tuple[float, float, float]:
+    """Critical, background and all bytes that a rank sends in a step: the mean over ranks. Collective."""
+    critical = mine.wire_bytes if mine.all_reduces else mine.hidden_bytes
+    sent = torch.tensor(
+        [critical, mine.kv_bytes, mine.wire_bytes], dtype=torch.float64, device=cluster.device
+    )
+    if cluster.num_ranks > 1:
+        dist.all_reduce(sent)
+    critical_mean, background, wire = (sent / (steps * cluster.num_ranks)).tolist()
+    return critical_mean, background, wire
+
+
+def does_not_fit(bench: Bench, case: Case) -> str:
+    """Why a case is not even tried; empty if it may fit. The same on all ranks."""
+    if (case.strategy, case.transport) == ("replicated", "relayed"):
+        return "replicated has nothing to relay"
+    setting, positions, batch = bench.setting, bench.setting.positions, case.batch
+    if case.transport != "eager":
+        from exflow.runtime.graph_runner import POSITIONS, bucket
+
+        positions, batch = -(-positions // POSITIONS) * POSITIONS, bucket(batch, bench.cluster.num_ranks)
+    plan = setting.plans[case.placement]
+    load = Load.of(setting.config, plan, batch, positions, setting.dtype.itemsize)
+    here = setting.topology or plan.topology
+    group = {"dispatch-combine": 1, "node-coherent": here.gpus_per_node}.get(case.strategy, here.num_ranks)
+    held = batch if group == here.num_ranks else load.tokens_per_rank * group
+    needed = memory_bytes(load, held)
+    if needed <= bench.free:
+        return ""
+    return (
+        f"does not fit: {needed / 1e9:.3g} GB of weights and keys and values, {bench.free / 1e9:.3g} GB of "
+        "memory a rank"
+    )
+
+
+def allocated(cluster: Cluster, make: Callable[[], Item]) -> Item | str:
+    """What `make` made, or that some rank's memory was not enough for it. Collective.
+
+    Raises InputError on all ranks alike.
+    """
+    fault = ""
+
+    def attempt() -> Item | None:
+        nonlocal fault
+        try:
+            return make()
+        except RuntimeError as error:
+            # on CPUs there is no class of its own for it
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            fault = f"does not fit: {str(error).splitlines()[0]}"
+            return None
+
+    made = attempt() if cluster.num_ranks == 1 else alike_on_all_ranks(cluster, attempt)
+    faults = [each for each in of_all(cluster, fault) if each]
+    if made is not None and not faults:
+        return made
+    made = None
+    if cluster.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return faults[0]

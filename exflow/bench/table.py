@@ -1,0 +1,182 @@
+"""The table of `exflow bench decode` as it grows: what was measured, beside what the cost model expects."""
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from itertools import groupby, product
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exflow.bench.job import WARM_UP, BenchJob, Setting
+from exflow.comm.transport import NAMES as TRANSPORTS
+from exflow.comm.transport import Transport
+from exflow.cost.auto import expected_figures, predictions
+from exflow.cost.predict import Load, Machine, Prediction, choose
+from exflow.errors import InputError
+from exflow.files import write_json
+from exflow.job.cluster import Cluster
+from exflow.model.random_weights import RandomWeights
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row of the table is about; `placement` is the plan's name in it."""
+
+    batch: int
+    strategy: str
+    transport: Transport
+    placement: str
+
+    def __str__(self) -> str:
+        return f"{self.strategy}, {self.transport}, {self.placement}, batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a step: milliseconds, the slowest rank's; bytes that a rank sends, the mean over ranks.
+
+    critical: hidden states, or what an all-reduce carries; background: keys and values; wire: all that was
+    carried, padding and headers included. floor_ms is known of captured steps on GPUs of one node.
+    """
+
+    tpot_ms: float
+    p99_ms: float
+    critical_bytes_per_step: float
+    background_bytes_per_step: float
+    wire_bytes_per_step: float
+    floor_ms: float | None = None
+
+
+Result = Outcome | str  # or why there is none
+Predicted = dict[Case, Prediction]
+
+
+def cases_of(setting: Setting) -> list[Case]:
+    """In the order of the table."""
+    parts = (setting.batches, setting.strategies, setting.transports, setting.plans)
+    return [Case(*each) for each in product(*parts)]
+
+
+def predicted(setting: Setting, machines: dict[Transport, Machine]) -> Predicted:
+    """What the cost model expects of every strategy, asked for or not; nothing of one process."""
+    found: Predicted = {}
+    here = setting.topology
+    if here is None:
+        return found
+    for name, plan in setting.plans.items():
+        if plan.topology.num_nodes != here.num_nodes:  # as auto.choose_strategy judges it
+            plan = replace(plan, topology=here, expected={})
+        plan = replace(plan, expected={"strategies": expected_figures(plan, setting.config.top_k)})
+        for batch, (transport, machine) in product(setting.batches, machines.items()):
+            load = Load.of(setting.config, plan, batch, setting.context, setting.dtype.itemsize)
+            for each in predictions(load, plan, machine):
+                found[Case(batch, each.strategy, transport, name)] = each
+    return found
+
+
+def taken_by_auto(found: Predicted, machines: dict[Transport, Machine]) -> list[Case]:
+    """For each batch what `auto` would run: the first transport that works, and of all placements the one
+    with which it expects most. A batch that fits under no strategy is missing."""
+    taken: dict[int, Case] = {}
+    transport = next((name for name in TRANSPORTS if name in machines), None)
+    if transport is None:
+        return []
+    of_plan = [(case, each) for case, each in found.items() if case.transport == transport]
+    for _, group in groupby(of_plan, lambda item: (item[0].batch, item[0].placement)):
+        together = list(group)
+        try:
+            name, _ = choose([each for _, each in together], machines[transport].memory_bytes)
+        except InputError:
+            continue
+        case = next(case for case, _ in together if case.strategy == name)
+        best = taken.setdefault(case.batch, case)
+        if found[case].step_s < found[best].step_s:
+            taken[case.batch] = case
+    return list(taken.values())
+
+
+@dataclass
+class Report:
+    """Rank 0's table as it grows. about: what the document says of the whole job; cases: in their order."""
+
+    about: dict[str, Any]
+    cases: list[Case]
+    output: Path | None
+    predicted: Predicted = field(default_factory=dict)
+    taken_by_auto: list[Case] = field(default_factory=list)
+    results: dict[Case, Result] = field(default_factory=dict)
+
+    def add(self, case: Case, result: Result) -> None:
+        """Take in a result, and write all there are."""
+        self.results[case] = result
+        if self.output is not None:
+            write_json(self.output, self.document())
+
+    def document(self) -> dict[str, Any]:
+        """What `exflow bench decode --json` prints. `speedup` is over the first row of the same batch."""
+        rows = [self._row(case) for case in self.cases if case in self.results]
+        for row in rows:
+            first = next(each for each in rows if each["batch"] == row["batch"])["tpot_ms"]
+            row["speedup"] = first / row["tpot_ms"] if first and row["tpot_ms"] else None
+        auto = [{**asdict(case), **self._of_model_and_clock(case)} for case in self.taken_by_auto]
+        return {**self.about, "rows": rows, "auto": auto}
+
+    def _row(self, case: Case) -> dict[str, Any]:
+        result = self.results[case]
+        known = asdict(result) if isinstance(result, Outcome) else dict.fromkeys(Outcome.__annotations__)
+        tpot_ms, floor_ms = known["tpot_ms"], known["floor_ms"]
+        return {
+            **asdict(case),
+            **known,
+            **self._of_model_and_clock(case),
+            "tokens_per_s": 1000 * case.batch / tpot_ms if tpot_ms else None,
+            "times_floor": tpot_ms / floor_ms if tpot_ms and floor_ms else None,
+            "stopped": result if isinstance(result, str) else None,
+        }
+
+    def _of_model_and_clock(self, case: Case) -> dict[str, Any]:
+        """Predicted and measured, None where there is no such figure."""
+        found, result = self.predicted.get(case), self.results.get(case)
+        return {
+            "predicted_ms": 1000 * found.step_s if found else None,
+            "tpot_ms": result.tpot_ms if isinstance(result, Outcome) else None,
+        }
+
+
+def about(
+    job: BenchJob, setting: Setting, cluster: Cluster, machines: dict[Transport, Machine]
+) -> dict[str, Any]:
+    """What was run on what."""
+    on_gpus = cluster.device.type == "cuda"
+    part = torch.cuda.get_device_name() if on_gpus else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "model": setting.config.name,
+        "weights": "random" if isinstance(setting.weights, RandomWeights) else str(setting.weights),
+        "routing": "gates" if job.replay is None else str(job.replay),
+        "ranks": cluster.num_ranks,
+        "nodes": cluster.num_nodes,
+        "hardware": part,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "context": setting.context,
+        "steps": setting.steps,
+        "warm_up": WARM_UP,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": " ".join(["exflow", *sys.argv[1:]]),
+        "links": {transport: link_figures(machine, cluster) for transport, machine in machines.items()},
+    }
+
+
+def link_figures(machine: Machine, cluster: Cluster) -> dict[str, float | None]:
+    """Of the link that most exchanges wait for; None where there is none."""
+    link = machine.inside if cluster.num_nodes == 1 else machine.between
+    return {
+        "latency_us": 1e6 * link.latency_s,
+        "link_gb_s": link.bytes_per_s / 1e9 if isfinite(link.bytes_per_s) else None,
+        "read_gb_s": machine.read_bytes_per_s / 1e9,
+    }

@@ -1,0 +1,303 @@
+"""Where ranks put rows for each other in a decode step of static shape: addresses that are known beforehand.
+
+An exchange has a mailbox on every rank. One-sided, it is memory that the other ranks write into, and a flag
+for each sender says that all it had to say is there. Collective, it is a pair of buffers that one all-to-all
+of fixed capacity moves. The kernels are the same: they write to addresses, and read what bears the
+exchange's number. With relays both: memory inside a node, a collective between nodes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.job.cluster import Cluster, coherence_group
+
+_ALIGNMENT = 128  # bytes; of every region, so that rows are stored in whole lines
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The ranks, and the static shape of a decode step on one of them.
+
+    sequences: of the whole batch, a multiple of num_ranks; sequence b has its home on rank b % num_ranks.
+    positions: the most a sequence may have. group_size: ranks of a coherence group; all of them for
+    `replicated`. relayed: the ranks of a node write into each other's memory, and between nodes tokens
+    travel by relays; else every rank writes to every other.
+    """
+
+    rank: int
+    num_ranks: int
+    ranks_per_node: int
+    group_size: int
+    sequences: int
+    positions: int
+    replicated: bool = False
+    relayed: bool = False
+
+    @property
+    def peers(self) -> range:
+        """The ranks whose memory this rank writes into, itself among them."""
+        if not self.relayed:
+            return range(self.num_ranks)
+        first = self.rank - self.rank % self.ranks_per_node
+        return range(first, first + self.ranks_per_node)
+
+    @property
+    def rows(self) -> int:
+        """Sequences that this rank may own: those of its coherence group."""
+        return self.sequences // self.num_ranks * self.group_size
+
+    def sequence_of_rows(self) -> Tensor:
+        """The sequence of the batch that each row stands for [rows] int64."""
+        row = torch.arange(self.rows)
+        first = self.rank // self.group_size * self.group_size
+        return row // self.group_size * self.num_ranks + first + row % self.group_size
+
+    def sequence_ids(self, first_sequence: int) -> Tensor:
+        """The same as ids [rows] int64, for a request whose first sequence has this id."""
+        return self.sequence_of_rows() + first_sequence - first_sequence % self.num_ranks
+
+
+@dataclass(frozen=True)
+class Far:
+    """Of a mailbox that relays use, what is for ranks of other nodes: a chunk for each, rows numbered by row.
+
+    at [ranks] int64: where a rank's rows arrive, 0 for ranks that send nothing here. `payload_at`: as of a
+    mailbox. `wire_bytes`: what `move` carries off this rank, full or not.
+    """
+
+    at: Tensor
+    payload_at: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """One exchange of an MoE layer as this rank sees it.
+
+    to [2, ranks] int64: where to write for each rank, by its number's parity; at [2] int64: where rows
+    arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [peers] int32 are
+    raised by the others and flag_addresses [peers] int64 are mine in their memory. `move` carries what was
+    written, where it does not arrive by itself. `payload_at`: bytes from a chunk's beginning, where numbers
+    are, to its hidden states. `far`: what goes to other nodes by relays.
+    """
+
+    to: Tensor
+    at: Tensor
+    chunk: int
+    payload_at: int
+    shared: bool
+    flags: Tensor
+    flag_addresses: Tensor
+    move: Callable[[], None]
+    far: Far | None = None
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """Bytes of this rank that the other ranks of its node can write to, and where each rank's lie in this
+    rank's addresses, 0 for ranks of other nodes; `meet` waits, on the GPU, until the node's ranks have come
+    so far."""
+
+    own: Tensor
+    bases: list[int]
+    meet: Callable[[], None] = lambda: None
+
+
+Allocate = Callable[[int], PeerMemory]
+
+
+def symmetric_memory(cluster: Cluster) -> Allocate:
+    """Memory for one-sided writes among the ranks of each host (torch's symmetric memory, no multicast).
+
+    Collective: every rank allocates the same sizes in the same order. Raises RuntimeError where GPUs cannot
+    reach each other's memory.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    if cluster.num_nodes == 1:
+        ranks, processes = range(cluster.num_ranks), dist.group.WORLD
+    else:
+        node = coherence_group(cluster, cluster.ranks_per_node)
+        ranks, processes = node.ranks, node.processes
+    assert processes is not None
+
+    def allocate(size: int) -> PeerMemory:
+        own = symmetric.empty(size, dtype=torch.uint8, device=cluster.device)
+        own.zero_()
+        handle = symmetric.rendezvous(own, processes)
+        bases = [0] * cluster.num_ranks
+        for place, rank in enumerate(ranks):
+            bases[rank] = handle.get_buffer(place, (size,), torch.uint8).data_ptr()
+        torch.cuda.synchronize()
+        dist.barrier(processes)  # nobody writes before everybody's zeros are there
+        return PeerMemory(own, bases, handle.barrier)
+
+    return allocate
+
+
+def tensor_at(address: int, like: Tensor) -> Tensor:
+    """Another rank's bytes as a tensor, as many as `like` has."""
+
+    class Bytes:
+        __cuda_array_interface__ = {  # noqa: RUF012
+            "shape": (like.nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Bytes(), device=like.device)
+
+
+def local_memory(device: torch.device, num_ranks: int = 1) -> Allocate:
+    """Memory that this rank alone writes to: whatever rank is meant, it is its own."""
+
+    def allocate(size: int) -> PeerMemory:
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        return PeerMemory(own, [own.data_ptr()] * num_ranks)
+
+    return allocate
+
+
+def rounded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Mail:
+    """The exchanges of a layer. `returns` is None where no partial sums ever travel.
+
+    With relays `returns` brings partial sums to a token's relay in this node, and `sums` those of relays to
+    its next owner, into the same chunks: no sender has both for one token and receiver.
+    """
+
+    dispatch: Mailbox
+    returns: Mailbox | None
+    sums: Mailbox | None = None
+
+    @property
+    def boxes(self) -> list[Mailbox]:
+        return [box for box in (self.dispatch, self.returns, self.sums) if box is not None]
+
+
+def words_of(top_k: int) -> int:
+    """int32 beside a hidden state: number, owner, slots, weights; a power of two, as kernels have it."""
+    return 1 << (2 + 2 * top_k - 1).bit_length()
+
+
+def one_sided_mail(
+    shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
+) -> Mail:
+    """Mailboxes in memory that the peers write to. hidden_bytes: of one row."""
+    peers, summed = len(shape.peers), shape.sequences if shape.relayed else shape.rows
+    place = shape.rank - shape.peers.start
+    words_at = rounded(4 * words_of(top_k) * shape.sequences)
+    dispatch = rounded(words_at + hidden_bytes * shape.sequences)
+    numbers_at = rounded(4 * summed)
+    chunk = rounded(numbers_at + hidden_bytes * summed)
+    flags = rounded(4 * peers)
+    memory = allocate(3 * flags + 2 * dispatch + (2 * peers * chunk if returns else 0))
+
+    def mailbox(flags_at: int, at: int, size: int, chunk: int, payload_at: int, shared: bool) -> Mailbox:
+        mine = 0 if shared else place * chunk
+        device = memory.own.device
+        return Mailbox(
+            to=torch.tensor(
+                [[base + at + parity * size + mine for base in memory.bases] for parity in (0, 1)],
+                device=device,
+            ),
+            at=torch.tensor(
+                [memory.bases[shape.rank] + at + parity * size for parity in (0, 1)], device=device
+            ),
+            chunk=chunk,
+            payload_at=payload_at,
+            shared=shared,
+            flags=memory.own[flags_at : flags_at + 4 * peers].view(torch.int32),
+            flag_addresses=torch.tensor(
+                [memory.bases[rank] + flags_at + 4 * place for rank in shape.peers], device=device
+            ),
+            move=lambda: None,
+        )
+
+    first, second = 3 * flags, 3 * flags + 2 * dispatch
+    gated = mailbox(0, first, dispatch, dispatch, words_at, True)
+    if not returns:
+        return Mail(gated, None)
+    returned, sums = (
+        mailbox(flags_at, second, peers * chunk, chunk, numbers_at, False) for flags_at in (flags, 2 * flags)
+    )
+    return Mail(gated, returned, sums if shape.relayed else None)
+
+
+def relayed_mail(shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate) -> Mail:
+    """Mailboxes in memory that the node's ranks write to, with chunks for other nodes that an all-to-all
+    moves.
+
+    Tokens go to the ranks of this rank's place in other nodes, sums to any rank there that may own a token
+    that this one relays. Who sends to whom is symmetric.
+    """
+    mail = one_sided_mail(shape, top_k, hidden_bytes, returns, allocate)
+    elsewhere = [rank for rank in range(shape.num_ranks) if rank not in shape.peers]
+    relays = [rank for rank in elsewhere if (rank - shape.rank) % shape.ranks_per_node == 0]
+    owners = relays if shape.group_size == 1 else elsewhere  # a token that comes home has its relays' place
+    words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
+    size = hidden_bytes * shape.rows
+    return replace(
+        mail,
+        dispatch=_reaching(mail.dispatch, relays, rounded(words_at + size), words_at),
+        sums=mail.sums and _reaching(mail.sums, owners, rounded(numbers_at + size), numbers_at),
+    )
+
+
+def _reaching(box: Mailbox, reached: list[int], chunk: int, payload_at: int) -> Mailbox:
+    """The mailbox with chunks to and from the ranks `reached` of other nodes, which reach this one too."""
+    num_ranks, device = box.to.shape[1], box.to.device
+    outgoing, incoming = torch.zeros(2, len(reached) * chunk, dtype=torch.uint8, device=device)
+    sizes = [chunk if rank in reached else 0 for rank in range(num_ranks)]
+    to, at = box.to.clone(), torch.zeros(num_ranks, dtype=torch.int64, device=device)
+    for place, rank in enumerate(reached):
+        to[:, rank] = outgoing.data_ptr() + place * chunk
+        at[rank] = incoming.data_ptr() + place * chunk
+    return replace(
+        box,
+        to=to,
+        move=lambda: dist.all_to_all_single(incoming, outgoing, sizes, sizes),
+        far=Far(at, payload_at, outgoing.nbytes),
+    )
+
+
+def collective_mail(
+    shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, device: torch.device
+) -> Mail:
+    """Mailboxes that an all-to-all moves: a chunk for every row that a receiver may own, full or not."""
+
+    def mailbox(chunk: int, payload_at: int) -> Mailbox:
+        outgoing, incoming = torch.zeros(2, shape.num_ranks * chunk, dtype=torch.uint8, device=device)
+        each = range(shape.num_ranks)
+        return Mailbox(
+            to=torch.tensor([[outgoing.data_ptr() + rank * chunk for rank in each]] * 2, device=device),
+            at=torch.tensor([incoming.data_ptr()] * 2, device=device),
+            chunk=chunk,
+            payload_at=payload_at,
+            shared=False,
+            flags=torch.zeros(shape.num_ranks, dtype=torch.int32, device=device),
+            flag_addresses=torch.zeros(shape.num_ranks, dtype=torch.int64, device=device),
+            move=lambda: dist.all_to_all_single(incoming, outgoing),
+        )
+
+    words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
+    size = hidden_bytes * shape.rows
+    if shape.replicated:  # every rank gates every token: what it finds goes to itself
+        gated = one_sided_mail(
+            shape, top_k, hidden_bytes, False, local_memory(device, shape.num_ranks)
+        ).dispatch
+    else:
+        gated = mailbox(rounded(words_at + size), words_at)
+    return Mail(
+        gated,
+        mailbox(rounded(numbers_at + size), numbers_at) if returns else None,
+    )

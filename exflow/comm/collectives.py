@@ -1,0 +1,291 @@
+"""The collectives of a decode step behind one face, over gloo and NCCL alike, each of them counted.
+
+The bytes on the wire follow the rows that move, and no counts are exchanged first. Where both ends of a pair
+know how many rows will come, in a return and in a gather, just those are sent. In a dispatch a chunk has room
+for as many as both ends expect (expectation.py); a pair that has more sends the rest point to point. A row is
+a run of bytes; a dispatch's chunk is a header of int32 (the number of rows, then the sender's note), the
+rows, and what is left of the room.
+
+Shapes: N rows to send, M rows received, B bytes a row, G ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exflow.comm.capacity import Room
+from exflow.comm.pairwise import Parcels, Rounds
+from exflow.job.cluster import Cluster, CoherenceGroup, during
+
+Purpose = Literal["dispatch", "return"]
+
+
+@dataclass
+class Counters:
+    """What one rank sent in one phase; `total` over ranks gives the job's figures.
+
+    Messages and K/V copies are rows that left for another rank of the same node (intra) or of another one
+    (inter), as placement.traffic predicts them. hidden_bytes and kv_bytes are their size; wire_bytes is what
+    the collectives carried off the rank, padding and headers included. `late` counts the chunks that had no
+    room for all their rows.
+    """
+
+    all_to_alls: int = 0
+    gathers: int = 0
+    all_reduces: int = 0
+    dispatch_intra: int = 0
+    dispatch_inter: int = 0
+    return_intra: int = 0
+    return_inter: int = 0
+    kv_intra: int = 0
+    kv_inter: int = 0
+    hidden_bytes: int = 0
+    kv_bytes: int = 0
+    wire_bytes: int = 0
+    late: int = 0
+
+    @property
+    def messages(self) -> int:
+        return self.dispatch_intra + self.dispatch_inter + self.return_intra + self.return_inter
+
+
+def total(counters: list[Counters]) -> Counters:
+    """The job's figures: messages and bytes summed over ranks, collectives as each took part in them."""
+    collectives = ("all_to_alls", "gathers", "all_reduces")
+    summed = {name: sum(getattr(each, name) for each in counters) for name in vars(counters[0])}
+    return Counters(**(summed | {name: getattr(counters[0], name) for name in collectives}))
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a dispatch brought: rows [M, B] uint8 of other ranks, ordered by sender, and every rank's note.
+
+    sent, came: how many rows went to each rank, and came from each.
+    """
+
+    rows_MB: Tensor
+    notes: list[list[int]]
+    sent: list[int]
+    came: list[int]
+
+
+@dataclass
+class PendingGather:
+    """A gather under way; `wait` returns the rows of all other members, [M, B] uint8, ordered by member."""
+
+    finish: Callable[[], object]
+    rows_MB: Tensor
+
+    @during("a gather of keys and values")
+    def wait(self) -> Tensor:
+        self.finish()
+        return self.rows_MB
+
+
+@dataclass
+class Exchange:
+    """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase.
+
+    group: whose members the ranks of `cluster` are, in order; without it the whole job's.
+    rounds: how all-to-alls of the whole job run, where the backend's own are slow.
+    """
+
+    cluster: Cluster
+    counters: Counters = field(default_factory=Counters)
+    group: CoherenceGroup | None = None
+    rounds: Rounds | None = None
+
+    @during("a dispatch")
+    def dispatch(
+        self, rows_NB: Tensor, dest_N: Tensor, note: list[int], room: Room, hidden_bytes: int
+    ) -> Dispatched:
+        """Send each row to its rank (never this one); hear every other rank's rows and note.
+
+        room: what one rank has for another must be what the other has from it.
+        hidden_bytes: the part of a row that is hidden state, for the count.
+        """
+        rank, row_bytes = self.cluster.rank, rows_NB.shape[1]
+        rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
+        sent = [len(rows) for rows in rows_to]
+        header_GH = _as_headers([[count, *note] for count in sent], rows_NB.device)
+        pieces = [_pieces(*each) for each in zip(header_GH, rows_to, room.to, strict=True)]
+        sizes_to, sizes_from = (
+            [0 if other == rank else len(header_GH[0]) + rows * row_bytes for other, rows in enumerate(rooms)]
+            for rooms in (room.to, room.come)
+        )
+        flat = [piece for to, chunk in enumerate(pieces) if to != rank for piece in chunk]
+        chunks = list(self._swap(_joined(flat, rows_NB), sizes_to, sizes_from).split(sizes_from))
+        chunks[rank] = header_GH[rank]
+        came, notes = _read_headers(chunks, 1 + len(note))
+        bodies = [chunk[len(header_GH[0]) :].view(-1, row_bytes) for chunk in chunks]
+        late = self._swap_late(rows_to, room, came)
+        rows_of = [
+            torch.cat([body[:count], rest]) for body, count, rest in zip(bodies, came, late, strict=True)
+        ]
+        self._count(sent, "dispatch", hidden_bytes)
+        return Dispatched(torch.cat(rows_of), notes, sent, came)
+
+    @during("a return")
+    def give_back(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
+        """Send each row to its rank (never this one); the rows of others [M, B], ordered by sender.
+
+        come: how many rows each rank has for this one, which it must know.
+        hidden_bytes: as for `dispatch`.
+        """
+        row_bytes = rows_NB.shape[1]
+        rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
+        sent = [len(rows) for rows in rows_to]
+        sizes_to, sizes_from = ([rows * row_bytes for rows in counts] for counts in (sent, come))
+        arrived = self._swap(torch.cat(rows_to).flatten(), sizes_to, sizes_from)
+        self._count(sent, "return", hidden_bytes)
+        return arrived.view(-1, row_bytes)
+
+    def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
+        """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
+        arrived = chunks.new_empty(sum(sizes_from))
+        if self.rounds is None:
+            options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
+            dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to, **options)
+        else:
+            self.rounds.swap(Parcels(list(chunks.split(sizes_to)), list(arrived.split(sizes_from))))
+        self.counters.all_to_alls += 1
+        self.counters.wire_bytes += len(chunks)
+        return arrived
+
+    def _swap_late(self, rows_to: list[Tensor], room: Room, came: list[int]) -> list[Tensor]:
+        """The rows from each rank that its chunk had no room for; mine are sent to the others meanwhile."""
+        late_to = [rows[most:] for rows, most in zip(rows_to, room.to, strict=True)]
+        late_from = [
+            rows_to[0].new_empty(max(0, count - most), rows_to[0].shape[1])
+            for count, most in zip(came, room.come, strict=True)
+        ]
+        operations = [
+            self._point_to_point(send_or_receive, rows, other)
+            for send_or_receive, late in ((dist.isend, late_to), (dist.irecv, late_from))
+            for other, rows in enumerate(late)
+            if len(rows)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        self.counters.late += sum(len(rows) > 0 for rows in late_to)
+        self.counters.wire_bytes += sum(rows.nbytes for rows in late_to)
+        return late_from
+
+    def _point_to_point(self, send_or_receive: Callable[..., Any], rows: Tensor, other: int) -> dist.P2POp:
+        if self.group is None:
+            return dist.P2POp(send_or_receive, rows, other)
+        return dist.P2POp(send_or_receive, rows, self.group.ranks[other], self.group.processes)
+
+    def _count(self, sent: list[int], purpose: Purpose, hidden_bytes: int) -> None:
+        first = self.cluster.node * self.cluster.ranks_per_node
+        intra = sum(sent[first : first + self.cluster.ranks_per_node])
+        inter = sum(sent) - intra
+        if purpose == "dispatch":
+            self.counters.dispatch_intra += intra
+            self.counters.dispatch_inter += inter
+        else:
+            self.counters.return_intra += intra
+            self.counters.return_inter += inter
+        self.counters.hidden_bytes += sum(sent) * hidden_bytes
+
+    def start_gather(
+        self, rows_NB: Tensor, counts: list[int], group: CoherenceGroup, kv_bytes: int
+    ) -> PendingGather:
+        """Begin to give all members of `group` each other's rows, of which member i has counts[i].
+
+        kv_bytes: the part of a row that is keys and values, for the count.
+        """
+        me, row_bytes = group.ranks.index(self.cluster.rank), rows_NB.shape[1]
+        assert len(rows_NB) == counts[me]
+        sizes_from = [0 if member == me else rows * row_bytes for member, rows in enumerate(counts)]
+        arrived = rows_NB.new_empty(sum(sizes_from))
+        finish = self._share(rows_NB.flatten(), arrived, sizes_from, group)
+        others_in_node = sum(self.cluster.node_of(rank) == self.cluster.node for rank in group.ranks) - 1
+        self.counters.gathers += 1
+        self.counters.kv_intra += len(rows_NB) * others_in_node
+        self.counters.kv_inter += len(rows_NB) * (group.size - 1 - others_in_node)
+        self.counters.kv_bytes += len(rows_NB) * (group.size - 1) * kv_bytes
+        self.counters.wire_bytes += rows_NB.nbytes * (group.size - 1)
+        return PendingGather(finish, arrived.view(-1, row_bytes))
+
+    def _share(
+        self, mine: Tensor, arrived: Tensor, sizes_from: list[int], group: CoherenceGroup
+    ) -> Callable[[], object]:
+        """Begin to give what is mine to all other members, and to put what is theirs into `arrived`.
+
+        Returns what waits for it: on GPUs the stream, not the host.
+        """
+        if self.rounds is None:
+            me = group.ranks.index(self.cluster.rank)
+            # an all-gather wants equal parts, on gloo
+            sizes_to = [0 if member == me else len(mine) for member in range(group.size)]
+            copies = mine.repeat(group.size - 1)
+            work: dist.Work = dist.all_to_all_single(
+                arrived, copies, sizes_from, sizes_to, group=group.processes, async_op=True
+            )
+            return work.wait
+        to, come = ([mine[:0]] * self.cluster.num_ranks for _ in range(2))
+        for rank, part in zip(group.ranks, arrived.split(sizes_from), strict=True):
+            if rank != self.cluster.rank:
+                to[rank], come[rank] = mine, part
+        self.rounds.defer(Parcels(to, come))
+        return self.rounds.finish
+
+    @during("an all-reduce")
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(values)
+        ranks = self.cluster.num_ranks
+        self.counters.all_reduces += 1
+        self.counters.wire_bytes += 2 * values.nbytes * (ranks - 1) // ranks  # ring: reduce-scatter, gather
+        return values
+
+
+def pack(*columns: Tensor) -> Tensor:
+    """Lay columns [N, any] of any dtype side by side as bytes [N, B]."""
+    return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
+
+
+def unpack(rows_NB: Tensor, *like: tuple[torch.dtype, int]) -> list[Tensor]:
+    """The inverse of `pack`: for each (dtype, width) the column [N, width]."""
+    columns, start = [], 0
+    for dtype, width in like:
+        size = dtype.itemsize * width
+        # `contiguous` would leave a single row where it lies, perhaps unaligned for a wider type
+        column = rows_NB[:, start : start + size].clone(memory_format=torch.contiguous_format)
+        columns.append(column.view(dtype))
+        start += size
+    return columns
+
+
+def _by_rank(rows_NB: Tensor, dest_N: Tensor, ranks: int) -> list[Tensor]:
+    """The rows for each rank, in the order given."""
+    counts = torch.bincount(dest_N, minlength=ranks).tolist()
+    return list(rows_NB[torch.argsort(dest_N, stable=True)].split(counts))
+
+
+def _as_headers(values: list[list[int]], device: torch.device) -> Tensor:
+    """Lines of numbers as bytes [lines, 4 * numbers]."""
+    return torch.tensor(values, dtype=torch.int32).view(torch.uint8).to(device)
+
+
+def _read_headers(chunks: list[Tensor], fields: int) -> tuple[list[int], list[list[int]]]:
+    """How many rows each chunk was to have, and the note in it."""
+    headers: list[list[int]] = (
+        torch.stack([chunk[: 4 * fields] for chunk in chunks]).view(torch.int32).tolist()
+    )
+    return [header[0] for header in headers], [header[1:] for header in headers]
+
+
+def _pieces(header_H: Tensor, rows_NB: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a chunk consists of: header, rows, and zeros where there are fewer than it has room for."""
+    spare = max(0, room - len(rows_NB)) * rows_NB.shape[1]
+    return header_H, rows_NB[:room].flatten(), rows_NB.new_zeros(spare)
+
+
+def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([like.new_empty(0), *pieces])

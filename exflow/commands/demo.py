@@ -1,0 +1,99 @@
+"""`exflow demo`: profile, place and generate with the shipped model, and show what each variant moves.
+
+This process profiles and places; four ranks then run every variant in one job (demo_rank.py).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from exflow.commands.demo_rank import PROMPTS, demo_request
+from exflow.commands.profile import profile, windows_of_text
+from exflow.errors import InputError
+from exflow.files import read_json
+from exflow.job.launch import run_ranks
+from exflow.model.tokenizer import load_tokenizer
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.topology import Topology
+from exflow.profiling.trace import RoutingTrace
+from exflow.runtime.deploy import load_model
+from exflow.runtime.engine import Engine
+from exflow.texts import find_texts, read_text
+
+SHIPPED = Path("models/gpt-moe-demo")
+RANKS = 4
+PROFILED_TOKENS = 16384
+
+
+def shipped_model() -> Path:
+    """The checkpoint in the repository that the demo is run from."""
+    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        if (root / SHIPPED / "config.json").is_file():
+            return root / SHIPPED
+    raise InputError(f"{SHIPPED}: no such checkpoint here; run it in the repository, or give --model")
+
+
+def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[str, Any]:
+    """Run the whole pipeline; the result that `exflow demo --json` prints.
+
+    texts: files or folders to profile; none means the language reference that Python ships (which the model
+    was not trained on). report: is told what is going on. Raises InputError, RankDied, or RuntimeError where
+    variants disagree.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
+    except OSError as error:
+        raise InputError(
+            "no temporary folder can be written; make room there, or name another in TMPDIR"
+        ) from error
+    try:
+        report(f"profiling {PROFILED_TOKENS:,} tokens of text")
+        engine = load_model(model)
+        trace = _profile(model, engine, texts)
+        report(f"placing {trace.num_experts} experts x {trace.num_layers} layers on {RANKS} ranks")
+        for method, name in (("contiguous", "contiguous"), ("auto", "affinity")):
+            place(trace, Topology(gpus_per_node=RANKS), solving=Solving(method)).save(folder / f"{name}.json")
+        report("generating in one process")
+        alone = engine.generate(demo_request(model))
+        report(f"generating on {RANKS} ranks, every strategy, contiguous and affinity placement")
+        run_ranks(["demo", "--model", str(model), "--rank-folder", str(folder)], RANKS)
+        result = read_json(folder / "result.json", "result", "run the demo again")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    tokens = [alone.tokens, *result.pop("tokens")]
+    completions = load_tokenizer(model).decode_batch(alone.tokens)
+    same = all(each == tokens[0] for each in tokens)
+    return {
+        "same_tokens": same,
+        **result,
+        "summary": _summary(result["variants"]),
+        "text": [prompt + text for prompt, text in zip(PROMPTS, completions, strict=True)],
+        "verdict": _verdict(same, len(tokens)),
+    }
+
+
+def _summary(variants: list[dict[str, Any]]) -> str:
+    messages = {
+        (variant["strategy"], variant["placement"]): variant["messages_per_token_layer"]
+        for variant in variants
+    }
+    before, after = messages["dispatch-combine", "contiguous"], messages["coherent", "affinity"]
+    return (
+        f"coherent with affinity placement sends {1 - after / before:.0%} fewer messages than "
+        f"dispatch-combine with contiguous placement ({after:.3f} against {before:.3f} a token and layer)"
+    )
+
+
+def _verdict(same: bool, runs: int) -> str:
+    if same:
+        return f"checked: all {runs} runs, one process included, produced the same tokens"
+    return "DIFFERENT TOKENS: the variants do not agree; this is a bug, please report it"
+
+
+def _profile(model: Path, engine: Engine, texts: list[str]) -> RoutingTrace:
+    files = [read_text(file) for file in find_texts(texts)] if texts else list(topics.values())
+    windows = windows_of_text(load_tokenizer(model), files, length=256, max_tokens=PROFILED_TOKENS)
+    return profile(engine.decoder, windows, path=None)

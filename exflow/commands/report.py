@@ -1,0 +1,90 @@
+"""The report command: from files to a page, and to drawings in files of their own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exflow.commands.place import Where
+from exflow.errors import InputError
+from exflow.files import atomic_path
+from exflow.profiling.trace import RoutingTrace
+from exflow.report.data import Report, gather
+from exflow.report.page import page
+from exflow.report.plans import candidates
+from exflow.report.sections import sections
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """What the command line says; see `exflow report --help`."""
+
+    trace: Path
+    plans: list[Path]
+    output: Path
+    phase: str = "all"
+    where: Where = field(default_factory=Where)  # may say nothing: where the plans are for
+    figures: Path | None = None
+    model: Path | None = None
+    batch: int = 64
+    context: int = 1024
+    machine: Path | None = None
+
+    @property
+    def tells_where(self) -> bool:
+        return self.where.gpus is not None or self.where.topology_file is not None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, and the data behind it."""
+
+    page_bytes: int
+    figures: int
+    report: Report
+
+
+def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Written:
+    """Count, draw, write. Raises InputError where a file is missing, wrong, or of another model.
+
+    advance: called with what comes next, the steps done, and the steps in all.
+    """
+    _check(job)
+    trace = RoutingTrace.load(job.trace).of_phase(job.phase)
+    topology = job.where.topology() if job.tells_where else None
+    chosen = candidates(trace, job.plans, topology)
+    setting = None
+    if job.model is not None:
+        from exflow.cost.machines import load_setting  # with torch, which only a prediction needs
+
+        setting = load_setting(job.model, job.batch, job.context, job.machine, trace)
+    steps, done = len(chosen) + 3, 0
+
+    def tell(what: str) -> None:
+        advance(what, done, steps)
+
+    def counted() -> None:
+        nonlocal done
+        done += 1
+
+    report = gather(trace, chosen, setting, tell, counted)
+    tell("drawing")
+    made = sections(report)
+    content = page(report, made).encode()
+    with atomic_path(job.output) as temporary:
+        temporary.write_bytes(content)
+    drawn = [] if job.figures is None else [figure for section in made for figure in section.figures]
+    for figure in drawn:
+        assert job.figures is not None
+        with atomic_path(job.figures / f"{figure.slug}.svg") as temporary:
+            temporary.write_text(figure.file(), encoding="utf-8")
+    return Written(len(content), len(drawn), report)
+
+
+def _check(job: ReportJob) -> None:
+    """Raises InputError for settings that would have no effect."""
+    if job.where.nodes > 1 and job.where.gpus is None:
+        raise InputError(f"--nodes {job.where.nodes}: says how --gpus are spread; give both")
+    if job.machine is not None and job.model is None:
+        raise InputError(f"--machine {job.machine}: is for predicted times, which need --model; give both")
+    if job.model is not None and not (job.plans or job.tells_where):
+        raise InputError(f"--model {job.model}: times are predicted for plans; give one, or --gpus")

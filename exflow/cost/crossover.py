@@ -1,0 +1,110 @@
+"""Where another strategy becomes the fastest, as one property of the cluster or the load changes alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from exflow.cost.predict import Link
+from exflow.cost.simulate import Point, Variant, fastest
+from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.topology import Topology
+
+_DOUBLINGS = 6  # that a quantity is followed, up and down
+_HALVINGS = 12  # of the factor's logarithm, to find the place
+
+
+@dataclass(frozen=True)
+class Turn:
+    """From `factor` times what `quantity` is, which is `value` in `unit`, `strategy` is the fastest.
+
+    strategy: None where none fits into memory any more.
+    """
+
+    quantity: str
+    factor: float
+    value: float
+    unit: str
+    strategy: Name | None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """`scaled` gives the point with the quantity so many times as large, and its value there in `unit`."""
+
+    name: str
+    unit: str
+    scaled: Callable[[Point, float], tuple[Point, float]]
+
+
+def turns(choice: Sequence[Variant], point: Point) -> list[Turn]:
+    """For every quantity, growing and shrinking up to 64 times, the first change of the fastest strategy."""
+    found = (
+        _first_turn(choice, point, quantity, way)
+        for quantity in quantities(choice[0].plan.topology)
+        for way in (-1, 1)
+    )
+    return [turn for turn in found if turn is not None]
+
+
+def _first_turn(choice: Sequence[Variant], point: Point, quantity: Quantity, way: int) -> Turn | None:
+    """way: 1 as it grows, -1 as it shrinks."""
+    here = _winner(choice, point)
+
+    def turned(log: float) -> bool:
+        return _winner(choice, quantity.scaled(point, 2.0 ** (way * log))[0]) != here
+
+    after = next((log for log in range(1, _DOUBLINGS + 1) if turned(log)), None)
+    if after is None:
+        return None
+    low, high = after - 1.0, float(after)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if turned(middle) else (middle, high)
+    there, value = quantity.scaled(point, 2.0 ** (way * high))
+    return Turn(quantity.name, 2.0 ** (way * high), value, quantity.unit, _winner(choice, there))
+
+
+def _winner(choice: Sequence[Variant], point: Point) -> Name | None:
+    best = fastest(choice, point)
+    return None if best is None else best.variant.strategy
+
+
+def quantities(topology: Topology) -> list[Quantity]:
+    """What may differ on another cluster, with another model or another load."""
+    nodes = topology.num_nodes > 1
+    where = "between nodes" if nodes else "inside the node"
+    peers = topology.num_ranks - (topology.gpus_per_node if nodes else 1)
+
+    def link_of(point: Point) -> Link:
+        return point.machine.between if nodes else point.machine.inside
+
+    def with_link(point: Point, link: Link) -> Point:
+        changed = {"between": link} if nodes else {"inside": link}
+        return replace(point, machine=replace(point.machine, **changed))  # type: ignore[arg-type]
+
+    def bandwidth(point: Point, factor: float) -> tuple[Point, float]:
+        faster = factor * link_of(point).bytes_per_s
+        return with_link(point, replace(link_of(point), bytes_per_s=faster)), faster / 1e9
+
+    def latency(point: Point, factor: float) -> tuple[Point, float]:
+        now = link_of(point)
+        later = replace(now, latency_s=factor * now.latency_s, peer_s=factor * now.peer_s)
+        return with_link(point, later), 1e6 * (later.latency_s + later.peer_s * peers)
+
+    def kv_width(point: Point, factor: float) -> tuple[Point, float]:
+        return replace(point, kv=factor * point.kv), factor * point.kv * point.model.kv_width
+
+    def batch(point: Point, factor: float) -> tuple[Point, float]:
+        sequences = max(1, round(factor * point.batch))
+        return replace(point, batch=sequences), sequences / topology.num_ranks
+
+    def context(point: Point, factor: float) -> tuple[Point, float]:
+        positions = max(1, round(factor * point.context))
+        return replace(point, context=positions), positions
+
+    return [
+        Quantity("K/V width", "numbers a layer", kv_width),
+        Quantity(f"bandwidth {where}", "GB/s a GPU", bandwidth),
+        Quantity(f"latency {where}", "us an exchange", latency),
+        Quantity("batch", "sequences a GPU", batch),
+        Quantity("context", "positions", context),
+    ]

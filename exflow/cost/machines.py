@@ -1,0 +1,137 @@
+"""Predicted time of a decode step: the cost model on a machine that is given, or on a documented one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from exflow.comm.capacity import ROUND_BYTES
+from exflow.cost.predict import Link, Load, Machine, Moved, Prediction, predict
+from exflow.errors import InputError
+from exflow.files import read_yaml
+from exflow.model.config import ModelConfig
+from exflow.model.config_file import load_model_config
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import NAMES
+from exflow.profiling.trace import RoutingTrace
+
+_ITEMSIZE = 2  # bfloat16
+
+# Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below. What a layer
+# takes besides bytes and products is fitted to steps measured there (docs/simulate.md). configs/machines has
+# both, too.
+_ONE_NODE = Machine(
+    inside=Link(3.6e-6, 170e9),
+    between=Link(0.0, math.inf),
+    read_bytes_per_s=4.1e12,
+    memory_bytes=140e9,
+    layer_s=35e-6,
+    round_bytes=ROUND_BYTES["cuda"],
+    transport="one-sided",
+    flops_per_s=600e12,
+)
+# Links between nodes were not measured: a network card of 400 Gbit/s for each GPU is assumed.
+_SEVERAL_NODES = Machine(
+    inside=Link(9e-6, 190e9),
+    between=Link(20e-6, 40e9, peer_s=1e-6),
+    read_bytes_per_s=4.1e12,
+    memory_bytes=140e9,
+    layer_s=35e-6,
+    round_bytes=ROUND_BYTES["cuda"],
+    hides=0.0,  # a captured collective waits its turn on the one stream
+    transport="collective",
+    flops_per_s=600e12,
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step is predicted to take under a strategy."""
+
+    prediction: Prediction
+    fits: bool
+    machine: Machine
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self.prediction) | {
+            "step_s": self.prediction.step_s,
+            "fits": self.fits,
+            "machine": _finite(asdict(self.machine)),
+        }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A decode step to predict: of which model, with how many sequences at which position, and on what."""
+
+    model: ModelConfig
+    batch: int
+    context: int
+    machine: Machine | None  # by default one that depends on the number of nodes
+
+    def machine_for(self, plan: Plan) -> Machine:
+        return self.machine or (_ONE_NODE if plan.topology.num_nodes == 1 else _SEVERAL_NODES)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"model": self.model.name, "batch": self.batch, "context": self.context, "itemsize": _ITEMSIZE}
+
+    def step_times(self, plan: Plan, strategies: Mapping[str, dict[str, Any]]) -> tuple[StepTime, ...]:
+        """Of every strategy in `strategies`, which are evaluate's."""
+        machine = self.machine_for(plan)
+        load = Load.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
+        sizes = {"node-coherent": plan.topology.gpus_per_node, "coherent": plan.num_ranks}
+        found = []
+        for name in NAMES:
+            if (figures := strategies.get(name.replace("-", "_"))) is None:
+                continue
+            prediction = predict(name, load, Moved.of(figures, sizes.get(name, 1)), machine)
+            found.append(StepTime(prediction, prediction.memory_bytes <= machine.memory_bytes, machine))
+        return tuple(found)
+
+
+def load_setting(
+    folder: Path, batch: int, context: int, machine: Path | None, trace: RoutingTrace
+) -> Setting:
+    """Raises InputError where a file is missing or wrong, or the trace is of another model."""
+    config = load_model_config(folder)
+    for what, ours, theirs in (
+        ("experts", config.num_experts, trace.num_experts),
+        ("top_k", config.top_k, trace.top_k),
+        ("MoE layers", list(config.moe_layer_ids), list(trace.moe_layer_ids)),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"{folder}: the model has {what} {ours}, the trace {theirs}; give the trace's own model"
+            )
+    return Setting(config, batch, context, None if machine is None else load_machine(machine))
+
+
+def load_machine(path: Path) -> Machine:
+    """A YAML file with the fields of `cost_model.Machine`; see docs/report.md."""
+    content = read_yaml(path, "file of a machine", "see docs/report.md")
+    try:
+        _check_keys(path, content, Machine)
+        for link in ("inside", "between"):
+            _check_keys(path, content.get(link, {}), Link)
+        return TypeAdapter(Machine).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {key}: {first['msg'].lower()}; see docs/report.md") from error
+
+
+def _check_keys(path: Path, content: Any, kind: type[Machine] | type[Link]) -> None:
+    known = [each.name for each in fields(kind)]
+    unknown = [key for key in content if key not in known] if isinstance(content, dict) else [content]
+    if unknown:
+        raise InputError(f"{path}: unknown {unknown[0]!r}; a {kind.__name__.lower()} has {', '.join(known)}")
+
+
+def _finite(value: Any) -> Any:
+    """The same without infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if value == math.inf else value

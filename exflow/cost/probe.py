@@ -1,0 +1,193 @@
+"""What the ranks of a job run on, measured once: links, memory, launches. Collective.
+
+Each is measured as the decode step will use it: eagerly, or many times in one captured graph.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from exflow.comm.buffers import symmetric_memory, tensor_at
+from exflow.comm.capacity import ROUND_BYTES
+from exflow.comm.pairwise import Parcels, Rounds
+from exflow.comm.transport import Transport
+from exflow.cost.predict import Link, Machine
+from exflow.job.cluster import Cluster, coherence_group, of_all
+
+SMALL = 64  # bytes from each rank to each other one
+LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
+READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; of a GPU more than its cache
+LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # of kernels in a layer, about
+RUNS = 9
+IN_A_GRAPH = 20
+
+Exchange = Callable[[int], Callable[[], object]]  # of so many bytes with each other rank
+Timer = Callable[[Cluster, Callable[[], object]], float]
+
+
+def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
+    """The slowest rank's figures; equal on all ranks, and all must call it."""
+    timer = _eager_s if transport == "eager" else _captured_s
+    inside, between = _links(cluster, transport, timer)
+    values = torch.zeros(READ[cluster.device.type] // 4, device=cluster.device)
+    launched = torch.zeros(16, device=cluster.device)
+    mine = (
+        timer(cluster, lambda: values.sum()),
+        LAUNCHES[transport] * timer(cluster, lambda: [launched.add_(1) for _ in range(64)]) / 64,
+        -free_bytes(cluster),
+    )
+    read_s, layer_s, memory = (max(each) for each in zip(*of_all(cluster, mine), strict=True))
+    return Machine(
+        inside,
+        between,
+        values.nbytes / read_s,
+        -memory,
+        layer_s,
+        round_bytes=ROUND_BYTES[cluster.device.type],
+        # a captured collective waits its turn on the one stream
+        hides=0.0 if cluster.device.type == "cpu" or transport in ("collective", "relayed") else 1.0,
+        shared=cluster.device.type == "cpu" and cluster.num_nodes == 1,
+        transport=transport,
+        flops_per_s=math.inf if transport == "eager" else _flops_per_s(cluster),
+    )
+
+
+def _flops_per_s(cluster: Cluster) -> float:
+    """Of a large product in bfloat16 on this GPU, the slowest of all."""
+    side = 4096
+    a, b = torch.randn(2, side, side, device=cluster.device, dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    seconds = _captured_s(cluster, lambda: torch.mm(a, b, out=out))
+    (slowest,) = (max(each) for each in zip(*of_all(cluster, (seconds,)), strict=True))
+    return float(2 * side**3 / slowest)
+
+
+def link_of(small_s: float, large_s: float, small_bytes: float, large_bytes: float) -> Link:
+    """The link over which an exchange takes so long when a rank sends so many bytes."""
+    per_byte = max((large_s - small_s) / (large_bytes - small_bytes), 1e-15)
+    return Link(max(small_s - small_bytes * per_byte, 0.0), 1 / per_byte)
+
+
+def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, Link]:
+    """Inside a node, and between nodes."""
+    ranks, near = cluster.num_ranks, cluster.ranks_per_node
+    everyone, node = coherence_group(cluster, ranks), coherence_group(cluster, near)
+    if transport == "one-sided":
+        return _link(cluster, _one_sided(cluster), near - 1, timer), Link(0.0, float("inf"))
+    if transport == "relayed":
+        between = _link(cluster, _among_relays(cluster), cluster.num_nodes - 1, timer)
+        return _link(cluster, _one_sided(cluster), near - 1, timer), between
+    inside = _link(cluster, _all_to_all(cluster, node.processes, near), near - 1, timer)
+    rounds = Rounds.between(cluster)
+    exchange = _all_to_all(cluster, everyone.processes, ranks) if rounds is None else _in_rounds(rounds)
+    return inside, _link(cluster, exchange, ranks - near, timer)
+
+
+def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
+    """far: the ranks that the link leads to from each."""
+    if far < 1:
+        return Link(0.0, float("inf"))
+    large = LARGE[cluster.device.type]
+    times = of_all(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
+    small_s, large_s = (max(each) for each in zip(*times, strict=True))
+    return link_of(small_s, large_s, far * SMALL, far * large)
+
+
+def _all_to_all(cluster: Cluster, group: dist.ProcessGroup, ranks: int) -> Exchange:
+    def exchange(size: int) -> Callable[[], object]:
+        sent = torch.zeros(ranks * size, dtype=torch.uint8, device=cluster.device)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, group=group)
+
+    return exchange
+
+
+def _in_rounds(rounds: Rounds) -> Exchange:
+    def exchange(size: int) -> Callable[[], object]:
+        sent, received = torch.zeros(2, rounds.cluster.num_ranks, size, dtype=torch.uint8)
+        return lambda: rounds.swap(Parcels(list(sent), list(received)))
+
+    return exchange
+
+
+def _among_relays(cluster: Cluster) -> Exchange:
+    """With the ranks of this one's place in other nodes alone."""
+    near, ranks = cluster.ranks_per_node, range(cluster.num_ranks)
+    relays = [rank for rank in ranks if rank != cluster.rank and (rank - cluster.rank) % near == 0]
+
+    def exchange(size: int) -> Callable[[], object]:
+        sizes = [size if rank in relays else 0 for rank in ranks]
+        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=cluster.device)
+        received = torch.empty_like(sent)
+        return lambda: dist.all_to_all_single(received, sent, sizes, sizes)
+
+    return exchange
+
+
+def _one_sided(cluster: Cluster) -> Exchange:
+    """Stores into the memory of every other rank of the node, and a meeting; of next to nothing, the
+    meeting."""
+    memory = symmetric_memory(cluster)(LARGE["cuda"])
+    others = [
+        tensor_at(base, memory.own) for rank, base in enumerate(memory.bases) if base and rank != cluster.rank
+    ]
+    sent = torch.zeros_like(memory.own)
+
+    def exchange(size: int) -> Callable[[], object]:
+        def write_and_meet() -> None:
+            if size > SMALL:
+                for other in others:
+                    other.copy_(sent)
+            memory.meet()
+
+        return write_and_meet
+
+    return exchange
+
+
+def _eager_s(cluster: Cluster, work: Callable[[], object]) -> float:
+    """Seconds of `work`: the median of some runs, after one that does not count."""
+    taken = []
+    for _ in range(RUNS + 1):
+        _synchronise(cluster)
+        start = time.perf_counter()
+        work()
+        _synchronise(cluster)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def _captured_s(cluster: Cluster, work: Callable[[], object]) -> float:
+    """Seconds of `work` among many of its kind in one graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_GRAPH):
+            work()
+    return _eager_s(cluster, graph.replay) / IN_A_GRAPH
+
+
+def _synchronise(cluster: Cluster) -> None:
+    if cluster.device.type == "cuda":
+        torch.cuda.synchronize(cluster.device)
+
+
+def free_bytes(cluster: Cluster) -> float:
+    """Memory that this rank could still have; of a CPU what programs can get, caches included."""
+    if cluster.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(cluster.device)[0])
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return math.inf
+    kibibytes = dict(line.split(":") for line in known.read_text().splitlines())["MemAvailable"]
+    return 1024 * int(kibibytes.split()[0]) / cluster.ranks_per_node

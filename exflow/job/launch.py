@@ -1,0 +1,210 @@
+"""Start the ranks of a job on this machine, and end them all, with a clear word, when one of them dies."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from typing import TYPE_CHECKING, NoReturn
+
+from exflow.errors import InputError
+from exflow.job.environment import Place, crowd_in, need_no_names, place_in
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+ERROR = 1  # exit code of a rank with an error of its own, of which it has told, or Python with a traceback
+BAD_INPUT = 2  # exit code where the user's input is at fault
+LOST_CONTACT = 3  # exit code of a rank that found another one gone
+PATIENCE_S = 600.0  # how long a rank waits for another one, which may be slow, before it gives it up
+LOADING_S = 60.0  # what ranks may take beside it to load Python and torch, before one of them can wait
+
+STARTED_BY = "EXFLOW_STARTED_BY"  # variable of a rank: the process that ends it
+
+_HOST = "127.0.0.1"
+_ENTRY = Path(__file__).parents[1] / "cli" / "__main__.py"
+_LOOK_S = 0.1  # how often the ranks are looked at
+_LAST_WORD_S = 2.0  # for the first rank to tell of a fault that all of them find
+_END_S = 30.0  # for a rank to end that is told to
+
+
+class RankDied(RuntimeError):
+    """A rank of the job ended with an error, or did not begin; the others were stopped."""
+
+
+class LostContact(RuntimeError):
+    """Another rank went away, or gave no sign of life for too long. `told`: by another rank of this node."""
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+def torchrun_place() -> Place | None:
+    """This process's place in its job, as torchrun's variables give it; None where they give none."""
+    try:
+        return place_in(os.environ)
+    except InputError:  # which check_start tells of, where it matters
+        return None
+
+
+def check_start() -> None:
+    """For what can run as a job: raise InputError if this process is told of one by halves.
+
+    Tells the user, once, of many processes that are not told of one another.
+    """
+    if place_in(os.environ) is None and (crowd := crowd_in(os.environ)):
+        logging.getLogger(__name__).warning(crowd)
+
+
+def end(code: int) -> NoReturn:
+    """End the program with an exit code, and a rank at once.
+
+    A rank that tidied up would wait for others, and close its connections while it still runs: then the
+    others end first, and it is not seen which of them it was.
+    """
+    if torchrun_place() is None:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_ranks(arguments: list[str], num_ranks: int, patience_s: float = PATIENCE_S) -> None:
+    """Run `exflow ARGUMENTS` as `num_ranks` ranks on this machine; returns when all have ended well.
+
+    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise,
+    or did not come; exits with code BAD_INPUT if the ranks found the input at fault (the first of them has
+    printed why). No rank outlives the call, however it ends; one that does not listen is killed half a minute
+    later.
+    """
+    need_no_names()
+    store, port = _meeting_place()
+    ranks: list[Popen[bytes]] = []
+    try:
+        for rank in range(num_ranks):
+            ranks.append(_started(arguments, rank, num_ranks, port))  # noqa: PERF401 (to end them)
+        codes = _watch(ranks, lambda: without("came", store, num_ranks), patience_s + LOADING_S)
+        if BAD_INPUT in codes.values():
+            with suppress(TimeoutExpired):
+                ranks[0].wait(_LAST_WORD_S)
+            sys.exit(BAD_INPUT)
+    finally:
+        _stop(ranks)
+    if codes:
+        raise RankDied(_cause_of_death(codes, num_ranks))
+
+
+def without(word: str, store: "Store", num_ranks: int) -> list[int]:
+    """The ranks that have not left this word in the job's store."""
+    return [rank for rank in range(num_ranks) if not store.check([f"exflow/{word}/{rank}"])]
+
+
+def _meeting_place() -> tuple["Store", int]:
+    """The store of a job on this machine, and its port; from other machines nobody can reach it."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        listener = socket.create_server((_HOST, 0))
+        with socket.create_connection(listener.getsockname(), timeout=LOADING_S):  # torch would try for long
+            listener.accept()[0].close()
+    except OSError as error:
+        raise InputError(
+            f"{_HOST}: ranks cannot meet there ({error.strerror or error}); `ip link set lo up`"
+        ) from error
+    port = listener.getsockname()[1]
+    handle = listener.detach()
+    return TCPStore(_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=handle), port
+
+
+def _started(arguments: list[str], rank: int, num_ranks: int, port: int) -> Popen[bytes]:
+    """A rank; it imports nothing from the current folder, and the package that this process runs."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": _HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "exflow",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        STARTED_BY: str(os.getpid()),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),  # an empty one is the current folder
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun has it
+    try:
+        return Popen([sys.executable, str(_ENTRY), *arguments], env=environment, start_new_session=True)
+    except OSError as error:
+        raise RankDied(
+            f"rank {rank} of {num_ranks} cannot be started ({error.strerror}); start fewer (see `ulimit -a`)"
+        ) from error
+
+
+def _watch(ranks: list[Popen[bytes]], missing: Callable[[], list[int]], patience_s: float) -> dict[int, int]:
+    """Wait until all have ended well, or some otherwise: their exit codes by rank.
+
+    Raises RankDied if ranks are still missing after `patience_s`.
+    """
+    deadline, have_come = time.monotonic() + patience_s, False
+    while True:
+        codes = {rank: process.poll() for rank, process in enumerate(ranks)}
+        bad = {rank: code for rank, code in codes.items() if code}
+        if bad or None not in codes.values():
+            return bad
+        have_come = have_come or not (absent := missing())
+        if not have_come and time.monotonic() > deadline:
+            raise RankDied(
+                f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))} of {len(ranks)} did not start "
+                f"within {patience_s:g} s; the job was stopped; if loading takes long, give more --patience"
+            )
+        time.sleep(_LOOK_S)
+
+
+def _stop(ranks: list[Popen[bytes]]) -> None:
+    """Tell those that run to end, and kill those that do not."""
+    try:
+        _send(signal.SIGTERM, ranks)
+        deadline = time.monotonic() + _END_S
+        with suppress(TimeoutExpired):
+            for rank in ranks:
+                rank.wait(max(0, deadline - time.monotonic()))
+    finally:  # a signal may have come meanwhile
+        _send(signal.SIGKILL, ranks)
+
+
+def _send(number: signal.Signals, ranks: list[Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            os.killpg(rank.pid, number)
+
+
+def _cause_of_death(codes: dict[int, int], num_ranks: int) -> str:
+    rank = culprit(codes)
+    # a rank has said why; one that lost contact waited before that for us to see a death
+    if codes[rank] == ERROR or LOST_CONTACT in codes.values():
+        return "the job was stopped"
+    how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
+    hint = "; if nobody killed it, memory ran out (see dmesg)" if how == "SIGKILL" else ""
+    return f"rank {rank} of {num_ranks} died ({how}); the job was stopped{hint}"
+
+
+def culprit(codes: dict[int, int]) -> int:
+    """The rank that died of itself; others were then stopped (SIGTERM).
+
+    codes: exit codes by rank, those of signals negative, in the order in which they were seen.
+    """
+
+    def doubt(rank: int) -> int:
+        if codes[rank] == -signal.SIGTERM:
+            return 2
+        return 0 if codes[rank] < 0 else 1
+
+    return min(codes, key=doubt)

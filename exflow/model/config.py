@@ -1,0 +1,223 @@
+"""What a model is: the hyper-parameters stored as `config.json` beside its weights."""
+
+import reprlib
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from exflow.errors import InputError
+from exflow.model.limits import (
+    MAX_EXPERTS_IN_ALL,
+    ExpertCount,
+    HeadCount,
+    LayerCount,
+    PositionCount,
+    Theta,
+    TokenCount,
+    Turns,
+    Width,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Yarn(StrictModel):
+    """Positions stretched by `factor` (YaRN): slow rotations are interpolated, fast ones are kept.
+
+    Fast are those that turn more than `beta_fast` times in `original_positions`, slow those that turn less
+    than `beta_slow` times; between them is a ramp, whose ends are whole numbers if `truncate`.
+    attention_factor: by which the rotated queries and keys are scaled.
+    """
+
+    factor: PositiveFloat
+    original_positions: PositionCount
+    attention_factor: PositiveFloat
+    beta_fast: Turns = 32.0
+    beta_slow: Turns = 1.0
+    truncate: bool = True
+
+
+class Rope(StrictModel):
+    """Rotary positions: pair i of a head's C numbers turns by theta ** (-2i / C) a position."""
+
+    theta: Theta
+    yarn: Yarn | None = None
+
+
+class ModelConfig(StrictModel):
+    """A decoder-only Mixture-of-Experts transformer.
+
+    `gpt-moe` is the model of the ExFlow paper (section II): pre-LayerNorm, learned positions, GELU experts,
+    every `moe_every`-th layer a Mixture of Experts (the last layer of each such group), the others dense.
+    The other settings are what published models differ in (exflow/model/families); any may be combined.
+
+    head_dim            width of a head, if it is not hidden_size / num_attention_heads
+    activation          a `swiglu` MLP has a gate beside its inner projection; `clamped-swiglu` is gpt-oss's,
+                        with `swiglu_alpha` and `swiglu_limit` (kernels/reference.py)
+    dense_layers        layers without experts, whatever `moe_every` says; dense_intermediate_size: the inner
+                        width of dense layers, if it is not that of an expert
+    rope                rotary positions; without it they are learned
+    qk_norm             norms queries and keys: each `head` by itself, or the whole `width`; qkv_clip bounds
+                        queries, keys and values after it
+    windows             for each layer how many positions it sees, its own the last; None stands for all of
+                        them. Empty: every layer sees all
+    attention_sinks     every head has a number that joins its scores in the softmax, and adds no value
+    gate_softmax        gate weights are probabilities among `all` experts, or among the `chosen` ones. By
+                        default top-1 keeps its probability (Switch), top-k shares one (GShard)
+    """
+
+    model_type: Literal["gpt-moe"] = "gpt-moe"
+    name: str = "gpt-moe"
+    vocab_size: TokenCount
+    max_positions: PositionCount
+    num_hidden_layers: LayerCount
+    hidden_size: Width
+    num_attention_heads: HeadCount
+    num_kv_heads: HeadCount
+    head_dim: HeadCount = 0  # 0, which no file can say, is replaced below
+    intermediate_size: Width
+    activation: Literal["gelu", "swiglu", "clamped-swiglu"] = "gelu"
+    num_experts: ExpertCount
+    top_k: PositiveInt = 1
+    moe_every: PositiveInt = 1
+    dense_layers: tuple[NonNegativeInt, ...] = ()
+    dense_intermediate_size: Width = 0  # as head_dim
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: PositiveFloat = 1e-5
+    rope: Rope | None = None
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_clip: PositiveFloat | None = None
+    windows: tuple[PositionCount | None, ...] = ()
+    attention_bias: bool = False
+    attention_sinks: bool = False
+    gate_softmax: Literal["all", "chosen"] | None = None
+    gate_bias: bool = False
+    expert_bias: bool = False
+    swiglu_alpha: PositiveFloat = 1.702
+    swiglu_limit: PositiveFloat = 7.0
+    tied_head: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if not self.dense_intermediate_size:
+            object.__setattr__(self, "dense_intermediate_size", self.intermediate_size)
+        if self.num_attention_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )
+        for name in ("hidden_size", "intermediate_size", "dense_intermediate_size"):
+            width = getattr(self, name)
+            if width % 8:
+                raise ValueError(f"{name} {width} is not a multiple of 8, as grouped matrix products need")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if self.num_experts * self.num_hidden_layers > MAX_EXPERTS_IN_ALL:
+            raise ValueError(
+                f"num_experts {self.num_experts} in each of num_hidden_layers {self.num_hidden_layers} are "
+                f"more than {MAX_EXPERTS_IN_ALL} in all"
+            )
+        if not self.moe_layer_ids:
+            dense = f" and dense_layers {list(self.dense_layers)}" if self.dense_layers else ""
+            raise ValueError(
+                f"moe_every {self.moe_every}{dense} leaves no MoE layer among {self.num_hidden_layers} layers"
+            )
+        if self.windows and len(self.windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries for num_hidden_layers {self.num_hidden_layers}"
+            )
+        if self.rope and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        return self
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads side by side."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def gate_among_all(self) -> bool:
+        """Whether gate weights are probabilities among all experts, rather than among the chosen ones."""
+        return self.top_k == 1 if self.gate_softmax is None else self.gate_softmax == "all"
+
+    @property
+    def products(self) -> int:
+        """Matrices in an expert, or in the MLP of a layer without experts."""
+        return 2 if self.activation == "gelu" else 3
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in the matrices of one expert."""
+        return self.products * self.hidden_size * self.intermediate_size
+
+    @property
+    def dense_mlp_weights(self) -> int:
+        """Numbers in the MLP of a layer without experts."""
+        return self.products * self.hidden_size * self.dense_intermediate_size
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers of keys and values a token adds in one layer (w in the traffic count)."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def positions_seen(self, context: int) -> float:
+        """Of so many positions those that a token's attention is about, in the mean over layers."""
+        windows = self.windows or (None,)
+        return sum(context if window is None else min(window, context) for window in windows) / len(windows)
+
+    @property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        """Hidden-layer index of each MoE layer."""
+        every = range(self.moe_every - 1, self.num_hidden_layers, self.moe_every)
+        return tuple(layer for layer in every if layer not in self.dense_layers)
+
+
+def validated(kind: type[Model], value: Any, source: Path) -> Model:
+    """Build a pydantic model from what `source` held; the first thing wrong becomes a one-line InputError."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first_wrong(kind, error)}") from error
+
+
+def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    found = reprlib.repr(first["input"])
+    if not first["loc"] and first["type"] == "model_type":
+        return f"holds {found}, not the keys {', '.join(kind.model_fields)}; write them"
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        found_in: Any = kind
+        for part in first["loc"][:-1]:
+            found_in = found_in.model_fields[str(part)].annotation
+            found_in = next((each for each in get_args(found_in) if each is not NoneType), found_in)
+        return f"unknown key {key!r}; remove it (known: {', '.join(found_in.model_fields)})"
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing; add it"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # one of our own, which names the keys and their values
+        return f"{key}: {reason}" if key else reason
+    return f"{key} = {found}: {reason}"

@@ -1,0 +1,147 @@
+"""From weights to a running engine; a job of several ranks has a plan and a strategy too.
+
+Weights are a checkpoint's folder, or RandomWeights of a shape alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from exflow.comm.collectives import Exchange
+from exflow.comm.pairwise import Rounds
+from exflow.comm.transport import Transport, alone, choose_transport
+from exflow.errors import InputError
+from exflow.job.cluster import Cluster, alike_on_all_ranks, during
+from exflow.model.checkpoint import load_decoder
+from exflow.model.config import ModelConfig
+from exflow.model.config_file import load_model_config
+from exflow.model.decoder import Decoder
+from exflow.model.random_weights import RandomWeights, random_decoder
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.baselines import contiguous
+from exflow.runtime.engine import Engine
+from exflow.runtime.expert_parallel import PlanTables
+from exflow.runtime.strategies import group_size, make_strategy, single_process
+
+if TYPE_CHECKING:
+    from exflow.runtime.graph_runner import Capture
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What every rank of a job must agree on."""
+
+    weights: Path | RandomWeights
+    strategy: Name
+    plan: Plan
+    dtype: torch.dtype = torch.float32
+    transport: str = "auto"
+    hierarchical: bool = False
+
+
+def load_model(
+    weights: str | Path | RandomWeights,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    transport: str = "auto",
+) -> Engine:
+    """The model in a checkpoint folder (or a random one), whole, in this process.
+
+    Raises InputError for bad files.
+    """
+    source = weights if isinstance(weights, RandomWeights) else Path(weights)
+    decoder = decoder_of(source, torch.device(device), dtype)
+    cluster = alone(decoder.embedding.weight.device)
+    plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
+    tables = PlanTables.of(plan, cluster.device)
+    chosen = choose_transport(transport, cluster)
+    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", chosen))
+
+
+def decoder_of(
+    weights: Path | RandomWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_here: list[list[int]] | None = None,
+) -> Decoder:
+    """The model with a rank's experts, all of them by default. Raises InputError for bad files."""
+    if isinstance(weights, RandomWeights):
+        return random_decoder(weights, device, dtype, experts_here)
+    return load_decoder(weights, device, dtype, experts_here)
+
+
+def contiguous_plan(config: ModelConfig, topology: Topology) -> Plan:
+    """The placement of a launch without a plan: the first experts on rank 0, and so on."""
+    ranks = contiguous(len(config.moe_layer_ids), config.num_experts, topology.num_ranks)
+    return Plan(
+        model=config.name,
+        num_hidden_layers=config.num_hidden_layers,
+        moe_layer_ids=config.moe_layer_ids,
+        num_experts=config.num_experts,
+        topology=topology,
+        physical_to_logical_map=ranks.argsort(axis=1, kind="stable"),
+        next_owner=None,
+        method="contiguous",
+    )
+
+
+def plan_for(model: Path, plan: Path | None, topology: Topology) -> Plan:
+    """Read a plan (or make the contiguous one) and check it against the model and the ranks at hand."""
+    config = load_model_config(model)
+    if plan is None:
+        return contiguous_plan(config, topology)
+    loaded = Plan.load(plan)
+    try:
+        loaded.check_model(config.num_experts, config.moe_layer_ids, topology.num_ranks)
+    except InputError as error:
+        raise InputError(f"{plan}: {error}") from error
+    return loaded
+
+
+def experts_of(plan: Plan, rank: int) -> list[list[int]]:
+    """For each MoE layer the expert in each slot of a rank."""
+    first = rank * plan.slots_per_rank
+    experts: list[list[int]] = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
+    return experts
+
+
+def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
+    """This rank's engine: it reads (or draws) and holds the experts of its own slots alone. Collective.
+
+    Raises InputError on every rank alike if any rank finds a file at fault.
+    """
+    plan = deployment.plan
+    experts_here = experts_of(plan, cluster.rank)
+    with during("the loading of the model"):
+        decoder = alike_on_all_ranks(
+            cluster, lambda: decoder_of(deployment.weights, cluster.device, deployment.dtype, experts_here)
+        )
+    tables = PlanTables.of(plan, cluster.device)
+    config = decoder.config
+    strategy = make_strategy(
+        deployment.strategy,
+        Exchange(cluster, rounds=Rounds.between(cluster)),
+        tables,
+        config.moe_layer_ids,
+        config.num_hidden_layers,
+        deployment.hierarchical,
+    )
+    replicated, relays = deployment.strategy == "replicated", deployment.hierarchical
+    transport = choose_transport(deployment.transport, cluster, replicated, relays)
+    return Engine(decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, transport))
+
+
+def _capture(
+    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: Transport
+) -> "Capture | None":
+    """How to make this rank's captured steps; None where they are run eagerly."""
+    if transport == "eager":
+        return None
+    from exflow.runtime.graph_runner import Capture
+
+    group = group_size(strategy, cluster)
+    return Capture(decoder, tables, cluster, group, strategy == "replicated", transport)

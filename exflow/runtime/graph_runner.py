@@ -1,0 +1,355 @@
+"""The decode loop of one rank over a step of static shape: captured as one CUDA graph, replayed for every
+token.
+
+On a CPU the same step runs without a graph, in Triton's interpreter: slow, for tests alone.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+
+from exflow.comm.buffers import (
+    Allocate,
+    Mail,
+    PeerMemory,
+    StepShape,
+    collective_mail,
+    local_memory,
+    one_sided_mail,
+    relayed_mail,
+    symmetric_memory,
+    words_of,
+)
+from exflow.comm.collectives import Counters
+from exflow.comm.transport import Transport
+from exflow.job.cluster import Cluster, CoherenceGroup, coherence_group
+from exflow.job.launch import LostContact
+from exflow.kernels.share import take_born
+from exflow.model.config import ModelConfig
+from exflow.model.decoder import Decoder, Rows
+from exflow.model.sampling import Sampling
+from exflow.profiling.listener import RoutingListener
+from exflow.profiling.trace import DECODE
+from exflow.runtime.decode_step import NOT_FINITE, DecodeStep
+from exflow.runtime.expert_parallel import PlanTables, has_return
+from exflow.runtime.kv_cache import KVCache, cache_shape
+from exflow.runtime.request import Observer, not_finite
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+POSITIONS = 256  # the room for positions is a multiple of it
+
+# torch 2.13 renamed it, and warns at every call of the older name
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def bucket(sequences: int, ranks: int) -> int:
+    """The batch that a request of so many sequences runs in, a multiple of the ranks."""
+    enough = next((size for size in BUCKETS if size >= sequences), -(-sequences // 512) * 512)
+    return -(-enough // ranks) * ranks
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How the ranks of a job make their steps; every field but the decoder is the same on all of them."""
+
+    decoder: Decoder
+    tables: PlanTables
+    cluster: Cluster
+    group_size: int
+    replicated: bool
+    transport: Transport
+
+    @property
+    def returns(self) -> bool:
+        """Whether partial sums ever travel."""
+        ranks, top_k = self.cluster.num_ranks, self.decoder.config.top_k
+        return ranks > 1 and (self.replicated or has_return(top_k, self.group_size, ranks))
+
+    def make(
+        self,
+        sequences: int,
+        positions: int,
+        sampling: Sampling,
+        end_tokens: tuple[int, ...],
+        kind: type[DecodeStep] = DecodeStep,
+        beside: "CapturedDecode | None" = None,
+    ) -> "CapturedDecode":
+        """Allocate, compile and capture for at most so many sequences and positions. Collective.
+
+        beside: another step, whose K/V cache and working memory serve this one as well if `has_room`, since
+        only one of them runs at a time.
+        """
+        return CapturedDecode(self, self.shape(sequences, positions), sampling, end_tokens, kind, beside)
+
+    def shape(self, sequences: int, positions: int) -> StepShape:
+        """Of the step for at most so many sequences and positions."""
+        cluster = self.cluster
+        return StepShape(
+            cluster.rank,
+            cluster.num_ranks,
+            cluster.ranks_per_node,
+            cluster.num_ranks if self.replicated else self.group_size,
+            bucket(sequences, cluster.num_ranks),
+            -(-positions // POSITIONS) * POSITIONS,
+            self.replicated,
+            self.transport == "relayed",
+        )
+
+    def cache_size(self, shape: StepShape) -> torch.Size:
+        return torch.Size(cache_shape(self.decoder.config, shape.rows, shape.positions))
+
+
+class CapturedDecode:
+    """One bucket's step and the K/V cache it reads: `begin` a request, `advance` step by step, read the
+    results."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        shape: StepShape,
+        sampling: Sampling,
+        end_tokens: tuple[int, ...],
+        kind: type[DecodeStep],
+        beside: "CapturedDecode | None",
+    ) -> None:
+        self.capture, self.shape = capture, shape
+        start, decoder, cluster = time.perf_counter(), capture.decoder, capture.cluster
+        config, weight = decoder.config, decoder.embedding.weight
+        one_sided = capture.transport != "collective"
+        shares = not shape.replicated and shape.group_size > 1
+        in_place = one_sided and shape.group_size <= len(shape.peers)  # the group's caches can be written to
+        alone = local_memory(weight.device)
+        peers = symmetric_memory(cluster) if one_sided and shape.num_ranks > 1 else alone
+        size = capture.cache_size(shape)
+        allocate = peers if in_place and shares else alone
+        self.memory: PeerMemory = beside.memory if beside else allocate(size.numel() * weight.dtype.itemsize)
+        self.cache = self.memory.own.view(weight.dtype)[: size.numel()].view(size)
+        share = None
+        if shares and not in_place:
+            # no method of this object: a cycle would keep the graph from being freed
+            share = partial(_gather_born, coherence_group(cluster, shape.group_size), cluster)
+        self.step = kind(
+            decoder,
+            shape,
+            capture.tables,
+            self._mail(config, one_sided, peers),
+            self._caches(self.memory.bases, in_place and shares),
+            replace(sampling, seed=0),  # a request brings its own
+            end_tokens,
+            decoder.replay,
+            one_sided,
+            share,
+        )
+        self.graph = self._captured(beside) if weight.device.type == "cuda" else None
+        self.capture_s = time.perf_counter() - start
+
+    @property
+    def description(self) -> str:
+        """One line for whoever waits for the capture."""
+        shape, transport = self.shape, self.capture.transport
+        return (
+            f"decode step captured in {self.capture_s:.1f} s ({transport}): {shape.sequences} sequences of "
+            f"{shape.positions} positions, {self.cache.nbytes / 1e9:.2g} GB of keys and values on a rank"
+        )
+
+    def _mail(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> Mail:
+        row = config.hidden_size * self.cache.dtype.itemsize
+        if one_sided:
+            make = relayed_mail if self.shape.relayed else one_sided_mail
+            return make(self.shape, config.top_k, row, self.capture.returns, peers)
+        return collective_mail(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
+
+    def _caches(self, bases: list[int], shared: bool) -> list[int]:
+        """Addresses of the caches that new keys and values go to: the group's, or this rank's alone."""
+        first = self.shape.rank // self.shape.group_size * self.shape.group_size
+        return bases[first : first + self.shape.group_size] if shared else [self.cache.data_ptr()]
+
+    def _captured(self, beside: "CapturedDecode | None") -> torch.cuda.CUDAGraph:
+        """The step as a graph. The steps before it, in which no token is owned, compile the kernels."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step.owned.zero_()
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=beside.graph.pool() if beside and beside.graph else None):
+            self.run()
+        return graph
+
+    def use_tables(self, tables: PlanTables) -> None:
+        """Those of another placement with as many slots, in the step's memory: the graph stays as it is."""
+        self.capture = replace(self.capture, tables=tables)
+        self.step.serving.copy_(tables.serving_slot.transpose(0, 1))
+        self.step.next_owner.copy_(tables.next_owner)
+
+    def run(self) -> None:
+        """The step without the graph."""
+        for _ in self.step.run():
+            pass  # other ranks are waited for by the kernels, or by the collective
+
+    def kv_cache(self, first_sequence: int) -> KVCache:
+        """The cache for a request whose first sequence has this id; padding has ids too, of no sequence."""
+        return KVCache(self.cache, self.shape.sequence_ids(first_sequence))
+
+    def begin(
+        self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows, seed: int = 0
+    ) -> None:
+        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest ones here,
+        `seed` is of the samples to come."""
+        id_M = self.shape.sequence_ids(first_sequence)
+        length_M = torch.tensor([*lengths, 0])[(id_M - first_sequence).clamp(-1, len(lengths))]
+        place_T = torch.searchsorted(id_M, rows.sequence_T.cpu())
+        token_M, owned_M = torch.zeros_like(id_M), torch.zeros_like(id_M)
+        token_M[place_T], owned_M[place_T] = token_T.cpu(), 1
+        self.step.start(first_sequence, token_M, length_M, owned_M, seed)
+        self._meet()
+
+    def _meet(self) -> None:
+        """No rank begins before all are ready: a step writes into the others' memory."""
+        if self.shape.num_ranks > 1:
+            if self.cache.device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+
+    def advance(self) -> None:
+        """One step."""
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.run()
+
+    def serves(self, sequences: int, positions: int, sampling: Sampling, end_tokens: tuple[int, ...]) -> bool:
+        """Whether this is the step that `Capture.make` would make, or one with more room for positions."""
+        wanted, step = self.capture.shape(sequences, positions), self.step
+        room = wanted == replace(self.shape, positions=wanted.positions) and positions <= self.shape.positions
+        return room and (step.sampling, step.end_tokens) == (replace(sampling, seed=0), end_tokens)
+
+    def has_room(self, sequences: int, positions: int) -> bool:
+        """Whether the K/V cache can be that of a step for so many."""
+        wanted = self.capture.cache_size(self.capture.shape(sequences, positions))
+        return wanted.numel() * self.cache.dtype.itemsize <= self.memory.own.nbytes
+
+    def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
+        """Tell what the latest step did: the routing of each layer, the logits of each choice."""
+        step = self.step
+        position_M = step.position - 1
+        for layer, (expert_MK, weight_MK) in enumerate(zip(step.routing, step.routing_weight, strict=True)):
+            here = expert_MK[:, 0] >= 0
+            for listener in listeners:
+                listener(
+                    layer,
+                    expert_MK[here].long(),
+                    weight_MK[here],
+                    step.sequence[here],
+                    position_M[here],
+                    DECODE,
+                )
+        if observe is not None:
+            here = step.chosen[int(step.done) - 1] >= 0
+            observe(Rows(step.sequence[here], position_M[here], DECODE), step.logits[here])
+
+    def check(self) -> None:
+        """Raise LostContact if this rank waited for another one in vain, and WrongResult for a token chosen
+        here from logits that are not finite."""
+        if number := int(self.step.failed):
+            raise LostContact(f"no word from another rank in exchange {number} of the decode steps")
+        if len(wrong := (self.step.chosen == NOT_FINITE).nonzero()):
+            step, row = wrong[0].tolist()  # the first step comes first
+            raise not_finite(int(self.step.number[row]), step + 1)
+
+    def all_ended(self) -> bool:
+        """Whether no rank owns a token any more; collective."""
+        left = self.step.owned.sum()
+        if self.shape.num_ranks > 1:
+            dist.all_reduce(left)
+        return not left.item()
+
+    def chosen(self, steps: int) -> list[tuple[int, int, int]]:
+        """(row of the request, position, token) of every choice made here in the first `steps` steps."""
+        token = self.step.chosen[:steps].cpu()
+        step, row = (token >= 0).nonzero(as_tuple=True)
+        number, start = self.step.number.cpu(), self.step.position.cpu() - steps
+        places = zip(
+            number[row].tolist(), (start[row] + step + 1).tolist(), token[step, row].tolist(), strict=True
+        )
+        return list(places)
+
+    def counters(self, steps: int) -> Counters:
+        """What this rank sent since `begin`."""
+        shape, config, step = self.shape, self.capture.decoder.config, self.step
+        layers = len(config.moe_layer_ids)
+        if shape.num_ranks == 1:
+            return Counters()
+        if shape.replicated:
+            sums = int(step.returned.sum())
+            row = config.hidden_size * self.cache.dtype.itemsize + 4
+            return Counters(all_reduces=steps * layers, wire_bytes=self._wire(steps, sums * row))
+        dispatch, returned = step.dispatched.sum(0).tolist(), step.returned.sum(0).tolist()
+        dispatch[0] += int(step.passed.sum())
+        near = min(shape.group_size, shape.ranks_per_node) - 1
+        born = int(step.attended.sum())
+        kv = born * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
+        hidden = config.hidden_size * self.cache.dtype.itemsize
+        counted = slice(1 if shape.relayed else 2)  # between nodes chunks go, full or not
+        moved = sum(dispatch[counted]) * (hidden + 4 * words_of(config.top_k))
+        moved += sum(returned[counted]) * (hidden + 4) + (0 if step.share else kv)
+        exchanges = (2 if self.capture.returns else 1) * (2 if shape.relayed else 1)
+        return Counters(
+            all_to_alls=steps * layers * exchanges,
+            gathers=steps if step.share is not None else 0,
+            dispatch_intra=dispatch[0],
+            dispatch_inter=dispatch[1],
+            return_intra=returned[0],
+            return_inter=returned[1],
+            kv_intra=born * near,
+            kv_inter=born * (shape.group_size - 1 - near),
+            hidden_bytes=(sum(dispatch) + sum(returned)) * hidden,
+            kv_bytes=kv,
+            wire_bytes=self._wire(steps, moved),
+        )
+
+    def _wire(self, steps: int, moved: int) -> int:
+        """Bytes that left this rank: those of rows written to others, and what collectives carry, full or
+        not."""
+        boxes = self.step.mail.boxes
+        if self.shape.replicated:
+            boxes = boxes[1:]  # every rank gates every token
+        if self.capture.transport == "collective":
+            moved, a_layer = 0, sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
+        else:
+            a_layer = sum(box.far.wire_bytes for box in boxes if box.far)
+        born = self.step.born.nbytes * (self.shape.group_size - 1)  # empty where caches are written to
+        return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
+
+
+def _gather_born(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:
+    """Give the members the step's new keys and values by one all-gather, where memory is not shared."""
+    members, config = len(group.ranks), step.decoder.config
+    everyone = step.born.new_empty(members, *step.born.shape)
+    owners = step.born_owned.new_empty(members, *step.born_owned.shape)
+    _all_gather(everyone, step.born, group=group.processes)
+    _all_gather(owners, step.born_owned, group=group.processes)
+    layers, rows, width = step.born.shape
+    take_born[(rows, layers)](
+        everyone,
+        owners,
+        step.position,
+        step.caches,
+        rows,
+        step.shape.positions,
+        LAYERS=layers,
+        MEMBERS=members,
+        MEMBER=cluster.rank % members,
+        KV_HEADS=config.num_kv_heads,
+        WIDTH=config.head_dim,
+        BLOCK=triton.next_power_of_2(width),
+        **step.overlap,
+    )

@@ -1,0 +1,125 @@
+"""Expert parallelism over several nodes with one message per token and remote node.
+
+A token whose experts are on ranks of another node goes there once, to the rank with the owner's place in its
+node (the token's relay there), which passes it on inside the node. Partial sums come back the same way: the
+ranks of a node give theirs to the relay, which sends their sum to the next owner. In its own node the owner
+is the relay. Four exchanges a layer instead of two, two of them inside nodes.
+
+Shapes: T tokens at hand, P of them relayed here (or owned), D hidden, G ranks, R ranks of a node.
+"""
+
+import torch
+from torch import Tensor
+
+from exflow.comm.capacity import ROUND_BYTES, Expectation
+from exflow.comm.collectives import Exchange, pack, unpack
+from exflow.job.cluster import Cluster, coherence_group
+from exflow.model.decoder import MoE, Rows
+from exflow.runtime.expert_parallel import ExpertParallel, PlanTables, Tokens
+
+
+class HierarchicalParallel(ExpertParallel):
+    """ExpertParallel whose tokens travel by relays; owners are chosen alike.
+
+    No counts are exchanged here either: a relay knows from a token's slots who will answer it, and the next
+    owner, wherever the token came from, which relays will.
+    """
+
+    def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
+        cluster = exchange.cluster
+        self.per_node = cluster.ranks_per_node
+        self.place = cluster.rank % self.per_node
+        self.first = cluster.rank - self.place
+        node = Cluster(self.place, self.per_node, self.per_node, cluster.device)
+        self.inside = Exchange(node, group=coherence_group(cluster, self.per_node))
+        super().__init__(exchange, tables, group_size)
+
+    def begin_request(self) -> None:
+        super().begin_request()
+        round_bytes = ROUND_BYTES[self.exchange.cluster.device.type]
+        self.expected_inside = Expectation(self.place, self.per_node, round_bytes)
+
+    def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        self.inside.counters = self.exchange.counters
+        mine, hosts_TG = self.routed(layer, hidden_TD, rows)
+        relayed = self.dispatch(layer.index, mine, self.relays(hosts_TG))
+        here, senders, answers = self.pass_on(layer.index, relayed)
+        local_TK = self.tables.local(here.slot_TK, self.rank)
+        partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
+        self.collect(here, partial_TD, senders, answers)
+        relay_T = torch.cat([torch.full_like(relayed.owner_T, self.place), senders])
+        return self.bring_home(here, partial_TD, relay_T, len(relayed.owner_T), rows.phase)
+
+    def relays(self, hosts_TG: Tensor) -> Tensor:
+        """[T, G] bool: whether a rank is the relay of my token in a node that serves it."""
+        relays_TG = torch.zeros_like(hosts_TG)
+        relays_TG[:, self.place :: self.per_node] = hosts_TG.unflatten(1, (-1, self.per_node)).any(dim=2)
+        return relays_TG
+
+    def pass_on(self, layer: int, relayed: Tokens) -> tuple[Tokens, Tensor, list[int]]:
+        """Give the tokens at hand to the other ranks of this node that serve them.
+
+        Returns them followed by my guests, of each guest the place of the rank that it came from, and how
+        many tokens each rank of the node will answer: all it was given but those that it owns next.
+        """
+        inside = slice(self.first, self.first + self.per_node)
+        hosts_TR = self.tables.hosting(relayed.slot_TK, self.num_ranks)[:, inside]
+        hosts_TR[:, self.place] = False
+        token_N, dest_N = hosts_TR.nonzero(as_tuple=True)
+        packed = relayed.pack(token_N)
+        owned = self.history[-2]  # before this layer; those with a relay here have their owners in its place
+        most = [sum(owned[place :: self.per_node]) for place in range(self.per_node)]
+        room = self.expected_inside.room(layer, most, packed.shape[1])
+        arrived = self.inside.dispatch(packed, dest_N, [], room, relayed.hidden_TD[:1].nbytes)
+        self.expected_inside.observe(layer, most, arrived.sent, arrived.came)
+        answering_N = relayed.owner_T[token_N] != dest_N + self.first
+        answers = torch.bincount(dest_N[answering_N], minlength=self.per_node).tolist()
+        came = torch.tensor(arrived.came, device=dest_N.device)
+        senders = torch.arange(self.per_node, device=dest_N.device).repeat_interleave(came)
+        return relayed.and_received(arrived.rows_MB), senders, answers
+
+    def collect(self, here: Tokens, partial_TD: Tensor, senders: Tensor, answers: list[int]) -> None:
+        """Give the partial sums of guests to who sent them; add what comes to the sums of what I relay."""
+        relayed = len(here.owner_T) - len(senders)
+        back_N = (here.owner_T[relayed:] != self.rank).nonzero()[:, 0]
+        rows_NB = pack(partial_TD[relayed:][back_N], here.key_T[relayed:][back_N, None])
+        came_MB = self.inside.give_back(rows_NB, senders[back_N], answers, partial_TD[:1].nbytes)
+        came_MD, key_M1 = unpack(came_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1))
+        add_by_key(partial_TD[:relayed], here.key_T[:relayed], came_MD, key_M1[:, 0])
+
+    def bring_home(
+        self, here: Tokens, partial_TD: Tensor, relay_T: Tensor, relayed: int, phase: int
+    ) -> tuple[Tensor, Rows]:
+        """Send the sums of what I relayed to the tokens' owners; the rows I own, by sequence and position.
+
+        relay_T: the place, in every node, of a token's relays.
+        """
+        hosts_TNR = self.tables.hosting(here.slot_TK, self.num_ranks).unflatten(1, (-1, self.per_node))
+        # a relay has something to say unless the owner alone serves the token in its node
+        others_TNR = (
+            hosts_TNR.flatten(1).scatter(1, here.owner_T[:, None], False).unflatten(1, hosts_TNR.shape[1:])
+        )
+        says_TN = others_TNR.any(dim=2)
+        keep_T = here.owner_T == self.rank
+        send_N = (says_TN[:relayed, self.first // self.per_node] & ~keep_T[:relayed]).nonzero()[:, 0]
+        nodes_N = torch.arange(says_TN.shape[1], device=relay_T.device)
+        relays_KN = nodes_N * self.per_node + relay_T[keep_T][:, None]
+        come = torch.bincount(relays_KN[says_TN[keep_T]], minlength=self.num_ranks).tolist()
+        come[self.rank] = 0
+        returned_MB = self.exchange.give_back(
+            pack(partial_TD[send_N], here.key_T[send_N, None]),
+            here.owner_T[send_N],
+            come,
+            partial_TD[:1].nbytes,
+        )
+        came_MD, key_M1 = unpack(returned_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1))
+        key_T, order_T = here.key_T[keep_T].sort()
+        hidden_TD = (here.hidden_TD + partial_TD)[keep_T][order_T]
+        add_by_key(hidden_TD, key_T, came_MD, key_M1[:, 0])
+        return hidden_TD, Rows(key_T >> 32, key_T & 0xFFFFFFFF, phase)
+
+
+def add_by_key(sums_TD: Tensor, key_T: Tensor, added_MD: Tensor, key_M: Tensor) -> None:
+    """Add rows to those of the same key, in place; every key of key_M is in key_T, once there."""
+    sorted_T, order_T = key_T.sort()
+    sums_TD.index_add_(0, order_T[torch.searchsorted(sorted_T, key_M)], added_MD)

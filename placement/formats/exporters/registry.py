@@ -1,0 +1,66 @@
+"""The placement formats of other engines by name, and writing a plan in one of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from exflow.errors import InputError
+from exflow.files import atomic_path
+from exflow.placement.formats.exporters.common import Usage
+from exflow.placement.formats.exporters.eplb import eplb_usage, write_eplb
+from exflow.placement.formats.exporters.exflow_csv import exflow_usage, write_exflow
+from exflow.placement.formats.exporters.sglang import sglang_usage, write_sglang
+from exflow.placement.formats.exporters.sidecar import sidecar_path, write_sidecar
+from exflow.placement.formats.exporters.trtllm import trtllm_usage, write_trtllm
+from exflow.placement.formats.exporters.vllm import vllm_usage, write_vllm
+from exflow.placement.formats.exporters.vllm_ascend import vllm_ascend_usage, write_vllm_ascend
+from exflow.placement.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """How a plan becomes a file's bytes, how its engine is told of the file, and the ending it insists on."""
+
+    write: Callable[[Plan], bytes]
+    usage: Callable[[Plan, Path], Usage]
+    ending: str = ""
+
+
+FORMATS = {
+    "sglang": ExportFormat(write_sglang, sglang_usage, ".json"),  # another name is read as the JSON itself
+    "trtllm": ExportFormat(write_trtllm, trtllm_usage),
+    "vllm-ascend": ExportFormat(write_vllm_ascend, vllm_ascend_usage, ".json"),
+    "vllm": ExportFormat(write_vllm, vllm_usage),
+    "eplb": ExportFormat(write_eplb, eplb_usage),
+    "exflow": ExportFormat(write_exflow, exflow_usage),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files that were written, and how to use the first."""
+
+    format: str
+    path: Path
+    sidecar: Path
+    usage: Usage
+
+
+def export_plan(plan: Plan, format: str, path: Path) -> Exported:
+    """Write the plan to `path` in a format of FORMATS, and its sidecar file; each atomically.
+
+    Raises InputError if the format is unknown or cannot express the plan, its engine would not read a file of
+    that name, or the place cannot be written.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format {format!r} is not known; give one of {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    if not path.name.endswith(chosen.ending):
+        raise InputError(f"{path}: {format} reads only files that end in {chosen.ending}; name it so")
+    if not str(path).isprintable():
+        raise InputError(f"{path}: the name cannot be copied from a terminal; choose another")
+    content = chosen.write(plan)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    write_sidecar(path, plan)
+    return Exported(format, path, sidecar_path(path), chosen.usage(plan, path))

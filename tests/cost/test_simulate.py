@@ -1,0 +1,261 @@
+"""Simulated clusters: sizes by hand, laws that every machine obeys, the cost model where they overlap."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exflow import cli
+from exflow.cost import machines as times
+from exflow.cost.auto import predictions
+from exflow.cost.crossover import quantities, turns
+from exflow.cost.predict import Link, Load, Machine
+from exflow.cost.simulate import Layout, Point, Variant, chosen_slots, deal, step, strategies_on, variants
+from exflow.model.config import ModelConfig
+from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.topology import Topology
+from exflow.placement.traffic.evaluate import evaluate
+from exflow.profiling.trace import RoutingTrace
+
+NODES = Topology(num_nodes=2, gpus_per_node=2)
+MACHINES = Path(__file__).parents[2] / "configs" / "machines"
+MODEL = ModelConfig(
+    name="small",
+    vocab_size=280,
+    max_positions=64,
+    num_hidden_layers=3,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    intermediate_size=16,
+    num_experts=8,
+    top_k=2,
+)
+
+
+def skewed(tokens: int = 240, top_k: int = 2) -> RoutingTrace:
+    """Some experts are more popular, and tokens come back to experts they know."""
+    draw = np.random.default_rng(3).random((tokens, 3, 8)) + 0.3 * np.arange(8) / 8
+    experts = draw.argpartition(8 - top_k, axis=2)[:, :, 8 - top_k :]
+    return RoutingTrace.from_arrays(
+        experts, num_experts=8, sequence=np.arange(tokens) // 20, model="small", num_hidden_layers=3
+    )
+
+
+@pytest.fixture(scope="module")
+def choice() -> list[Variant]:
+    trace = skewed()
+    return variants(trace, trace, NODES, 0.2, lambda what: None)
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 64), st.none() | st.integers(1, 64))
+def test_groups_are_even(gpus: int, gpus_per_node: int, experts: int, widest: int | None) -> None:
+    layout = Layout.of(gpus, gpus_per_node, experts, widest)
+    width, topology = layout.width, layout.topology
+    assert gpus == layout.copies * width and experts % width == 0 and width <= (widest or width)
+    assert topology.num_ranks == width and topology.gpus_per_node <= gpus_per_node
+    assert width <= gpus_per_node or topology.gpus_per_node == gpus_per_node
+
+
+def test_more_gpus_than_experts_are_copies() -> None:
+    layout = Layout.of(1024, 8, 256)
+    assert (layout.width, layout.copies) == (256, 4)
+    assert layout.topology == Topology(num_nodes=32, gpus_per_node=8)
+    assert Layout.of(1024, 8, 256, widest=32).copies == 32
+    assert Layout.of(12, 8, 32).width == 4  # 8 do not divide 12
+
+
+def test_a_dealt_trace_is_the_same_rows_in_short_pieces() -> None:
+    trace = skewed()
+    dealt = deal(trace, 4)
+    assert np.array_equal(dealt.experts, trace.experts)
+    assert len(set(dealt.sequence.tolist())) >= 4 * 4
+    assert len(set(deal(trace, 1000).sequence.tolist())) == trace.num_tokens
+
+
+def test_experts_read_are_those_that_batches_touch() -> None:
+    """As many as in batches that are drawn from the trace, on a single rank."""
+    trace, rng = skewed(), np.random.default_rng(0)
+    plan = place(trace, Topology(gpus_per_node=1), solving=Solving("contiguous"))
+    variant = Variant.of("dispatch-combine", "contiguous", plan, trace)
+    for batch in (1, 3, 10):
+        drawn = trace.experts[rng.integers(trace.num_tokens, size=(2000, batch))]
+        touched = np.mean([[len(set(row[:, layer].ravel().tolist())) for layer in range(3)] for row in drawn])
+        assert variant.experts_read(batch) == pytest.approx(touched, rel=0.02)
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_token_chooses_as_many_slots_as_experts(redundant: int) -> None:
+    trace = skewed()
+    plan = place(trace, NODES, solving=Solving("search", time_limit=0.1), redundant_experts=redundant)
+    chosen = chosen_slots(plan, trace)
+    assert chosen.shape == (3, 4, (8 + redundant) // 4)
+    assert chosen.sum(axis=(1, 2)) == pytest.approx(2)
+
+
+def test_level_routing_takes_what_the_cost_model_says() -> None:
+    """Where all experts are as likely, the simulator is `auto`'s own prediction, strategy by strategy."""
+    experts = np.stack([np.random.default_rng(layer).permutation(240) % 8 for layer in range(3)], axis=1)
+    trace = RoutingTrace.from_arrays(
+        experts[:, :, None], num_experts=8, sequence=np.arange(240) // 2, model="small", num_hidden_layers=3
+    )
+    model = MODEL.model_copy(update={"top_k": 1})
+    plan = place(trace, NODES, solving=Solving("contiguous"))
+    machine = Machine(Link(1e-5, 1e9), Link(1e-4, 1e8), 1e9, 1e9, flops_per_s=1e10)
+    plan = replace(plan, expected=evaluate(plan, trace))
+    expected = {each.strategy: each for each in predictions(Load.of(model, plan, 16, 32, 2), plan, machine)}
+    assert set(expected) == set(strategies_on(NODES))
+    for name, prediction in expected.items():
+        found = step(Variant.of(name, "contiguous", plan, trace), Point(model, 16, 32, machine))
+        assert found.seconds == pytest.approx(prediction.step_s)
+        assert found.prediction.memory_bytes == prediction.memory_bytes
+
+
+positive = st.floats(1e-6, 1e3)
+links = st.builds(Link, st.floats(0, 10), positive, st.floats(0, 1))
+machines = st.builds(
+    Machine,
+    links,
+    links,
+    positive,
+    st.just(math.inf),
+    *[st.floats(0, 10)] * 2,
+    hides=st.floats(0, 1),
+    transport=st.sampled_from(["eager", "collective", "one-sided"]),
+    flops_per_s=positive,
+)
+
+
+@given(machines, st.floats(1, 100), st.integers(1, 64), st.integers(0, 64), st.integers(0, 9))
+def test_laws(
+    choice: list[Variant], machine: Machine, factor: float, batch: int, more: int, which: int
+) -> None:
+    """More bandwidth, less latency and faster arithmetic are never slower, a larger batch is never faster."""
+    variant, point = choice[which % len(choice)], Point(MODEL, batch, 32, machine)
+    seconds = step(variant, point).seconds * (1 + 1e-9)
+    for name, link in (("inside", machine.inside), ("between", machine.between)):
+        quick = Link(link.latency_s / factor, link.bytes_per_s * factor, link.peer_s / factor)
+        faster = replace(machine, **{name: quick})  # type: ignore[arg-type]
+        assert step(variant, replace(point, machine=faster)).seconds <= seconds
+    for name in ("read_bytes_per_s", "flops_per_s"):
+        faster = replace(machine, **{name: factor * getattr(machine, name)})
+        assert step(variant, replace(point, machine=faster)).seconds <= seconds
+    assert step(variant, replace(point, batch=batch + more)).seconds >= step(variant, point).seconds * (
+        1 - 1e-9
+    )
+
+
+@given(machines, st.integers(1, 64))
+def test_one_gpu_exchanges_nothing(machine: Machine, batch: int) -> None:
+    trace = skewed()
+    plan = place(trace, Topology(gpus_per_node=1), solving=Solving("contiguous"))
+    (name,) = strategies_on(plan.topology)
+    prediction = step(
+        Variant.of(name, "contiguous", plan, trace), Point(MODEL, batch, 32, machine)
+    ).prediction
+    assert prediction.exchange_s == prediction.background_s == 0
+
+
+def test_turns_are_where_the_fastest_changes(choice: list[Variant]) -> None:
+    """Just before a turn the strategy is the one of here, at the turn it is the one that is named."""
+    machine = Machine(Link(1e-5, 1e9), Link(1e-4, 1e8), 1e10, 1e9, layer_s=1e-5)
+    point = Point(MODEL, 32, 32, machine)
+
+    def winner(at: Point) -> str:
+        return min((step(each, at) for each in choice), key=lambda each: each.seconds).variant.strategy
+
+    found = turns(choice, point)
+    assert {turn.quantity for turn in found} >= {"K/V width", "batch", "context"}
+    scaled = {quantity.name: quantity.scaled for quantity in quantities(NODES)}
+    for turn in found:
+        assert winner(scaled[turn.quantity](point, turn.factor)[0]) == turn.strategy != winner(point)
+        if turn.quantity not in ("batch", "context"):  # whole numbers
+            before = turn.factor**0.99
+            assert winner(scaled[turn.quantity](point, before)[0]) == winner(point)
+    kv = next(turn for turn in found if turn.quantity == "K/V width")
+    assert kv.value == pytest.approx(kv.factor * MODEL.kv_width)
+
+
+def test_presets() -> None:
+    """Each can be read; those of H200s are what a report assumes of one node, and of several."""
+    found = {path.stem: times.load_machine(path) for path in MACHINES.glob("*.yaml")}
+    assert set(found) == {"h200", "h200-nccl", "h200-relayed", "a100-hdr", "hosts-1gbit"}
+    assert replace(found["h200"], between=times._ONE_NODE.between) == times._ONE_NODE
+    assert found["h200-nccl"] == times._SEVERAL_NODES
+
+
+Run = Callable[[str], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(line): exit code, stdout and stderr of the command, in a folder with a trace, plans and a model."""
+    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
+    monkeypatch.chdir(tmp_path)
+    skewed().save(tmp_path / "trace")
+    skewed(top_k=1).save(tmp_path / "other")
+    place(skewed(), NODES, solving=Solving("contiguous")).save(tmp_path / "plan.json")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(MODEL.model_dump_json())
+
+    def command(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return command
+
+
+def test_the_command(run: Run) -> None:
+    line = "simulate trace --model model --gpus 2 --gpus 4 --gpus 16 --gpus-per-node 2 --time-limit 0.2"
+    code, out, err = run(f"{line} --json --figures drawn")
+    assert code == 0, err
+    two, four, sixteen = json.loads(out)["sizes"]
+    assert [size["expert_parallel"] for size in (two, four, sixteen)] == [2, 4, 8]
+    assert sixteen["copies"] == 2 and sixteen["batch"] == 16 * 64
+    assert {row["strategy"] for row in two["steps"]} == {"dispatch-combine", "coherent", "replicated"}
+    assert {row["strategy"] for row in four["steps"]} == set(strategies_on(NODES))
+    for row in four["steps"]:
+        parts = row["exchange_ms"] + row["compute_ms"] + row["background_ms"]
+        assert row["step_ms"] == pytest.approx(parts)
+        assert row["tokens_per_s"] == pytest.approx(4 * 64 / row["step_ms"] * 1e3)
+    for name in ("step-time", "throughput"):
+        assert Path("drawn", f"{name}.svg").read_text().startswith("<svg")
+    code, out, err = run(f"{line} --expert-parallel 2 --expert-parallel 4 --batch 8")
+    assert code == 0 and "16 GPUs in groups of 4: " in out and "16 GPUs in groups of 2: " in out
+
+
+def test_a_plan_is_simulated_on_its_own_gpus_and_on_multiples(run: Run) -> None:
+    code, out, err = run("simulate trace plan.json --model model --gpus 4 --gpus 8 --json")
+    assert code == 0, err
+    four, eight = json.loads(out)["sizes"]
+    assert {row["placement"] for row in four["steps"]} == {"contiguous", "plan.json"}
+    assert [row["step_ms"] for row in four["steps"]] == [row["step_ms"] for row in eight["steps"]]
+    assert eight["steps"][0]["tokens_per_s"] == pytest.approx(2 * four["steps"][0]["tokens_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("trace", "--gpus is missing"),
+        ("trace --gpus 2 --batch 4 --batch-per-gpu 2", "give one"),
+        ("trace plan.json --gpus 6", "--gpus 6: is no multiple of the 4 ranks of plan.json"),
+        ("trace plan.json --expert-parallel 2", "--expert-parallel 2"),
+        ("other --gpus 2", "top_k"),
+        ("trace --gpus 2 --machine none.yaml", "none.yaml"),
+        ("none --gpus 2", "none"),
+    ],
+)
+def test_bad_input(run: Run, arguments: str, said: str) -> None:
+    code, _, err = run(f"simulate {arguments} --model model --time-limit 0.1")
+    assert code == 2 and said in err and err.count("\n") == 1
