@@ -31,10 +31,12 @@ from benchmarks.decode.cases import routing as routing_of
 from benchmarks.hosts import run as hosts
 from benchmarks.routing.generated import generate
 from exflow.commands.simulate import Size
-from exflow.cost.crossover import turns
+from exflow.cost.crossover import crossovers
+from exflow.cost.machine import Link, Machine
 from exflow.cost.machines import load_machine
-from exflow.cost.predict import Link, Load, Machine, predict
+from exflow.cost.predict import predict
 from exflow.cost.simulate import Layout, Point, Step, Variant, fastest, step, variants
+from exflow.cost.workload import Workload
 from exflow.files import atomic_path, read_json
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
@@ -227,7 +229,7 @@ def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
         machine = _machine_of_hosts(result["machine"])
         tell(f"hosts: placing {result['shape']}")
         for placement, plan in hosts.plans_of(parts.train, result["hosts"]).items():
-            load = Load.of(parts.config, plan, result["batch"], result["steps"] // 2, 4)
+            load = Workload.of(parts.config, plan, result["batch"], result["steps"] // 2, 4)
             for variant in result["variants"]:
                 if variant["placement"] == placement:
                     moved = hosts.moved_of(variant["strategy"], plan, decoded)
@@ -381,7 +383,7 @@ def size_of(
 ) -> dict[str, Any]:
     point = Point(config, batch * layout.width, context, load_machine(MACHINES / f"{machine}.yaml"))
     steps = tuple(step(variant, point) for variant in choice)
-    return Size(layout, batch * layout.gpus, point, steps, tuple(turns(choice, point))).as_json()
+    return Size(layout, batch * layout.gpus, point, steps, tuple(crossovers(choice, point))).as_json()
 
 
 # -- The ExFlow paper's settings -----------------------------------------------------------------------------
@@ -431,7 +433,7 @@ def against_vanilla(choice: list[Variant], point: Point) -> dict[str, Any]:
                 "throughput": vanilla.seconds / mine.seconds,
                 "throughput_if_sharing_were_free": vanilla.seconds / (mine.seconds - shared_s),
                 "background_ms": 1e3 * shared_s,
-                "attending": mine.variant.moved.attending,
+                "attending": mine.variant.traffic.attention_imbalance,
                 "fits": mine.fits,
             }
     best = fastest(choice, point)

@@ -1,7 +1,7 @@
-"""What a person sees while work goes on: progress, notes and errors, on stderr; stdout holds results alone.
+"""Progress, notes and errors on stderr; stdout holds results alone.
 
-On a terminal, work in progress is a bar that vanishes when it is done. Elsewhere it leaves no trace, unless
-`--verbose` asks for a line about it now and then. `--quiet` leaves errors alone. rich heeds NO_COLOR.
+On a terminal, progress is a bar that vanishes when the work is done. Elsewhere there is no progress, but with
+`--verbose` a line now and then. With `--quiet` there are errors alone. rich heeds NO_COLOR.
 """
 
 import logging
@@ -15,65 +15,62 @@ from datetime import timedelta
 from io import TextIOWrapper
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
-
-if TYPE_CHECKING:
-    pass
 
 stderr = Console(stderr=True)
 _EVERY = 5.0  # seconds between the lines that --verbose asks for
 
 
 @dataclass
-class Manners:
-    """What --quiet and --verbose say, and whether this process is the first rank of its job, or alone."""
+class Verbosity:
+    """State of --quiet and --verbose. first_rank: whether this is the first rank of a job, or alone."""
 
     quiet: bool = False
     verbose: bool = False
     first_rank: bool = True
 
 
-manners = Manners()
+verbosity = Verbosity()
 
 
 def say(message: str) -> None:
-    """One line on stderr, never wrapped; where that cannot be written there is nobody to tell."""
+    """Print one line to stderr, never wrapped. Does nothing where stderr cannot be written."""
     with suppress(OSError):
         print(f"exflow: {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:
-    """What a person may want to know, and a quiet command keeps to itself."""
-    if not manners.quiet:
+    """Print a line that a person may want to know, unless the command is quiet."""
+    if not verbosity.quiet:
         say(message)
 
 
 def say_error(error: BaseException) -> None:
-    """One line; where that is asked for, also where the error came from."""
-    if manners.verbose:
+    """Print an error as one line, with --verbose after its traceback."""
+    if verbosity.verbose:
         traceback.print_exception(error)
     say(str(error))
 
 
 class _Notes(logging.Handler):
-    """What the library logs are notes of the command. Ranks log alike: the first speaks for all."""
+    """Prints what the library logs as notes. All ranks log the same: the first one prints."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if manners.first_rank:
+        if verbosity.first_rank:
             note(record.getMessage())
 
 
 def begin() -> None:
-    """At the start of a command: forget what an earlier one was told, and listen to the library.
+    """Prepare for a command: reset --quiet and --verbose, and print what the library logs.
 
-    Characters that stdout's encoding lacks become escapes: the rest of a result is not lost with them.
-    What is for a closed stream goes nowhere: Python has None for it, and prints to stdout what is for stderr.
+    Characters that stdout's encoding lacks become escapes, so that the rest of a result is not lost.
+    A closed stream is replaced by a null device: Python has None for it, and would print errors to stdout.
     """
-    manners.quiet = manners.verbose = False
+    verbosity.quiet = verbosity.verbose = False
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the program runs
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     if isinstance(sys.stdout, TextIOWrapper):
@@ -82,15 +79,14 @@ def begin() -> None:
 
 
 class _Pace(ProgressColumn):
-    """How much is done, how fast it goes, and how long it will take; of what has no known end, how long it
-    took."""
+    """Column of a progress bar: amount, speed and remaining time, or the elapsed time of endless work."""
 
     def render(self, task: Task) -> Text:
         return Text(pace(task))
 
 
 def pace(task: Task) -> str:
-    """`8,192/32,768 tokens, 2,700/s, 0:00:09 left`, as far as it is known."""
+    """`8,192/32,768 tokens, 2,700/s, 0:00:09 left`, or the parts of it that are known."""
     if task.total is None:
         return str(timedelta(seconds=int(task.elapsed or 0)))
     unit = task.fields["unit"]
@@ -103,10 +99,10 @@ def pace(task: Task) -> str:
 
 
 class Work:
-    """A piece of work: what it is, how much of it is done, and what is going on in it."""
+    """Progress of a piece of work: its name, the share that is done, and a detail."""
 
     def __init__(self, what: str, unit: str = "", shown: bool = True) -> None:
-        """unit: what is counted; without one it is just a share. shown: on one rank of a job."""
+        """unit: of the amount; without one only the share is shown. shown: True on one rank of a job."""
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -115,9 +111,9 @@ class Work:
             console=stderr,
             transient=True,
             redirect_stdout=False,
-            disable=manners.quiet or not shown or not stderr.is_terminal or stderr.is_dumb_terminal,
+            disable=verbosity.quiet or not shown or not stderr.is_terminal or stderr.is_dumb_terminal,
         )
-        self.lines = manners.verbose and shown
+        self.lines = verbosity.verbose and shown
         self.last = self.began = monotonic()
         self.id = self.progress.add_task(what, total=None, unit=unit, detail="")
 
@@ -138,12 +134,12 @@ class Work:
             say(f"{self.task.description}: {how} after {monotonic() - self.began:.1f} s")
 
     def advance(self, done: float, total: float) -> None:
-        """So much of it is done."""
+        """Show that `done` of `total` is done."""
         self.progress.update(self.id, completed=done, total=total)
         self._line()
 
     def tell(self, detail: str) -> None:
-        """This is going on."""
+        """Show a detail of the work."""
         self.progress.update(self.id, detail=detail)
         self._line()
 

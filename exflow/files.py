@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from exflow.encodings import utf8_text
 from exflow.errors import InputError
 
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_SCALAR = 4096  # characters of one name, path or number
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -109,28 +110,48 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def read_yaml(path: Path, what: str, remedy: str) -> Any:
-    """As read_json, of YAML without anchors, aliases and tags: a small file could grow large by them."""
+    """As read_json, of YAML as PlainLoader takes it, at most MAX_YAML_BYTES long."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_YAML_BYTES + 1)
-        if len(content) > MAX_YAML_BYTES:
-            raise InputError(f"{path}: the {what} is longer than {MAX_YAML_BYTES} bytes; {remedy}")
-        return yaml.load(utf8_text(content), Loader=PlainLoader)
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); {remedy}") from error
+    if len(content) > MAX_YAML_BYTES:
+        raise InputError(f"{path}: the {what} is longer than {MAX_YAML_BYTES} bytes; {remedy}")
+    try:
+        return yaml.load(utf8_text(content), Loader=PlainLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise InputError(f"{path}: the {what} is not YAML ({line}{error.problem}); {remedy}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: the {what} is not YAML (nested too deeply); {remedy}") from error
     except Exception as error:  # PyYAML lets pass what int(), datetime and others say of a scalar
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: the {what} is not YAML ({reason}); {remedy}") from error
 
 
 class PlainLoader(yaml.SafeLoader):
-    """SafeLoader without what makes a small file large."""
+    """SafeLoader without anchors, aliases and tags, by which a small file grows large.
+
+    Nor does it take long scalars, and keys that overwrite one another.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_SCALAR:
+            problem = f"a name or number has more than {MAX_YAML_SCALAR} characters"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
             problem = "anchors, aliases and tags are not for this file"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)

@@ -5,10 +5,15 @@ values go into the caches of the whole coherence group from here: each member is
 next step, and the rows travel while the past is read.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from exflow.kernels.grouped_mlp import product
+from exflow.kernels.operands import expect, or_unread, power_of_2
 from exflow.kernels.wire import after_earlier_kernels, pointer_at
 
 
@@ -47,7 +52,7 @@ def _over_the_past(q, new_k, new_v, sink, keys, side, begin, end, with_new, scal
 
 
 @triton.jit
-def decode_attention(
+def decode_attention_kernel(
     qkv,
     owned,
     position,
@@ -56,8 +61,8 @@ def decode_attention(
     sums,
     peaks,
     attended,
-    born,
-    born_owned,
+    new_kv,
+    new_kv_owned,
     sinks,
     layer,
     rows,
@@ -70,7 +75,7 @@ def decode_attention(
     MEMBER: tl.constexpr,
     MEMBERS: tl.constexpr,
     SPLITS: tl.constexpr,
-    BORN: tl.constexpr,
+    NEW_KV: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -83,17 +88,17 @@ def decode_attention(
     caches [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH],
     MEMBER this rank's; out [rows, HEADS, WIDTH]. A token sees `window` positions, its own the last; where
     SINKS, sinks [HEADS] join the scores and add no value. With SPLITS > 1 the past is cut into parts: sums
-    [rows, HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written, for `merge_splits`.
-    attended [rows] int32 counts the tokens run here. Where BORN, born [layers, rows, 2 KV_HEADS * WIDTH] gets
-    the owned rows' new keys and values, and born_owned [layers, rows] int32 says which those are.
+    [rows, HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written, to be merged.
+    attended [rows] int32 counts the tokens run here. Where NEW_KV, new_kv [layers, rows, 2 KV_HEADS * WIDTH]
+    gets the owned rows' new keys and values, and new_kv_owned [layers, rows] int32 says which those are.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
     mine = tl.load(owned + row)
-    if BORN and (head == 0) & (split == 0):
-        tl.store(born_owned + layer * rows + row, mine)
+    if NEW_KV and (head == 0) & (split == 0):
+        tl.store(new_kv_owned + layer * rows + row, mine)
     if mine != 0:
         PER_KV: tl.constexpr = HEADS // KV_HEADS
         c = tl.arange(0, BLOCK_C)
@@ -114,8 +119,8 @@ def decode_attention(
                 tl.store(base + keys_at + past * WIDTH + c, new_k, mask=in_head)
                 tl.store(base + keys_at + side + past * WIDTH + c, new_v, mask=in_head)
 
-            if BORN:
-                told = born + ((layer * rows + row).to(tl.int64) * (2 * KV_HEADS) + head) * WIDTH + c
+            if NEW_KV:
+                told = new_kv + ((layer * rows + row).to(tl.int64) * (2 * KV_HEADS) + head) * WIDTH + c
                 tl.store(told, new_k, mask=in_head)
                 tl.store(told + KV_HEADS * WIDTH, new_v, mask=in_head)
         if (head == 0) & (split == 0):
@@ -145,12 +150,12 @@ def decode_attention(
 
 
 @triton.jit
-def merge_splits(
+def merge_splits_kernel(
     owned, sums, peaks, out,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, HEADS). Joins the parts of the past that `decode_attention` left in `sums` and `peaks`."""
+    """Grid (rows, HEADS). Joins the parts of the past in `sums` and `peaks` of `decode_attention_kernel`."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     if tl.load(owned + row) != 0:
@@ -164,3 +169,83 @@ def merge_splits(
         merged = tl.sum(acc * share[:, None], 0) / mass
         at = out + (row * HEADS + tl.program_id(1)) * WIDTH + c
         tl.store(at, merged.to(out.dtype.element_ty), mask=c < WIDTH)
+
+
+def decode_attention(
+    layer: int,
+    *,
+    qkv: Tensor,
+    owned: Tensor,
+    position: Tensor,
+    caches: Tensor,
+    member: int,
+    positions: int,
+    window: int | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    peaks: Tensor,
+    attended: Tensor,
+    new_kv: Tensor,
+    new_kv_owned: Tensor,
+    launch: dict[str, Any],
+) -> None:
+    """Launch `decode_attention_kernel`, and `merge_splits_kernel` where `sums` has several parts of the past.
+
+    positions: room of the caches, of which the `member`-th is this rank's. new_kv has no layers where every
+    cache can be written to.
+    """
+    rows, heads, splits, width = sums.shape
+    kv_heads = (qkv.shape[1] // width - heads) // 2
+    expect(qkv.dtype, (rows, (heads + 2 * kv_heads) * width), qkv=qkv)
+    expect(qkv.dtype, (rows, heads, width), out=out)
+    expect(torch.int32, (rows,), owned=owned, attended=attended)
+    expect(torch.int64, (rows,), position=position)
+    expect(torch.float32, (rows, heads, splits, width), sums=sums)
+    expect(torch.float32, (rows, heads, splits, 2), peaks=peaks)
+    expect(qkv.dtype, (len(new_kv), rows, 2 * kv_heads * width), new_kv=new_kv)
+    expect(torch.int32, (len(new_kv), rows), new_kv_owned=new_kv_owned)
+    block_c = max(16, power_of_2(width))
+    decode_attention_kernel[(rows, kv_heads, splits)](
+        qkv=qkv,
+        owned=owned,
+        position=position,
+        caches=caches,
+        out=out,
+        sums=sums,
+        peaks=peaks,
+        attended=attended,
+        new_kv=new_kv,
+        new_kv_owned=new_kv_owned,
+        sinks=or_unread(sinks, peaks),
+        layer=layer,
+        rows=rows,
+        positions=positions,
+        window=window or positions,
+        scale=width**-0.5,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        WIDTH=width,
+        MEMBER=member,
+        MEMBERS=len(caches),
+        SPLITS=splits,
+        NEW_KV=len(new_kv) > 0,
+        SINKS=sinks is not None,
+        BLOCK_P=min(64, 8192 // block_c),
+        BLOCK_Q=max(16, power_of_2(heads // kv_heads)),
+        BLOCK_C=block_c,
+        num_warps=2,
+        **launch,
+    )
+    if splits > 1:
+        merge_splits_kernel[(rows, heads)](
+            owned=owned,
+            sums=sums,
+            peaks=peaks,
+            out=out,
+            HEADS=heads,
+            WIDTH=width,
+            SPLITS=splits,
+            BLOCK_C=block_c,
+            **launch,
+        )

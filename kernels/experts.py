@@ -91,6 +91,7 @@ def megablocks_experts(
 ) -> Tensor:
     """`reference.experts` by the grouped products of megablocks (0.10), which have the counts on the host.
 
+    Experimental: written from the source of megablocks, and not yet run (0.10 pins another torch).
     Raises ValueError for anything but bfloat16 on a GPU.
     """
     from megablocks import grouped_gemm_util

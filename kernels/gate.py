@@ -5,9 +5,20 @@ WORDS int32 (the exchange's number, the next owner, the physical slots, the bits
 hidden state before the layer. The receiver repeats the norm, so that the residual stream travels, once.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor, nn
 
+from exflow.kernels.operands import (
+    Geometry,
+    Mailbox,
+    Norm,
+    expect,
+    norm_operands,
+    or_unread,
+    power_of_2,
+)
 from exflow.kernels.wire import after_earlier_kernels, moments, number_of, pointer_at, scaled, sequence_of
 
 # words of a row; the gate weights follow the slots
@@ -27,7 +38,7 @@ def put_row(base, place, words, x, like, WORDS: tl.constexpr, HIDDEN_AT: tl.cons
 
 
 @triton.jit
-def gate_and_put(
+def gate_and_dispatch_kernel(
     hidden,
     owned,
     norm_weight,
@@ -74,7 +85,7 @@ def gate_and_put(
 
     hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D], with GATE_BIAS gate_bias [EXPERTS]; serving
     [RANKS, EXPERTS] int32, by the rank that asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens,
-    layers, TOP_K] int32 with dictated_row [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight
+    layers, TOP_K] int64 with dictated_row [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight
     float32 are written, -1 for rows not owned; buffers [2, RANKS] int64, where to write for each rank, by the
     number's parity; step [1] int64;
     sent [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in
@@ -193,3 +204,69 @@ def gate_and_put(
     else:
         for k in tl.static_range(TOP_K):
             tl.store(routing + row * TOP_K + k, -1)
+
+
+def gate_and_dispatch(
+    geometry: Geometry,
+    layer: int,
+    *,
+    hidden: Tensor,
+    owned: Tensor,
+    norm: Norm,
+    gate: nn.Linear,
+    among_all: bool,
+    serving: Tensor,
+    next_owner: Tensor,
+    dictated: Tensor | None,
+    dictated_row: Tensor,
+    routing: Tensor,
+    routing_weight: Tensor,
+    mailbox: Mailbox,
+    step: Tensor,
+    sent: Tensor,
+) -> None:
+    """Launch `gate_and_dispatch_kernel`. dictated: the choices of a trace that is replayed."""
+    rows, (experts, _) = geometry.rows, gate.weight.shape
+    expect(hidden.dtype, (rows, geometry.hidden_size), hidden=hidden)
+    expect(gate.weight.dtype, (experts, geometry.hidden_size), gate=gate.weight)
+    expect(torch.int32, (rows,), owned=owned)
+    expect(torch.int32, (geometry.num_ranks, experts), serving=serving)
+    expect(torch.int32, (experts, geometry.num_ranks), next_owner=next_owner)
+    expect(torch.int64, (rows,), dictated_row=dictated_row)
+    expect(torch.int32, (rows, geometry.top_k), routing=routing)
+    expect(torch.float32, (rows, geometry.top_k), routing_weight=routing_weight)
+    expect(torch.int32, (rows, 2), sent=sent)
+    block_e = power_of_2(experts)
+    gate_and_dispatch_kernel[(rows,)](
+        hidden=hidden,
+        owned=owned,
+        **norm_operands(norm),
+        gate=gate.weight,
+        gate_bias=or_unread(gate.bias, gate.weight),
+        serving=serving,
+        next_owner=next_owner,
+        dictated=or_unread(dictated, owned),
+        dictated_row=dictated_row,
+        routing=routing,
+        routing_weight=routing_weight,
+        buffers=mailbox.to,
+        step=step,
+        sent=sent,
+        layer=layer,
+        layers=geometry.layers,
+        EXPERTS=experts,
+        SLOTS_PER_RANK=geometry.slots_per_rank,
+        WORDS=geometry.words,
+        HIDDEN_AT=mailbox.payload_at,
+        FAR_HIDDEN_AT=mailbox.far.payload_at if mailbox.far else 0,
+        BY_SEQUENCE=mailbox.shared,
+        RELAYED=geometry.relayed,
+        REPLICATED=geometry.replicated,
+        REPLAY=dictated is not None,
+        GATE_BIAS=gate.bias is not None,
+        AMONG_ALL=among_all,
+        BLOCK_E=block_e,
+        STRIP=min(power_of_2(geometry.hidden_size), 1024 if block_e <= 16 else 256),
+        num_warps=4 if block_e <= 16 else 8,
+        **geometry.constants,
+    )

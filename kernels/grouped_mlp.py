@@ -7,9 +7,15 @@ width over programs where tiles are too few to fill the GPU; the parts are summe
 them.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from exflow.kernels.operands import ExpertWeights, Received, expect, or_unread, power_of_2
 from exflow.kernels.wire import after_earlier_kernels
 
 
@@ -34,7 +40,7 @@ def activation(x, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constex
 
 
 @triton.jit
-def expert_up(
+def expert_up_kernel(
     normed,
     pairs,
     counts,
@@ -90,7 +96,7 @@ def expert_up(
 
 
 @triton.jit
-def expert_down(
+def expert_down_kernel(
     inner,
     pairs,
     counts,
@@ -138,3 +144,98 @@ def expert_down(
         gate = tl.load(weight_of + pair, mask=r < count, other=0.0)
         out = partials + (split * pairs_per_slot + pair)[None, :] * D + d[:, None]
         tl.store(out, acc * gate[None, :], mask=(r < count)[None, :] & (d < D)[:, None])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product of experts is cut.
+
+    rows: of a slot, multiplied at once. wide: outputs of a program. deep: of the sum, in one step. splits: of
+    the sum, over programs.
+    """
+
+    rows: int
+    wide: int
+    deep: int
+    splits: int
+    stages: int
+    warps: int = 4
+
+
+def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize: int, gated: bool) -> Tiles:
+    """Tiles for a product of [rows, depth] with [width, depth] weights in each of `slots` slots.
+
+    Weights are read again for every `rows` of a slot, so that the fullest slot should fit; more rows than are
+    there cost arithmetic. Measured on an H200 (docs/log.md).
+    """
+    rows = min(128, max(16, power_of_2(int(rows_per_slot + 4 * rows_per_slot**0.5) or 1)))
+    few, many = rows == 16, rows == 128
+    wide = min(128 if many and not gated else 64, power_of_2(width))
+    deep = min(256 // itemsize, power_of_2(depth))
+    programs = slots * triton.cdiv(width, wide)
+    splits = 1
+    while programs * splits < (128 if few else 256) and splits < 8 and depth // (splits * 2) >= 4 * deep:
+        splits *= 2
+    stages = 4 if few or (gated and not many) else 3
+    return Tiles(rows, wide, max(16, deep), splits, stages, warps=8 if many else 4)
+
+
+def grouped_mlp(
+    received: Received,
+    experts: ExpertWeights,
+    *,
+    up: Tiles,
+    down: Tiles,
+    inner: Tensor,
+    partials: Tensor,
+    launch: dict[str, Any],
+) -> None:
+    """Launch `expert_up_kernel` and `expert_down_kernel`: each slot's rows through its expert, into partials.
+
+    inner [pairs, F] of the weights' type; partials [splits, pairs, D] float32.
+    """
+    (slots, pairs), top_k = received.pairs.shape, received.weights.shape[1]
+    hidden_size, width = received.normed.shape[1], experts.width
+    expect(inner.dtype, (pairs, width), inner=inner)
+    expect(experts.w_in.dtype, (slots, experts.w_in.shape[1], hidden_size), w_in=experts.w_in)
+    expect(experts.w_out.dtype, (slots, hidden_size, width), w_out=experts.w_out)
+    expect(torch.float32, (down.splits, pairs, hidden_size), partials=partials)
+    expert_up_kernel[(triton.cdiv(width, up.wide), slots)](
+        normed=received.normed,
+        pairs=received.pairs,
+        counts=received.counts,
+        w_in=experts.w_in,
+        b_in=or_unread(experts.b_in, experts.w_in),
+        inner=inner,
+        pairs_per_slot=pairs,
+        D=hidden_size,
+        F=width,
+        TOP_K=top_k,
+        **experts.up_constants,
+        BLOCK_F=up.wide,
+        BLOCK_K=up.deep,
+        BLOCK_R=up.rows,
+        num_warps=up.warps,
+        num_stages=up.stages,
+        **launch,
+    )
+    expert_down_kernel[(triton.cdiv(hidden_size, down.wide), slots, down.splits)](
+        inner=inner,
+        pairs=received.pairs,
+        counts=received.counts,
+        weight_of=received.weights,
+        w_out=experts.w_out,
+        b_out=or_unread(experts.b_out, experts.w_out),
+        partials=partials,
+        pairs_per_slot=pairs,
+        D=hidden_size,
+        F=width,
+        SPLITS=down.splits,
+        BIASED=experts.b_out is not None,
+        BLOCK_D=down.wide,
+        BLOCK_K=down.deep,
+        BLOCK_R=down.rows,
+        num_warps=down.warps,
+        num_stages=down.stages,
+        **launch,
+    )

@@ -1,13 +1,18 @@
 """Between projection and attention: norms of queries and keys, bounds, and rotary positions, in place."""
 
+from typing import Any, Literal
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from exflow.kernels.operands import Norm, expect, norm_operands, power_of_2
 from exflow.kernels.wire import after_earlier_kernels, scaled
 
 
 @triton.jit
-def prepare_heads(
+def prepare_heads_kernel(
     qkv,
     owned,
     position,
@@ -89,3 +94,55 @@ def _over(x, NORM: tl.constexpr):
     """The sum of each head's numbers [BLOCK_H, 1], or of all of them [1, 1]."""
     each = tl.sum(x, 1)[:, None]
     return each if NORM == "head" else tl.sum(each, 0)[None, :]
+
+
+def prepare_heads(
+    qkv: Tensor,
+    *,
+    owned: Tensor,
+    position: Tensor,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    q_norm: Norm | None,
+    k_norm: Norm | None,
+    norm_over: Literal["head", "width"] | None,
+    clip: float | None,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    launch: dict[str, Any],
+) -> None:
+    """Launch `prepare_heads_kernel` where a model does anything to queries, keys and values.
+
+    Both norms are there or none, over each head or the whole width. cos_sin: of every position and pair.
+    """
+    if q_norm is None and k_norm is None and clip is None and cos_sin is None:
+        return
+    rows = len(qkv)
+    expect(qkv.dtype, (rows, (heads + 2 * kv_heads) * width), qkv=qkv)
+    expect(torch.int32, (rows,), owned=owned)
+    expect(torch.int64, (rows,), position=position)
+    of_q, of_k = ({} if norm is None else norm_operands(norm) for norm in (q_norm, k_norm))
+    cosines, sines = cos_sin or (qkv, qkv)  # the latter are not read
+    prepare_heads_kernel[(rows, 2 if clip is None else 3)](
+        qkv=qkv,
+        owned=owned,
+        position=position,
+        q_weight=of_q.get("norm_weight", qkv),
+        q_bias=of_q.get("norm_bias", qkv),
+        k_weight=of_k.get("norm_weight", qkv),
+        k_bias=of_k.get("norm_bias", qkv),
+        cosines=cosines,
+        sines=sines,
+        clip=clip or 0.0,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        WIDTH=width,
+        NORM=norm_over or "none",
+        RMS=of_q.get("RMS", False),
+        EPS=of_q.get("EPS", 0.0),
+        CLIP=clip is not None,
+        ROTARY=cos_sin is not None,
+        BLOCK_H=power_of_2(heads),
+        BLOCK_P=power_of_2(-(-width // 2)),
+        **launch,
+    )

@@ -4,10 +4,21 @@ The first programs take one sequence each, the rest one slot each. Both read the
 waits for the other.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from exflow.kernels.gate import OWNER, SLOTS, STAMP
+from exflow.kernels.operands import (
+    Geometry,
+    Mailbox,
+    Norm,
+    Progress,
+    Received,
+    expect,
+    norm_operands,
+    power_of_2,
+)
 from exflow.kernels.wire import (
     after_earlier_kernels,
     normalise,
@@ -92,12 +103,12 @@ def _list_slot(base, slot, number, pairs, counts, sequences, TOP_K: tl.constexpr
 
 
 @triton.jit
-def receive(
+def receive_kernel(
     buffers,
     flags,
     flag_addresses,
     failed,
-    patience,
+    most_polls,
     step,
     norm_weight,
     norm_bias,
@@ -133,11 +144,8 @@ def receive(
 ):
     """Grid (sequences + SLOTS_PER_RANK,).
 
-    buffers [2] int64: where rows arrive, by the number's parity. Written: normed [sequences, D];
-    residual_at [sequences] int64, the address of the hidden state that came, 0 if none did; owner_of
-    [sequences] int32, -1 if none; with RELAYED relay_of [sequences] int32, its relay in this node,
-    likewise; weights [sequences, TOP_K] float32, -1 for choices served elsewhere; pairs [slots, sequences *
-    TOP_K] int32, the (sequence, choice) pairs of a slot as sequence * TOP_K + choice; counts [slots] int32.
+    buffers [2] int64: where rows arrive, by the number's parity. Writes what `operands.Received` describes;
+    relay_of only with RELAYED.
     """
     PEERS: tl.constexpr = RANKS_PER_NODE if RELAYED else RANKS
     program = tl.program_id(0)
@@ -150,7 +158,7 @@ def receive(
     if WAIT:
         if program == 0:
             signal(flag_addresses, number, PEERS, BLOCK_G)
-        wait_for_all(flags, number, failed, patience, PEERS)
+        wait_for_all(flags, number, failed, most_polls, PEERS)
     if program < sequences:
         _take_row(base, program, number, d, w, b, normed, residual_at, owner_of, relay_of, weights, D, TOP_K,
                   RANK, RANKS, GROUP, RANKS_PER_NODE, SLOTS_PER_RANK, WORDS, HIDDEN_AT, CHUNK, BY_SEQUENCE,
@@ -158,3 +166,51 @@ def receive(
     else:
         _list_slot(base, program - sequences, number, pairs, counts, sequences, TOP_K, RANK, RANKS,
                    GROUP, SLOTS_PER_RANK, WORDS, CHUNK, BY_SEQUENCE, BLOCK_B)  # fmt: skip
+
+
+def receive(
+    geometry: Geometry,
+    layer: int,
+    *,
+    mailbox: Mailbox,
+    norm: Norm,
+    received: Received,
+    progress: Progress,
+    most_polls: int,
+) -> None:
+    """Launch `receive_kernel`. The copies of replicated tokens are this rank's own, and not waited for."""
+    sequences, slots, top_k = geometry.sequences, geometry.slots_per_rank, geometry.top_k
+    expect(received.normed.dtype, (sequences, geometry.hidden_size), normed=received.normed)
+    expect(torch.int64, (sequences,), residual_at=received.residual_at)
+    expect(torch.int32, (sequences,), owner_of=received.owner_of, relay_of=received.relay_of)
+    expect(torch.float32, (sequences, top_k), weights=received.weights)
+    expect(torch.int32, (slots, geometry.pairs), pairs=received.pairs)
+    expect(torch.int32, (slots,), counts=received.counts)
+    receive_kernel[(sequences + slots,)](
+        buffers=mailbox.at,
+        flags=mailbox.flags,
+        flag_addresses=mailbox.flag_addresses,
+        failed=progress.failed,
+        most_polls=most_polls,
+        step=progress.step,
+        **norm_operands(norm),
+        normed=received.normed,
+        residual_at=received.residual_at,
+        owner_of=received.owner_of,
+        relay_of=received.relay_of,
+        weights=received.weights,
+        pairs=received.pairs,
+        counts=received.counts,
+        layer=layer,
+        layers=geometry.layers,
+        sequences=sequences,
+        SLOTS_PER_RANK=slots,
+        WORDS=geometry.words,
+        HIDDEN_AT=mailbox.payload_at,
+        CHUNK=mailbox.chunk,
+        BY_SEQUENCE=mailbox.shared,
+        RELAYED=geometry.relayed,
+        WAIT=geometry.one_sided and not geometry.replicated,
+        BLOCK_B=power_of_2(sequences),
+        **geometry.constants,
+    )

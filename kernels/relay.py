@@ -7,11 +7,14 @@ another node is written into a chunk that a collective moves, in which rows are 
 keeps every row it passes on, so that `receive` tells it of the token, which it may neither serve nor own.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from exflow.kernels.combine import add_sums, put_sum, sum_here
 from exflow.kernels.gate import SLOTS, STAMP, put_row
-from exflow.kernels.settle import add_sums, put_sum, sum_here
+from exflow.kernels.operands import Far, Geometry, Mailbox, Progress, Received, expect
 from exflow.kernels.wire import (
     after_earlier_kernels,
     number_of,
@@ -24,7 +27,7 @@ from exflow.kernels.wire import (
 
 
 @triton.jit
-def pass_on(
+def relay_tokens_kernel(
     arrived,
     buffers,
     like,
@@ -81,7 +84,7 @@ def pass_on(
 
 
 @triton.jit
-def send_sums(
+def relay_sums_kernel(
     partials,
     weights,
     owner_of,
@@ -91,7 +94,7 @@ def send_sums(
     flags,
     flag_addresses,
     failed,
-    patience,
+    most_polls,
     buffers,
     step,
     sent,
@@ -118,14 +121,14 @@ def send_sums(
     at [2] int64: where the node's partial sums arrive, by the number's parity, rows numbered by sequence;
     buffers [2, RANKS] int64: my chunk at each rank of this node, likewise, and the outgoing one for each
     rank of another; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
-    Where this rank is the next owner, `settle` sums.
+    Where this rank is the next owner, `combine_kernel` sums.
     """
     after_earlier_kernels(PDL)
     sequence = tl.program_id(0)
     number = number_of(step, layer, layers)
     if sequence == 0:
         signal(flag_addresses, number, RANKS_PER_NODE, BLOCK_G)
-    wait_for_all(flags, number, failed, patience, RANKS_PER_NODE)
+    wait_for_all(flags, number, failed, most_polls, RANKS_PER_NODE)
     owner = tl.load(owner_of + sequence)
     if (tl.load(relay_of + sequence) == RANK) & (owner != RANK):
         d = tl.arange(0, BLOCK_D)
@@ -146,3 +149,74 @@ def send_sums(
             put_sum(chunk, sums_at, place, number, total.to(like.dtype.element_ty), d, in_row, D)
             count = sent + sequence * 2 + far.to(tl.int32)
             tl.store(count, tl.load(count) + 1)
+
+
+def relay_tokens(
+    geometry: Geometry,
+    layer: int,
+    *,
+    mailbox: Mailbox,
+    far: Far,
+    like: Tensor,
+    step: Tensor,
+    passed: Tensor,
+) -> None:
+    """Launch `relay_tokens_kernel`. far: where the rows of other nodes arrive; mailbox: where they go."""
+    expect(torch.int32, (geometry.sequences,), passed=passed)
+    relay_tokens_kernel[(geometry.rows, geometry.nodes)](
+        arrived=far.at,
+        buffers=mailbox.to,
+        like=like,
+        step=step,
+        passed=passed,
+        layer=layer,
+        layers=geometry.layers,
+        SLOTS_PER_RANK=geometry.slots_per_rank,
+        WORDS=geometry.words,
+        HIDDEN_AT=mailbox.payload_at,
+        FAR_HIDDEN_AT=far.payload_at,
+        **geometry.constants,
+    )
+
+
+def relay_sums(
+    geometry: Geometry,
+    layer: int,
+    *,
+    partials: Tensor,
+    received: Received,
+    like: Tensor,
+    returns: Mailbox,
+    sums: Mailbox,
+    far: Far,
+    progress: Progress,
+    most_polls: int,
+    sent: Tensor,
+) -> None:
+    """Launch `relay_sums_kernel`. returns: where partial sums arrive; sums and its `far`: where sums go."""
+    splits = len(partials)
+    expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)
+    expect(torch.int32, (geometry.sequences, 2), sent=sent)
+    relay_sums_kernel[(geometry.sequences,)](
+        partials=partials,
+        weights=received.weights,
+        owner_of=received.owner_of,
+        relay_of=received.relay_of,
+        like=like,
+        at=returns.at,
+        flags=returns.flags,
+        flag_addresses=returns.flag_addresses,
+        failed=progress.failed,
+        most_polls=most_polls,
+        buffers=sums.to,
+        step=progress.step,
+        sent=sent,
+        layer=layer,
+        layers=geometry.layers,
+        sequences=geometry.sequences,
+        CHUNK=returns.chunk,
+        SUMS_AT=returns.payload_at,
+        FAR_SUMS_AT=far.payload_at,
+        SPLITS=splits,
+        **geometry.constants,
+    )

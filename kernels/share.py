@@ -1,13 +1,18 @@
-"""Into the cache: new keys and values that a collective brought from the rest of a coherence group."""
+"""Writes the new keys and values that a collective brought from a coherence group into the K/V cache."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from exflow.kernels.operands import expect, power_of_2
 from exflow.kernels.wire import after_earlier_kernels, pointer_at
 
 
 @triton.jit
-def take_born(
+def scatter_new_kv_kernel(
     everyone,
     owners,
     position,
@@ -42,5 +47,39 @@ def take_born(
         if member != MEMBER:
             told = (member * LAYERS + layer) * rows + row
             if tl.load(owners + told) != 0:
-                born = tl.load(everyone + told.to(tl.int64) * (2 * half) + i, mask=exists, other=0.0)
-                tl.store(at, born, mask=exists)
+                new = tl.load(everyone + told.to(tl.int64) * (2 * half) + i, mask=exists, other=0.0)
+                tl.store(at, new, mask=exists)
+
+
+def scatter_new_kv(
+    *,
+    everyone: Tensor,
+    owners: Tensor,
+    position: Tensor,
+    cache: Tensor,
+    positions: int,
+    member: int,
+    width: int,
+    launch: dict[str, Any],
+) -> None:
+    """Launch `scatter_new_kv_kernel`. width: of a head; positions: room of the cache."""
+    members, layers, rows, both = everyone.shape
+    expect(everyone.dtype, (members, layers, rows, both), everyone=everyone)
+    expect(torch.int32, (members, layers, rows), owners=owners)
+    expect(torch.int64, (rows,), position=position)
+    expect(torch.int64, (1,), cache=cache)
+    scatter_new_kv_kernel[(rows, layers)](
+        everyone=everyone,
+        owners=owners,
+        position=position,
+        cache=cache,
+        rows=rows,
+        positions=positions,
+        LAYERS=layers,
+        MEMBERS=members,
+        MEMBER=member,
+        KV_HEADS=both // (2 * width),
+        WIDTH=width,
+        BLOCK=power_of_2(both),
+        **launch,
+    )

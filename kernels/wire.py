@@ -6,6 +6,9 @@ of the batch. Ranks write into each other's memory and then raise a flag: one in
 holds the number of the sender's latest exchange. Numbers only grow, so nothing is ever cleared.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -58,17 +61,17 @@ def signal(flag_addresses, number, RANKS: tl.constexpr, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def wait_for_all(flags, number, failed, patience, RANKS: tl.constexpr):
-    """Return when every rank has raised its flag to `number`, or with failed[0] = number when patience ends.
+def wait_for_all(flags, number, failed, most_polls, RANKS: tl.constexpr):
+    """Return when every rank has raised its flag to `number`, or with failed[0] = number after `most_polls`.
 
-    patience: looks at a flag, each about a microsecond; a rank that died must not leave this one spinning.
+    A poll of a flag takes about a microsecond; a rank that died must not leave this one spinning.
     After a failure nothing waits any more: the host finds the number in `failed` and ends the job.
     """
-    looks = tl.where(tl.load(failed, volatile=True) == 0, patience, 0)
+    polls = tl.where(tl.load(failed, volatile=True) == 0, most_polls, 0)
     for rank in tl.static_range(RANKS):
         seen = tl.load(flags + rank, volatile=True)
-        spins = looks * 0
-        while (seen < number) & (spins < looks):
+        spins = polls * 0
+        while (seen < number) & (spins < polls):
             seen = tl.load(flags + rank, volatile=True)
             spins += 1
         if seen < number:
@@ -104,3 +107,13 @@ def normalise(x, mask, w, b, D: tl.constexpr, EPS: tl.constexpr, RMS: tl.constex
     """The norm of one row in float32 [BLOCK]; x is zero where masked."""
     mean, scale = moments(x, mask, D, EPS, RMS)
     return scaled(x, mean, scale, w, b, RMS)
+
+
+def is_sm90(device: torch.device) -> bool:
+    """Whether a device is a GPU of compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def programmatic_launch(device: torch.device) -> dict[str, Any]:
+    """The launch keywords of every kernel: whether a GPU sets it up while the one before it still runs."""
+    return {"PDL": True, "launch_pdl": True} if is_sm90(device) else {"PDL": False}

@@ -53,7 +53,7 @@ class Solving:
     def __post_init__(self) -> None:
         if self.method not in METHODS + BASELINES:
             known = ", ".join(METHODS + BASELINES)
-            raise InputError(f"--method {self.method}: no such method; give one of {known}")
+            raise InputError(f"method {self.method!r} is unknown; give one of {known}")
 
 
 def place(
@@ -87,7 +87,7 @@ def place(
         _check_in_use(in_use.plan, trace, topology)
         if solving.method in BASELINES:
             raise InputError(
-                f"--method {solving.method}: places anew, whatever is in use; use a method that solves"
+                f"method {solving.method} places anew, whatever is in use; use a method that solves"
             )
         replicas = _replicas_in(in_use.plan)
     else:
@@ -178,7 +178,7 @@ def _replicas(
 ) -> npt.NDArray[np.int64]:
     """[L, E] how many replicas of each expert there shall be; 0 for one that a layer lacks."""
     if redundant < 0:
-        raise InputError(f"--redundant-experts {redundant}: choose a number from 0 up")
+        raise InputError(f"redundant experts are {redundant}; choose a number from 0 up")
     most = max(experts_per_layer)
     num_slots = math.ceil((most + redundant) / num_ranks) * num_ranks
     load = np.sum([each.load for each in counts], axis=0)

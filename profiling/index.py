@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from exflow.errors import InputError
 from exflow.files import read_json, write_json
 from exflow.profiling.layout import RoutingLayout
+from exflow.validation import validated
 
 INDEX_NAME = "index.json"
 FORMAT, VERSION = "exflow-trace", 1
@@ -84,12 +85,7 @@ def read_index(folder: Path) -> TraceIndex:
             f"{path}: is of trace version {raw.get('version')!r}, this program reads version {VERSION}; "
             f"use the program that wrote it, or {_REMEDY}"
         )
-    try:
-        index = TraceIndex.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; {_REMEDY}") from error
+    index = validated(TraceIndex, raw, path, _REMEDY)
     try:
         expected = index.layout.id_dtype.name
     except InputError as error:

@@ -105,7 +105,7 @@ class TraceWriter:
         if index != TraceIndex.of(self._layout, self._has_weights, index.shards, self._source):
             raise InputError(
                 f"{self._folder}: was recorded from another model or text, or with other settings; set them "
-                "back, or leave out --resume to record it anew"
+                "back, or record it anew, without resuming"
             )
         blocks = [(shard, map_shard(self._folder, shard, index)) for shard in index.shards]
         self.resumed = int(blocks[-1][1]["sequence"][-1]) if blocks else 0

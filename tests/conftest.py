@@ -1,9 +1,11 @@
-"""Tiny models that tests share: every fixture here is a factory.
+"""Tiny models that tests share: every fixture here is a factory. No test reaches another host.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be told before they are loaded.
 """
 
 import os
+import runpy
+from pathlib import Path
 
 import torch
 
@@ -12,7 +14,6 @@ if not torch.cuda.is_available():
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,14 @@ from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, initialise
 from exflow.model.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
+runpy.run_path(str(Path(__file__).with_name("no_network.py")))
 torch.set_num_threads(1)  # for tensors this small more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process of the suite ends long after the others."""
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "distributed")))}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def _tiny_config(top_k: int = 1, moe_every: int = 1, **changes: Any) -> ModelConfig:

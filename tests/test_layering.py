@@ -19,7 +19,7 @@ PARTS = ("exflow", "kernels", "placement", "profiling")
 # do not import one another. The parts of placement are its packages, and the modules beside them.
 FLOORS = (
     ("errors", "encodings", "console"),
-    ("files", "texts"),
+    ("files", "texts", "validation"),
     ("job", "kernels", "profiling"),
     ("comm",),
     ("model", "placement.compiled"),
@@ -143,6 +143,7 @@ def test_the_offline_placer_runs_without_torch() -> None:
     assert "torch" not in loaded_by(statement)
 
 
+@pytest.mark.all
 @pytest.mark.slow
 def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
@@ -168,4 +169,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
         f"{module.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
         for module, path in FILES.items()
     }
-    assert packed == modules | {"exflow/py.typed"}
+    report = REPO / "exflow" / "report"  # its templates, style sheets and script
+    data = [each for each in report.rglob("*") if each.suffix in (".j2", ".css", ".js")]
+    assert data
+    assert packed == modules | {"exflow/py.typed"} | {str(each.relative_to(REPO)) for each in data}

@@ -32,8 +32,9 @@ from exflow.bench.timing import WARM_UP, StepTimes, begin_stand_in, stand_in_dec
 from exflow.comm.buffers import symmetric_memory, tensor_at
 from exflow.comm.transport import Transport
 from exflow.cost.auto import predictions
-from exflow.cost.predict import Load, Machine
+from exflow.cost.machine import Machine
 from exflow.cost.probe import measure
+from exflow.cost.workload import Workload
 from exflow.files import atomic_path, read_json
 from exflow.job.cluster import Cluster, join_cluster
 from exflow.model.config import ModelConfig, validated
@@ -110,7 +111,7 @@ class ExchangeOnly(DecodeStep):
     def run(self) -> Iterator[None]:
         for block in self.decoder.blocks:
             yield from self._dispatch(block.mlp)
-        self.step += 1
+        self.state.progress.step += 1
 
 
 def captured_rows(
@@ -150,7 +151,8 @@ def captured_rows(
 
 def kernel_times(captured: CapturedDecode) -> dict[str, float]:
     """Microseconds that a step spends in each kernel on this rank, by the profiler: from the end of the
-    kernel before to its own end, so that they add up to the step. `receive` and `settle` contain waiting."""
+    kernel before to its own end, so that they add up to the step. `receive_kernel` and `combine_kernel`
+    contain waiting."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         captured.advance()
         torch.cuda.synchronize()
@@ -218,7 +220,7 @@ def predicted_us(case: Case, batch: int, context: int, machines: list[Machine]) 
             "placement": name,
             "step_us": {
                 each.strategy: each.step_s * 1e6
-                for each in predictions(Load.of(case.config, plan, batch, context, 2), plan, machine)
+                for each in predictions(Workload.of(case.config, plan, batch, context, 2), plan, machine)
             },
         }
         for machine in machines

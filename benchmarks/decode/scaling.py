@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from exflow.cost.auto import predictions
-from exflow.cost.predict import Link, Load, Machine
+from exflow.cost.machine import Link, Machine
+from exflow.cost.workload import Workload
 from exflow.files import atomic_path, read_json
 from exflow.model.config import ModelConfig, validated
 from exflow.placement.plan.plan import Plan
@@ -58,7 +59,7 @@ def predicted(
         config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
         plan = Plan.load(at / f"{PLACEMENT}.json")
         result = next((each for each in results if gpus_of(each) == plan.num_ranks), results[-1])
-        load = Load.of(config, plan, batch, result["context"], 2)
+        load = Workload.of(config, plan, batch, result["context"], 2)
         for machine in map(machine_of, result["machines"]):
             steps = {each.strategy: each.step_s for each in predictions(load, plan, machine)}
             yield (at.name, plan.num_ranks, machine.transport), batch / steps[STRATEGY]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from exflow.comm.collectives import Exchange
 from exflow.comm.pairwise import Rounds
-from exflow.cost.predict import Machine
+from exflow.cost.machine import Machine
 from exflow.cost.probe import link_of
 from exflow.job.cluster import Cluster, join_cluster
 from exflow.model.config import ModelConfig

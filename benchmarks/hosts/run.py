@@ -36,8 +36,10 @@ import torch
 from benchmarks.hosts.network import CABLE, Host, NoNetwork, hosts
 from benchmarks.routing.machine import cpu_model
 from benchmarks.routing.recorded import NoTrace, joined, read
-from exflow.cost.auto import moved_by
-from exflow.cost.predict import Link, Load, Machine, Moved, predict
+from exflow.cost.auto import step_traffic
+from exflow.cost.machine import Link, Machine
+from exflow.cost.predict import predict
+from exflow.cost.workload import StepTraffic, Workload
 from exflow.files import atomic_path
 from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
@@ -178,7 +180,7 @@ def judge(job: Job, folder: Path, config: ModelConfig, trace: RoutingTrace) -> d
     variants = []
     for placement in job.placements:
         plan = Plan.load(folder / f"{placement}.json")
-        load = Load.of(config, plan, job.batch, job.steps // 2, 4)
+        load = Workload.of(config, plan, job.batch, job.steps // 2, 4)
         for strategy in job.strategies:
             mine = [run for run in runs if (run["strategy"], run["placement"]) == (strategy, placement)]
             if mine:
@@ -190,10 +192,10 @@ def judge(job: Job, folder: Path, config: ModelConfig, trace: RoutingTrace) -> d
     return {"machine": machine_figures(machine), "variants": variants}
 
 
-def moved_of(strategy: str, plan: Plan, decoded: RoutingTrace) -> Moved:
+def moved_of(strategy: str, plan: Plan, decoded: RoutingTrace) -> StepTraffic:
     if strategy != "replicated":
-        return moved_by(plan, decoded, int(strategy))
-    return Moved(1, 0, (0, 0), (0, 0), (0, 0), 1, 1, all_reduces=plan.num_layers)
+        return step_traffic(plan, decoded, int(strategy))
+    return StepTraffic(1, 0, (0, 0), (0, 0), (0, 0), 1, 1, all_reduces=plan.num_layers)
 
 
 def describe(strategy: str, placement: str, runs: list[dict[str, Any]], job: Job) -> dict[str, Any]:
@@ -208,7 +210,9 @@ def describe(strategy: str, placement: str, runs: list[dict[str, Any]], job: Job
     }
 
 
-def predicted(strategy: str, load: Load, moved: Moved, machine: Machine, job: Job) -> dict[str, Any]:
+def predicted(
+    strategy: str, load: Workload, moved: StepTraffic, machine: Machine, job: Job
+) -> dict[str, Any]:
     prediction = predict(strategy, load, moved, machine)
     return {
         "predicted_ms": 1000 * prediction.step_s,
@@ -217,16 +221,16 @@ def predicted(strategy: str, load: Load, moved: Moved, machine: Machine, job: Jo
             "compute": 1000 * prediction.compute_s,
             "background": 1000 * prediction.background_s,
         },
-        "busiest": moved.busiest,
-        "attending": moved.attending,
+        "busiest": moved.expert_imbalance,
+        "attending": moved.attention_imbalance,
     }
 
 
 def check_counters(
-    variant: dict[str, Any], counters: dict[str, Any], moved: Moved, decoded: RoutingTrace
+    variant: dict[str, Any], counters: dict[str, Any], moved: StepTraffic, decoded: RoutingTrace
 ) -> None:
     """The ranks must have sent just what placement counts."""
-    messages = round(sum(moved.dispatch + moved.give_back) * decoded.num_tokens * decoded.num_layers)
+    messages = round(sum(moved.dispatch + moved.combine) * decoded.num_tokens * decoded.num_layers)
     counted = sum(counters[name] for name in counters if name.startswith(("dispatch_", "return_")))
     if counted != messages:
         raise RuntimeError(
@@ -252,8 +256,8 @@ def plans_of(trace: RoutingTrace, count: int) -> dict[str, Plan]:
     """By placement. All wait for the rank that serves most, and for the one that owns most: a unit of
     imbalance costs as much time as all messages do."""
     topology = Topology(num_nodes=count, gpus_per_node=1)
-    baseline = moved_by(place(trace, topology, solving=Solving("contiguous")), trace, count)
-    messages = sum(baseline.dispatch + baseline.give_back)
+    baseline = step_traffic(place(trace, topology, solving=Solving("contiguous")), trace, count)
+    messages = sum(baseline.dispatch + baseline.combine)
     objective = Objective(balance_price=messages, owner_price=messages)
     return {
         name: place(

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, band, curve, frame, marker
-from exflow.report.draw.figure import Figure
-from exflow.report.draw.heatmap import Heat, Scale, heatmap
-from exflow.report.draw.svg import WIDTH, drawing, every, text
+from exflow.report.draw.heatmap import Heat, Scale, heatmap, in_own_colours
+from exflow.report.draw.svg import WIDTH, drawing, every, standing_alone, text
 
 _GAP = 16.0
 _TICK = 34.0  # room that a label below an axis needs
@@ -134,4 +133,4 @@ def _legend(names: dict[str, int], y: float) -> list[str]:
 
 
 def _file(label: str, height: float, body: Sequence[str]) -> str:
-    return Figure(slug="", title=label, svg=drawing(height, label, body), table="").file()
+    return standing_alone(in_own_colours(drawing(height, label, body)))

@@ -7,6 +7,7 @@ plan is made from three quarters of the sequences, and both placements are shown
 from pathlib import Path
 
 import numpy as np
+from frame import framed
 
 from exflow.placement.make_plan import place
 from exflow.placement.plan.topology import Topology
@@ -14,8 +15,7 @@ from exflow.placement.traffic.confidence import split_by_sequence
 from exflow.profiling.trace import RoutingTrace
 from exflow.report import routes
 from exflow.report.data import Judged, Report, gather
-from exflow.report.draw.colours import DARK, LIGHT
-from exflow.report.draw.svg import STYLE, WIDTH, text
+from exflow.report.draw.svg import text
 from exflow.report.plans import Candidate, contiguous_plan
 
 HERE = Path(__file__).parent
@@ -35,23 +35,15 @@ def report_of_both() -> Report:
 
 
 def picture() -> str:
-    """The drawing: light or dark as the reader's system is, on a ground of its own."""
     report = report_of_both()
     contiguous, affinity = report.plans
     titles = ("Experts in order", "Experts placed by affinity")
     body = [_row(report, place, title) for place, title in enumerate(titles)]
-    variables = "".join(f"--{name}:{value};" for name, value in LIGHT.items())
-    dark = "".join(f"--{name}:{value};" for name, value in DARK.items())
     label = (
         f"Routes of tokens through 4 GPUs: from layer to layer {_stay(contiguous):.0%} stay on their GPU "
         f"with experts in order, {_stay(affinity):.0%} with experts placed by affinity"
     )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {2 * ROW:g}" role="img" '
-        f'aria-label="{label}">'
-        f"<style>svg{{{variables}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}\n{STYLE}</style>"
-        f'<rect width="100%" height="100%" fill="var(--surface)"/>{"".join(body)}</svg>\n'
-    )
+    return framed(2 * ROW, label, body)
 
 
 def _row(report: Report, place: int, title: str) -> str:

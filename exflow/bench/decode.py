@@ -21,8 +21,10 @@ from exflow.comm.collectives import Counters, Exchange
 from exflow.comm.pairwise import Rounds
 from exflow.comm.transport import Transport, alone, choose_transport
 from exflow.console import Work, note
-from exflow.cost.predict import Load, Machine, memory_bytes
+from exflow.cost.machine import Machine
+from exflow.cost.predict import memory_bytes
 from exflow.cost.probe import free_bytes, measure
+from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.job.cluster import Cluster, alike_on_all_ranks, join_cluster, of_all
 from exflow.job.launch import torchrun_place
@@ -31,8 +33,8 @@ from exflow.model.device import choose_device
 from exflow.model.replay import ReplayedRouting
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import DECODE
+from exflow.runtime.decoding import Choices, EagerDecoding
 from exflow.runtime.deploy import decoder_of, experts_of
-from exflow.runtime.engine import Engine, _Run
 from exflow.runtime.expert_parallel import PlanTables
 from exflow.runtime.request import Request
 from exflow.runtime.strategies import Strategy, group_size, make_strategy, single_process, strategy_named
@@ -161,19 +163,16 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
             yield case, eager_result(bench, decoder, case)
 
 
-class MidDecode(_Run):
-    """An eager run that is in the middle of its decode from the beginning: `prefill`, then `advance`."""
-
-    def __init__(self, decoder: Decoder, strategy: Strategy, batch: int, context: int, steps: int) -> None:
-        super().__init__(Engine(decoder, strategy), Request([[0] * context] * batch, steps + 1), None)
-
-    def prefill(self) -> None:
-        """Noise instead of prompts. Tokens are where the end of prefill leaves them: at home."""
-        self.strategy.prefill(self.cache, self.sequence_N, self.lengths)  # which begins the request
-        fill_with_noise(self.cache.values, self.cache.held, self.longest)
-        here = self.sequence_N[self.strategy.admits(self.sequence_N)]
-        self.token_T = here % self.decoder.config.vocab_size
-        self.rows = Rows(here, torch.full_like(here, self.longest), DECODE)
+def mid_decode(decoder: Decoder, strategy: Strategy, batch: int, context: int, steps: int) -> EagerDecoding:
+    """A decoding whose prompts are not run: noise is in their place. Tokens are at home, as after prompts."""
+    request = Request([[0] * context] * batch, steps + 1)
+    choices = Choices(request, first_sequence=0, device=decoder.embedding.weight.device)
+    decoding = EagerDecoding(decoder, strategy, choices)
+    strategy.prefill(decoding.cache, choices.sequence_N, choices.lengths)  # which begins the request
+    fill_with_noise(decoding.cache.values, decoding.cache.held, context)
+    here = choices.sequence_N[strategy.admits(choices.sequence_N)]
+    decoding.begin(here % decoder.config.vocab_size, Rows(here, torch.full_like(here, context), DECODE))
+    return decoding
 
 
 def fill_with_noise(cache: Tensor, sequences: Tensor, context: int) -> None:
@@ -193,11 +192,10 @@ def eager_result(bench: Bench, decoder: Decoder, case: Case) -> Result:
     setting, cluster = bench.setting, bench.cluster
     strategy = single_process() if setting.topology is None else _strategy(bench, case)
     made = allocated(
-        cluster, lambda: MidDecode(decoder, strategy, case.batch, setting.context, setting.counted)
+        cluster, lambda: mid_decode(decoder, strategy, case.batch, setting.context, setting.counted)
     )
     if isinstance(made, str):
         return made
-    made.prefill()
     for _ in range(WARM_UP):
         made.advance()
     ends = [time.perf_counter()]
@@ -287,7 +285,7 @@ def does_not_fit(bench: Bench, case: Case) -> str:
 
         positions, batch = -(-positions // POSITIONS) * POSITIONS, bucket(batch, bench.cluster.num_ranks)
     plan = setting.plans[case.placement]
-    load = Load.of(setting.config, plan, batch, positions, setting.dtype.itemsize)
+    load = Workload.of(setting.config, plan, batch, positions, setting.dtype.itemsize)
     here = setting.topology or plan.topology
     group = {"dispatch-combine": 1, "node-coherent": here.gpus_per_node}.get(case.strategy, here.num_ranks)
     held = batch if group == here.num_ranks else load.tokens_per_rank * group

@@ -16,7 +16,9 @@ from exflow.bench.job import WARM_UP, BenchJob, Setting
 from exflow.comm.transport import NAMES as TRANSPORTS
 from exflow.comm.transport import Transport
 from exflow.cost.auto import expected_figures, predictions
-from exflow.cost.predict import Load, Machine, Prediction, choose
+from exflow.cost.machine import Machine
+from exflow.cost.predict import Prediction, choose
+from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.files import write_json
 from exflow.job.cluster import Cluster
@@ -73,7 +75,7 @@ def predicted(setting: Setting, machines: dict[Transport, Machine]) -> Predicted
             plan = replace(plan, topology=here, expected={})
         plan = replace(plan, expected={"strategies": expected_figures(plan, setting.config.top_k)})
         for batch, (transport, machine) in product(setting.batches, machines.items()):
-            load = Load.of(setting.config, plan, batch, setting.context, setting.dtype.itemsize)
+            load = Workload.of(setting.config, plan, batch, setting.context, setting.dtype.itemsize)
             for each in predictions(load, plan, machine):
                 found[Case(batch, each.strategy, transport, name)] = each
     return found

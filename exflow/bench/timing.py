@@ -92,7 +92,7 @@ class StepBytes:
 def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
     """Of the step last run; wire and background are means over the steps since `begin`. Collective."""
     config, shape = captured.capture.decoder.config, captured.shape
-    routing, position = captured.step.routing, captured.step.position
+    routing, position = captured.step.outputs.routing, captured.step.state.position
     size = captured.cache.dtype.itemsize
     # hidden layers without experts read the past of as many rows as those with
     attended = float((routing[:, :, 0] >= 0).sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
@@ -116,11 +116,11 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
 def _touched(captured: CapturedDecode) -> int:
     """Slots of this rank that had a row, over all layers of the latest step. Collective."""
     shape, step, tables = captured.shape, captured.step, captured.capture.tables
-    routing = step.routing.long()
+    routing = step.outputs.routing.long()
     asks = (
-        torch.full_like(step.sequence, shape.rank)
+        torch.full_like(step.state.sequence, shape.rank)
         if not shape.replicated
-        else step.sequence % shape.num_ranks
+        else step.state.sequence % shape.num_ranks
     )
     layer = torch.arange(len(routing), device=routing.device)[:, None, None]
     slot = tables.serving_slot[asks[None, :, None], layer, routing.clamp(min=0)]

@@ -7,7 +7,8 @@ export.py       plans <-> other engines                         export, import-p
 run.py          model and plan -> tokens                        generate, bench decode
 first_steps.py  where to begin                                  train, doctor, demo
 
-options.py has what verbs share, show.py prints their results: on stdout; progress and errors go to stderr.
+options.py has the options that verbs share. The tables print results on stdout; progress and errors go to
+stderr.
 Exit codes: 0 success, 2 bad usage or bad input, 128 + N stopped by signal N (130: Ctrl-C), 1 anything else.
 Torch and the solvers are imported inside the verbs that need them, so that `exflow --help` answers at once.
 """
@@ -20,7 +21,7 @@ import typer
 
 from exflow.cli import export, first_steps, look, place, profile, run
 from exflow.cli.options import Verbs, general
-from exflow.console import begin, manners, say, say_error
+from exflow.console import begin, say, say_error, verbosity
 from exflow.errors import InputError, WrongResult, out_of_memory
 from exflow.files import FULL
 from exflow.job.launch import BAD_INPUT, LOST_CONTACT, LostContact, RankDied, end, torchrun_place
@@ -33,10 +34,10 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Decide on which GPU each expert of a Mixture-of-Experts model lives, and decode with one "
-    "all-to-all a layer.",
-    epilog="Results go to stdout; progress, notes and errors to stderr. NO_COLOR is heeded. Exit codes: 0 "
-    "success, 2 bad usage or bad input, 128 + N stopped by signal N, 1 anything else.",
+    help="Place the experts of a Mixture-of-Experts model on GPUs so that fewer tokens cross between them. "
+    "Export the plan to a serving engine, or run it with ExFlow's own runtime.",
+    epilog="Results go to stdout; progress, notes and errors go to stderr. Set NO_COLOR to turn colours off. "
+    "Exit codes: 0 success, 2 bad usage or bad input, 128 + N stopped by signal N, 1 any other failure.",
 )
 for verbs in (profile.verbs, place.verbs, look.verbs, export.verbs, run.verbs, first_steps.verbs, run.bench):
     app.add_typer(verbs)
@@ -44,11 +45,11 @@ for verbs in (profile.verbs, place.verbs, look.verbs, export.verbs, run.verbs, f
 
 def main() -> None:
     """Entry point of the `exflow` command."""
-    # torch's threads shall not spin while they wait: where cores are few or busy they stall each other
+    # threads of torch that spin while they wait stall each other where cores are few or busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of its warnings when a rank is lost: we say it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported by exflow itself
     try:
-        answer_signals()  # from here on one may come at any moment
+        answer_signals()  # from here on a signal may come at any moment
         begin()
         try:
             carry_out()
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def deliver() -> None:
-    """Write what stdout still holds now, since Python would end with a traceback where that cannot be."""
+    """Flush stdout now: where that fails, Python would end with a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -72,20 +73,20 @@ def deliver() -> None:
 def undelivered(error: OSError) -> NoReturn:
     """End the program, since stdout cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which will try again
-    if isinstance(error, BrokenPipeError):  # nobody reads on, as after `| head`
+    if isinstance(error, BrokenPipeError):  # the reader has gone, as after `| head`
         end(1)
-    say(f"standard output cannot be written ({error.strerror}); make room there, or choose another place")
+    say(f"standard output cannot be written ({error.strerror}); make room, or redirect it elsewhere")
     end(BAD_INPUT)
 
 
 def carry_out() -> None:
-    """Do what the command line says, and say what came in the way."""
+    """Run the verb of the command line; end with a message and an exit code where it fails."""
     here = torchrun_place()
-    manners.first_rank = here is None or here.rank == 0
+    verbosity.first_rank = here is None or here.rank == 0
     try:
         app()
     except InputError as error:
-        if here is None or here.local_rank == 0:  # all ranks find the same fault: once a node is enough
+        if here is None or here.local_rank == 0:  # all ranks find the same fault: one a node reports it
             say_error(error)
         end(BAD_INPUT)
     except (RankDied, WrongResult) as error:
@@ -99,7 +100,7 @@ def carry_out() -> None:
         if (stop := unheard()) is not None:
             raise stop from error
         if isinstance(error, OSError) and error.filename is None and error.errno in FULL:
-            undelivered(error)  # of files that are written it would be an InputError
+            undelivered(error)  # a file that cannot be written is an InputError instead
         if (shortage := out_of_memory(error)) is not None:
             say(shortage if here is None else f"rank {here.rank}: {shortage}")
         elif here is None:

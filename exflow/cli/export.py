@@ -1,38 +1,53 @@
-"""Plans for other engines, and theirs for us: export, import-plan."""
+"""Verbs that exchange plans with other engines: export, import-plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from exflow.cli.tables import print_json
+import typer
+
+from exflow.cli.options import (
+    ENGINES,
+    PLAN_FORMATS,
+    Json,
+    NewPlan,
+    Nodes,
+    PlanFile,
+    TopologyFile,
+    examples,
+    one_of,
+)
+from exflow.cli.tables import print_figures, print_json
+from exflow.console import note
 
 if TYPE_CHECKING:
     from exflow.placement.formats.exporters.registry import Exported
 
-from typing import Annotated
-
-import typer
-
-from exflow.cli.options import PLAN_FORMATS, Json, NewPlan, Nodes, PlanFile, TopologyFile, examples, one_of
-from exflow.cli.tables import print_figures
-
 verbs = typer.Typer()
 
 
-@verbs.command(epilog=examples("exflow export plan.json --format sglang -o placement.json"))
+@verbs.command(
+    rich_help_panel=ENGINES,
+    epilog=examples("exflow export plan.json --format sglang -o placement.json"),
+)
 def export(
     plan: PlanFile,
     format: Annotated[
         str,
         typer.Option(
-            help="sglang, trtllm, vllm-ascend, vllm, eplb, or exflow.",
+            help="Engine to write for: sglang, trtllm, vllm-ascend, vllm, eplb, or exflow.",
             autocompletion=one_of(PLAN_FORMATS),
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File for the engine.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Placement file to write.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
-    """Write a plan for another engine, and say how to use it."""
+    """Write a plan in another engine's format, and print the options to start the engine with.
+
+    These engines dispatch and combine, so make the plan with exflow place --strategy dispatch-combine.
+    """
     from exflow.commands.export import run_export
 
     print_export(run_export(plan, format, output), as_json)
@@ -40,29 +55,38 @@ def export(
 
 @verbs.command(
     "import-plan",
+    rich_help_panel=ENGINES,
     epilog=examples(
         "exflow import-plan placement.json -o plan.json",
         "exflow import-plan moe.yaml --trace trace/ --gpus 8 -o plan.json",
     ),
 )
 def import_plan(
-    file: Annotated[Path, typer.Argument(help="A placement in an engine's format.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="Placement file of another engine.", show_default=False)],
     output: NewPlan,
     format: Annotated[
         str | None,
         typer.Option(
-            help="As of export; by default told from the content.", autocompletion=one_of(PLAN_FORMATS)
+            help="Format of the file, one of those that exflow export writes.",
+            show_default="recognised from the content",
+            autocompletion=one_of(PLAN_FORMATS),
         ),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Folder of a trace of the model; by default FILE.meta.json tells.")
+        Path | None,
+        typer.Option(
+            help="Trace folder of the same model.", show_default="FILE.meta.json describes the model"
+        ),
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs in all, where nothing tells.", min=1)] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Number of GPUs in all.", show_default="as FILE.meta.json or the file says", min=1),
+    ] = None,
     nodes: Nodes = 1,
     topology: TopologyFile = None,
     as_json: Json = False,
 ) -> None:
-    """Make a plan of another engine's placement, to evaluate it or to run it."""
+    """Turn the placement of another engine into a plan, to evaluate it or to run it."""
     from exflow.commands.export import given_topology, run_import_plan
 
     where = given_topology(gpus, nodes, topology)
@@ -70,7 +94,10 @@ def import_plan(
 
 
 def print_export(done: "Exported", as_json: bool) -> None:
-    """The files, the engine's options to copy, and its traps."""
+    """Print the files, the engine's options to copy, and its traps; the warning goes to stderr."""
+    warning = done.warning and f"{done.warning}; make one with exflow place --strategy {done.strategy}"
+    if warning:
+        note(warning)
     if as_json:
         result = {
             "file": str(done.path),
@@ -78,6 +105,7 @@ def print_export(done: "Exported", as_json: bool) -> None:
             "format": done.format,
             "options": list(done.usage.options),
             "traps": list(done.usage.traps),
+            "warning": warning,
         }
         print_json(result)
         return

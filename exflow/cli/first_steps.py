@@ -1,39 +1,42 @@
-"""Where to begin: a small model of one's own, this machine, the whole pipeline: train, doctor, demo."""
+"""Verbs to begin with: train, doctor, demo."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from exflow.cli.tables import _print_table, print_json
-
-if TYPE_CHECKING:
-    from exflow.commands.doctor import Finding
-
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exflow.cli.options import Device, Json, Texts, examples
+from exflow.cli.options import STARTING, Device, Json, Texts, examples
+from exflow.cli.tables import print_json, print_table
 from exflow.cli.training import TrainingLog
 from exflow.console import Work
+
+if TYPE_CHECKING:
+    from exflow.commands.doctor import Finding
 
 verbs = typer.Typer()
 
 
 @verbs.command(
+    rich_help_panel=STARTING,
     epilog=examples(
         "exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo",
         "exflow train configs/gpt-moe-demo.yaml --text corpus/ -o runs/demo --resume",
-    )
+    ),
 )
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file: model, data, training, checkpoint_steps.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")],
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file with model, data, training and checkpoint_steps.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write checkpoints to.", show_default=False)
+    ],
     text: Texts = None,
     device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last saved step.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last saved step.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small GPT-MoE from text."""
+    """Train a small Mixture-of-Experts model on text."""
     from exflow.model.device import choose_device
     from exflow.train.config import load_train_config
     from exflow.train.loop import train
@@ -47,9 +50,9 @@ def train(
     print_run(final, log.held_out_bits_per_byte, as_json)
 
 
-@verbs.command(epilog=examples("exflow doctor", "exflow doctor --json"))
+@verbs.command(rich_help_panel=STARTING, epilog=examples("exflow doctor", "exflow doctor --json"))
 def doctor(as_json: Json = False) -> None:
-    """Say what this machine has, and what is missing for what."""
+    """Check what this machine can run, and what is missing."""
     from exflow.commands.doctor import examine
 
     findings = examine()
@@ -58,16 +61,16 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@verbs.command(epilog=examples("exflow demo", "exflow demo --text README.md"))
+@verbs.command(rich_help_panel=STARTING, epilog=examples("exflow demo", "exflow demo --text README.md"))
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a checkpoint; by default the shipped one.")
+        Path | None, typer.Option(help="Checkpoint folder.", show_default="the shipped model")
     ] = None,
     text: Texts = None,
     as_json: Json = False,
     rank_folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Profile, place and generate with the shipped model on 4 CPU ranks, and compare what is moved."""
+    """Profile, place and generate with a small model on 4 CPU processes, and compare the traffic."""
     if rank_folder is not None and model is not None:
         from exflow.commands.demo_rank import run_demo_rank
 
@@ -81,7 +84,7 @@ def demo(
 
 
 def print_findings(findings: "list[Finding]", as_json: bool) -> None:
-    """What was found, line by line; then what is missing, for what, and how to get it."""
+    """Print what was found, then what is missing, what needs it, and how to get it."""
     if as_json:
         from exflow.commands.doctor import as_json as in_json
 
@@ -97,7 +100,7 @@ def print_findings(findings: "list[Finding]", as_json: bool) -> None:
 
 
 def print_run(checkpoint: Path, held_out_bits_per_byte: float, as_json: bool) -> None:
-    """The folder of a training run's last checkpoint; how good it is was said on the way."""
+    """Print the folder of the last checkpoint; its quality was noted during training."""
     if as_json:
         print_json({"checkpoint": str(checkpoint), "held_out_bits_per_byte": held_out_bits_per_byte})
         return
@@ -105,11 +108,11 @@ def print_run(checkpoint: Path, held_out_bits_per_byte: float, as_json: bool) ->
 
 
 def print_demo(result: dict[str, Any], as_json: bool) -> None:
-    """The comparison as one table, the text once, and whether all variants agree."""
+    """Print the comparison as a table, its summary, the generated text, and whether all variants agree."""
     if as_json:
         print_json(result)
         return
-    _print_table(["strategy", "placement"], _DEMO_COLUMNS, result["variants"])
+    print_table(["strategy", "placement"], _DEMO_COLUMNS, [_demo_row(each) for each in result["variants"]])
     print(_DEMO_LEGEND)
     print()
     print(result["summary"])
@@ -120,22 +123,32 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
     print(result["verdict"])
 
 
+def _demo_row(variant: dict[str, Any]) -> dict[str, Any]:
+    """A variant's figures, with its collectives in words and no messages where it sends none."""
+    counts = {name: variant[f"{name.replace('-', '_')}_per_step"] for name in _COLLECTIVES}
+    used = [f"{count:g} {name}" for name, count in counts.items() if count]
+    sends = bool(counts["all-to-alls"])
+    return {
+        **variant,
+        "messages": variant["messages_per_token_layer"] if sends else "-",
+        "collectives": ", ".join(used),
+    }
+
+
+_COLLECTIVES = ("all-to-alls", "gathers", "all-reduces")
+
 _DEMO_COLUMNS = {
-    "msgs": "messages_per_token_layer",
+    "messages": "messages",
     "bytes": "critical_bytes_per_token_layer",
-    "K/V": "background_bytes_per_token_layer",
-    "local": "local_fraction",
-    "imbal": "imbalance",
-    "a2a": "all_to_alls_per_step",
-    "gat": "gathers_per_step",
-    "red": "all_reduces_per_step",
-    "tok/s": "tokens_per_s",
+    "K/V bytes": "background_bytes_per_token_layer",
+    "busiest": "imbalance",
+    "collectives": "collectives",
 }
 
 
 _DEMO_LEGEND = """\
-msgs, bytes  hidden states that cross between ranks on the critical path, per token and MoE layer
-K/V          bytes of keys and values shared in the background, per token and MoE layer
-local        share of adjacent-layer transitions that stay on a rank
-imbal        busiest rank's load over the mean, averaged over layers
-a2a gat red  all-to-alls, gathers and all-reduces in a decode step"""
+messages     hidden states sent from rank to rank, per token and MoE layer
+bytes        bytes that a token waits for, per token and MoE layer
+K/V bytes    keys and values copied to other ranks in the background, per token and MoE layer
+busiest      load of the busiest rank, divided by the mean load
+collectives  collective operations in one decode step"""

@@ -1,45 +1,40 @@
-"""A trace and plans for it, to look at before deploying: report, simulate."""
+"""Verbs that show what a plan will do before it is deployed: report, simulate."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from exflow.cli.tables import _print_table, _readable, print_json
-
-if TYPE_CHECKING:
-    pass
-
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from exflow.cli.options import Json, Nodes, Phase, TopologyFile, Trace, examples
-from exflow.cli.tables import print_figures
+from exflow.cli.options import LOOKING, Json, Nodes, Phase, TopologyFile, Trace, examples
+from exflow.cli.tables import print_figures, print_json, print_table, readable
 from exflow.console import Work
 from exflow.files import check_writable
 from exflow.job.signals import ctrl_c_ends_the_search
 
 verbs = typer.Typer()
-_TIMES = "Predicted times"
+_TIMES, _CLUSTER, _LOAD = "Predicted times", "Cluster", "Load"
 
 
 @verbs.command(
+    rich_help_panel=LOOKING,
     epilog=examples(
         "exflow report trace/ plan.json -o report.html",
         "exflow report trace/ plan.json other.json --model configs/shapes/gpt-oss-20b -o report.html",
-    )
+    ),
 )
 def report(
     trace: Trace,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File of the page.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.", show_default=False)],
     plans: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of plans, beside the contiguous one.", show_default=False),
+        typer.Argument(help="Plan files to compare with experts in order.", show_default=False),
     ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Folder to write each drawing to as well, as SVG (there is no PNG).")
+        Path | None, typer.Option(help="Folder to write the drawings to as well, as SVG files.")
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs to judge by, instead of the plans' own; or without plans.", min=1)
+        int | None,
+        typer.Option(help="Number of GPUs to compare on.", show_default="those of the plans", min=1),
     ] = None,
     nodes: Nodes = 1,
     topology: TopologyFile = None,
@@ -47,21 +42,28 @@ def report(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a checkpoint, or of a config.json alone: to predict times of decode steps.",
+            help="Folder with the model's config.json, to predict times of decode steps too.",
             rich_help_panel=_TIMES,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of the job.", min=1, rich_help_panel=_TIMES)] = 64,
+    batch: Annotated[
+        int, typer.Option(help="Sequences decoded at a time, on all GPUs.", min=1, rich_help_panel=_TIMES)
+    ] = 64,
     context: Annotated[
-        int, typer.Option(help="Positions that each has already.", min=1, rich_help_panel=_TIMES)
+        int,
+        typer.Option(help="Tokens already in each sequence's cache.", min=1, rich_help_panel=_TIMES),
     ] = 1024,
     machine: Annotated[
         Path | None,
-        typer.Option(help="YAML file of the machine, by default of H200s.", rich_help_panel=_TIMES),
+        typer.Option(
+            help="YAML file of the speeds of GPUs and links.",
+            show_default="H200 GPUs",
+            rich_help_panel=_TIMES,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained page about a trace and plans for it, to look at before deploying."""
+    """Write a self-contained HTML page that shows a trace and compares plans for it."""
     from exflow.commands.place import Where
     from exflow.commands.report import ReportJob, run_report
 
@@ -82,49 +84,82 @@ def report(
 
 
 @verbs.command(
+    rich_help_panel=LOOKING,
     epilog=examples(
         "exflow simulate trace/ --model configs/shapes/gpt-oss-20b --gpus 32 --expert-parallel 8 "
         "--expert-parallel 32",
         "exflow simulate trace/ plan.json --model configs/shapes/gpt-oss-20b --batch 256",
         "exflow simulate trace/ --model shape/ --machine configs/machines/a100-hdr.yaml --gpus-per-node 4 "
         "--gpus 64 --figures drawings/",
-    )
+    ),
 )
 def simulate(
     trace: Trace,
-    model: Annotated[
-        Path, typer.Option(help="Folder of a checkpoint, or of a config.json alone.", show_default=False)
-    ],
+    model: Annotated[Path, typer.Option(help="Folder with the model's config.json.", show_default=False)],
     plans: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of plans; without them placements are made.", show_default=False),
+        typer.Argument(
+            help="Plan files. Without them, placements are made from the trace.", show_default=False
+        ),
     ] = None,
     gpus: Annotated[
-        list[int] | None, typer.Option(help="GPUs in all; by default the plans' own. Repeatable.", min=1)
+        list[int] | None,
+        typer.Option(
+            help="Number of GPUs in all. Repeatable.",
+            show_default="those of the plans",
+            min=1,
+            rich_help_panel=_CLUSTER,
+        ),
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, without plans.", min=1)] = 8,
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(help="GPUs of each node, where no plan says it.", min=1, rich_help_panel=_CLUSTER),
+    ] = 8,
     expert_parallel: Annotated[
         list[int] | None,
         typer.Option(
-            help="GPUs that share all experts at most; more GPUs are further such groups. Repeatable.", min=1
+            help="Expert-parallel size. Further GPUs are data-parallel copies. Repeatable.",
+            show_default="all GPUs",
+            min=1,
+            rich_help_panel=_CLUSTER,
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of the whole job.", min=1)] = None,
-    batch_per_gpu: Annotated[
-        int | None, typer.Option(help="Sequences of a GPU, instead; by default 64.", min=1)
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences decoded at a time, on all GPUs together.",
+            show_default="from --batch-per-gpu",
+            min=1,
+            rich_help_panel=_LOAD,
+        ),
     ] = None,
-    context: Annotated[int, typer.Option(help="Positions that each has already.", min=1)] = 1024,
+    batch_per_gpu: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences decoded at a time, per GPU.", show_default="64", min=1, rich_help_panel=_LOAD
+        ),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="Tokens already in each sequence's cache.", min=1, rich_help_panel=_LOAD)
+    ] = 1024,
     machine: Annotated[
-        Path | None, typer.Option(help="YAML file of the machine, by default of H200s.")
+        Path | None,
+        typer.Option(
+            help="YAML file of the speeds of GPUs and links.",
+            show_default="H200 GPUs",
+            rich_help_panel=_CLUSTER,
+        ),
     ] = None,
     time_limit: Annotated[
         float, typer.Option(help="Seconds to search for each placement at most.", min=0.1)
     ] = 10.0,
     phase: Phase = "all",
-    figures: Annotated[Path | None, typer.Option(help="Folder for curves over the GPUs, as SVG.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to write curves over the number of GPUs to, as SVG files.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict decode steps on clusters that you do not have, strategy by strategy."""
+    """Predict decode-step times on clusters that you do not have, for each strategy and placement."""
     from exflow.commands.simulate import SimulateJob, run_simulate
     from exflow.report.scaling import write_scaling
 
@@ -152,7 +187,7 @@ def simulate(
 
 
 def print_simulation(result: dict[str, Any], as_json: bool) -> None:
-    """A table of all sizes; below it what is fastest on each, and from where on another strategy would be."""
+    """Print a table of all sizes, then the fastest of each and the changes that would make another faster."""
     if as_json:
         print_json(result)
         return
@@ -164,14 +199,15 @@ def print_simulation(result: dict[str, Any], as_json: bool) -> None:
         for row in size["steps"]
     ]
     print(f"{result['model']}, {result['context']} positions of context; predicted, not measured")
-    _print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows, width=200)
+    print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows, width=200)
     print(_SIMULATION_LEGEND)
     for size in result["sizes"]:
-        fastest = "none fits" if size["fastest"] is None else ", ".join(size["fastest"])
-        print(f"{size['gpus']} GPUs in groups of {size['expert_parallel']}: {fastest}")
+        best = size["fastest"]
+        said = "nothing fits" if best is None else f"{best[0]} with placement {best[1]} is fastest"
+        print(f"{size['gpus']} GPUs, expert-parallel size {size['expert_parallel']}: {said}")
         for turn in size["turns"]:
-            way, then = ("up" if turn["factor"] > 1 else "down"), turn["strategy"] or "none fits"
-            print(f"    {turn['quantity']} {_readable(turn['value'])} {turn['unit']} and {way}: {then}")
+            way, then = ("above" if turn["factor"] > 1 else "below"), turn["strategy"] or "nothing fits"
+            print(f"    {then} if {turn['quantity']} is {way} {readable(turn['value'])} {turn['unit']}")
     for note in result["notes"]:
         print(f"note: {note}")
 
@@ -188,5 +224,6 @@ _SIMULATION_COLUMNS = {
 
 
 _SIMULATION_LEGEND = """\
-ep   GPUs of an expert-parallel group; there are as many groups as the GPUs make
-K/V  milliseconds of sharing keys and values that computing does not hide; GB a GPU needs"""
+ep        expert-parallel size; further GPUs are data-parallel copies
+exchange  milliseconds of moving hidden states; K/V: of keys and values, as far as computing does not hide it
+a GPU     tokens per second and GPU; GB: memory that a GPU needs"""

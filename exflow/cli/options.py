@@ -1,4 +1,4 @@
-"""What verbs have in common: options, names that the shell completes, examples."""
+"""Parts that verbs share: options, names that the shell completes, panels of the help, examples."""
 
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from exflow import __version__
-from exflow.console import manners
+from exflow.console import verbosity
 from exflow.errors import InputError
 
 # Written down again, since completing shall load neither torch nor a solver; a test compares.
@@ -23,34 +23,54 @@ PHASES = ("all", "prefill", "decode")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 
+# Panels of `exflow --help`, in this order, and the panel of options that hardly anybody needs.
+RECORDING, PLACING, LOOKING, ENGINES, RUNNING, STARTING = (
+    "Record routing",
+    "Place experts",
+    "Look before deploying",
+    "Other engines",
+    "Run a model",
+    "Get started",
+)
+EXPERTS = "For experts"
+
 
 def one_of(names: Sequence[str]) -> Callable[[], list[str]]:
-    """What the shell completes an option to."""
+    """Completion of an option to one of `names`."""
     return lambda: list(names)
 
 
-Trace = Annotated[Path, typer.Argument(help="Folder of a routing trace.", show_default=False)]
-PlanFile = Annotated[Path, typer.Argument(help="File of a plan.", show_default=False)]
-NewPlan = Annotated[Path, typer.Option("--output", "-o", help="File of the plan.")]
-Nodes = Annotated[int, typer.Option(help="Nodes they are spread over.", min=1)]
-TopologyFile = Annotated[Path | None, typer.Option(help="YAML file of GPUs and links, instead of --gpus.")]
+Trace = Annotated[
+    Path, typer.Argument(help="Trace folder, written by exflow profile or exflow import.", show_default=False)
+]
+PlanFile = Annotated[
+    Path, typer.Argument(help="Plan file, written by exflow place or exflow import-plan.", show_default=False)
+]
+NewPlan = Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.", show_default=False)]
+Nodes = Annotated[int, typer.Option(help="Number of nodes that the GPUs are spread over evenly.", min=1)]
+TopologyFile = Annotated[
+    Path | None, typer.Option(help="YAML file of nodes, GPUs and links. Replaces --gpus and --nodes.")
+]
 Texts = Annotated[
     list[str] | None,
-    typer.Option("--text", help="A file or folder of text; {stdlib} is Python's library. Repeatable."),
+    typer.Option("--text", help="Text file or folder; {stdlib} is Python's standard library. Repeatable."),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu or cuda; by default cuda where there is one.", autocompletion=one_of(DEVICES)),
+    typer.Option(
+        help="Device to compute on: cpu or cuda.",
+        show_default="cuda if there is a GPU",
+        autocompletion=one_of(DEVICES),
+    ),
 ]
 Phase = Annotated[
-    str,
-    typer.Option(help="Which tokens to count: all, prefill or decode.", autocompletion=one_of(PHASES)),
+    str, typer.Option(help="Tokens to count: all, prefill, or decode.", autocompletion=one_of(PHASES))
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def examples(*lines: str) -> str:
-    """The end of a verb's help."""
+    """Epilog of a verb's help: commands to copy."""
     return "\n\n".join(["Examples:" if len(lines) > 1 else "Example:", *(f"    {line}" for line in lines)])
 
 
@@ -61,32 +81,34 @@ def _version(value: bool) -> None:
 
 
 def _mind(option: typer.CallbackParam, value: bool) -> bool:
-    """--quiet or --verbose, said before the verb or behind it."""
+    """Store --quiet or --verbose, given before the verb or after it."""
     if value:
-        setattr(manners, str(option.name), True)
-    if manners.quiet and manners.verbose:
-        manners.verbose = False
+        setattr(verbosity, str(option.name), True)
+    if verbosity.quiet and verbosity.verbose:
+        verbosity.verbose = False
         raise InputError("--quiet and --verbose ask for opposite things; give one")
     return value
 
 
 def general(
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", callback=_mind, help="On stderr errors alone.")
+        bool, typer.Option("--quiet", "-q", callback=_mind, help="Print only errors to stderr.")
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", callback=_mind, help="On stderr lines of progress, and tracebacks."),
+        typer.Option(
+            "--verbose", "-v", callback=_mind, help="Print progress lines and tracebacks to stderr."
+        ),
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What every verb takes."""
+    """Options of every verb."""
 
 
 class Verbs(TyperGroup):
-    """--quiet and --verbose may stand behind the verb too."""
+    """The verbs; --quiet and --verbose may also follow the verb."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

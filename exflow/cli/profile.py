@@ -1,55 +1,59 @@
-"""From a model, or from another engine's recording, to a trace: profile, import."""
+"""Verbs that make a trace, from a model or from another engine's recording: profile, import."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exflow.cli.options import RECORDING, TRACE_FORMATS, Device, Json, Texts, examples, one_of
+from exflow.cli.tables import print_figures
+from exflow.console import Work
 
 if TYPE_CHECKING:
     from exflow.profiling.trace import RoutingTrace
 
-from typing import Annotated
-
-import typer
-
-from exflow.cli.options import TRACE_FORMATS, Device, Json, Texts, examples, one_of
-from exflow.cli.tables import print_figures
-from exflow.console import Work
-
 verbs = typer.Typer()
-NewTrace = Annotated[Path, typer.Option("--output", "-o", help="Folder of the trace.")]
+NewTrace = Annotated[Path, typer.Option("--output", "-o", help="Trace folder to write.", show_default=False)]
+_UNSAID = "Facts that the files leave out"
 
 
 @verbs.command(
+    rich_help_panel=RECORDING,
     epilog=examples(
         "exflow profile models/gpt-moe-demo --text book.txt -o trace/",
         "exflow profile hf:OLMoE-1B-7B/ --text book.txt --length 512 -o trace/",
-    )
+    ),
 )
 def profile(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder of a checkpoint, or hf:FOLDER of a Hugging Face model.", show_default=False
+            help="Checkpoint folder, or hf:FOLDER to run a Hugging Face model with transformers.",
+            show_default=False,
         ),
     ],
     output: NewTrace,
     text: Texts = None,
     tokens: Annotated[
-        int, typer.Option(help="Record at most so many, spread evenly over the text.", min=1)
+        int, typer.Option(help="Number of tokens to record at most, spread evenly over the text.", min=1)
     ] = 32768,
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a sequence; by default the model's most, of a Hugging Face model 2048.", min=1
+            help="Tokens per sequence.", show_default="2048, or the model's longest if shorter", min=1
         ),
     ] = None,
-    weights: Annotated[bool, typer.Option(help="Record the gate weights too.")] = False,
+    weights: Annotated[bool, typer.Option(help="Also record the weights of the chosen experts.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what a stopped run has recorded.")
+        bool, typer.Option("--resume", help="Continue the recording of an interrupted run.")
     ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Run a model over text and record its routing."""
+    """Run a model over text and record which experts each token takes.
+
+    Without --text the text is Python's standard library.
+    """
     from exflow.commands.profile import profile_text
 
     with Work("profiling", "tokens") as work:
@@ -69,6 +73,7 @@ def profile(
 
 @verbs.command(
     "import",
+    rich_help_panel=RECORDING,
     epilog=examples(
         "exflow import responses.jsonl --hidden-layers 27 --top-k 6 -o trace/",
         "exflow import expert_distribution_recorder_*.pt -o trace/",
@@ -81,24 +86,31 @@ def import_trace(
     format: Annotated[
         str | None,
         typer.Option(
-            help="responses (SGLang, vLLM), sglang (its recorder), trtllm, megatron, npz or npy; "
-            "by default told from the content.",
+            help="Format of the files: responses (of SGLang or vLLM), sglang (its expert recorder), trtllm, "
+            "megatron, npz, or npy.",
+            show_default="recognised from the content",
             autocompletion=one_of(TRACE_FORMATS),
         ),
     ] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Where the files do not say.", min=1)] = None,
     moe_layers: Annotated[
-        str | None, typer.Option(help="The layers to keep, as 1-26 or 0,2,4; by default all that route.")
+        str | None,
+        typer.Option(help="Layers to keep, such as 1-26 or 0,2,4.", show_default="all layers with experts"),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts per layer of the model.", min=1, rich_help_panel=_UNSAID)
     ] = None,
     hidden_layers: Annotated[
-        int | None, typer.Option(help="Of the model, where the files do not say.", min=1)
+        int | None,
+        typer.Option(
+            help="Layers of the model, those without experts included.", min=1, rich_help_panel=_UNSAID
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Experts a token takes, where the files do not say.", min=1)
+        int | None, typer.Option(help="Experts that each token takes.", min=1, rich_help_panel=_UNSAID)
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn routing recorded by another engine into a trace."""
+    """Turn a recording of another engine into a trace."""
     from exflow.commands.import_trace import layer_numbers, run_import
     from exflow.profiling.importers.foreign import Hints
 

@@ -1,101 +1,162 @@
-"""From a model and a plan to tokens, on one process or on many ranks: generate, bench decode."""
-
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from exflow.cli.tables import _print_table, _readable, print_json
-
-if TYPE_CHECKING:
-    pass
+"""Verbs that run a model, on one process or on many ranks: generate, bench decode."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exflow.cli.options import DTYPES, STRATEGIES, TRANSPORTS, Device, Json, examples, one_of
+from exflow.cli.options import (
+    DTYPES,
+    EXPERTS,
+    RUNNING,
+    STRATEGIES,
+    TRANSPORTS,
+    Device,
+    Json,
+    examples,
+    one_of,
+)
+from exflow.cli.run_tables import print_decode_bench, print_generation
 from exflow.errors import InputError
 from exflow.job.launch import PATIENCE_S, check_start, run_ranks, torchrun_place
 
 verbs = typer.Typer()
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Time variants side by side in one job.")
+bench = typer.Typer(
+    name="bench",
+    rich_help_panel=RUNNING,
+    no_args_is_help=True,
+    help="Time strategies, transports and placements side by side.",
+)
+_SAMPLING, _PARALLEL, _CHECKS = "Sampling", "Parallelism and precision", "Record and check"
 
-Nproc = Annotated[int | None, typer.Option(help="Ranks to start here; by default one process.", min=1)]
+Nproc = Annotated[
+    int | None,
+    typer.Option(
+        help="Ranks to start on this machine, one per GPU. torchrun starts ranks on several machines.",
+        show_default="one process",
+        min=1,
+        rich_help_panel=_PARALLEL,
+    ),
+]
 Replay = Annotated[
     Path | None,
-    typer.Option(help="Folder of a routing trace that dictates the experts, whatever the gates say."),
+    typer.Option(
+        help="Trace folder whose routing replaces the choices of the gates.", rich_help_panel=_CHECKS
+    ),
 ]
 Patience = Annotated[
     float,
-    typer.Option(help="Seconds to wait for a rank, which may be slow, before the job is given up.", min=0.1),
+    typer.Option(
+        help="Seconds without an answer from a rank until the job is given up. Raise it on slow machines.",
+        min=0.1,
+        rich_help_panel=EXPERTS,
+    ),
 ]
 
 
 @verbs.command(
+    rich_help_panel=RUNNING,
     epilog=examples(
         'exflow generate models/gpt-moe-demo --prompt "Once"',
-        'exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4 --strategy auto',
-    )
+        'exflow generate models/gpt-moe-demo --prompt "Once" --plan plan.json --nproc 4 --strategy coherent',
+    ),
 )
 def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Where the experts live; by default contiguous.")] = None,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Checkpoint folder, from exflow train or of a Hugging Face model.", show_default=False
+        ),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. Repeatable.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan file that says where experts live.",
+            show_default="experts in order",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = None,
     nproc: Nproc = None,
     strategy: Annotated[
         str,
         typer.Option(
-            help="dispatch-combine, coherent, node-coherent, replicated, or auto.",
+            help="How ranks share the work. auto measures the ranks and takes the fastest. "
+            "dispatch-combine: two all-to-alls per layer, as in other engines. "
+            "coherent: every rank keeps all keys and values, so a token can go straight to its next expert. "
+            "replicated: every rank computes all tokens, with all-reduces. "
+            "node-coherent: coherent inside each node; a research setting.",
             autocompletion=one_of(STRATEGIES),
-        ),
-    ] = "coherent",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add to each prompt.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest that reach this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
-    ignore_end: Annotated[bool, typer.Option(help="Do not stop at the end-of-text token.")] = False,
-    trace: Annotated[Path | None, typer.Option(help="Record the run's routing to this folder.")] = None,
-    replay: Replay = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16.", autocompletion=one_of(DTYPES))
-    ] = "float32",
-    transport: Annotated[
-        str,
-        typer.Option(
-            help="How decode steps run: captured, on GPUs, as one-sided (one node), relayed (several) or "
-            "collective; or eager. auto takes the first that works.",
-            autocompletion=one_of(("auto", *TRANSPORTS)),
+            rich_help_panel=_PARALLEL,
         ),
     ] = "auto",
-    hierarchical: Annotated[
-        bool,
+    dtype: Annotated[
+        str,
         typer.Option(
-            "--hierarchical",
-            help="Between nodes one message a token, passed on inside, in prompts and steps; for top-k.",
+            help="Precision: float32, bfloat16, or auto. On GPUs auto is the precision of the checkpoint, "
+            "with bfloat16 for float16 and quantised ones. On CPUs it is float32.",
+            autocompletion=one_of(("auto", *DTYPES)),
+            rich_help_panel=_PARALLEL,
         ),
+    ] = "auto",
+    device: Device = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Randomness of the choice of tokens; 0 takes the likeliest.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample among the likeliest tokens whose probabilities reach this sum.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sampling.", min=0, rich_help_panel=_SAMPLING)
+    ] = 0,
+    ignore_end: Annotated[
+        bool,
+        typer.Option("--ignore-end", help="Continue after an end-of-text token.", rich_help_panel=_SAMPLING),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Trace folder to record the routing of this run to.", rich_help_panel=_CHECKS),
+    ] = None,
+    replay: Replay = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Compare logits, tokens and counters with those of one process; exit code 1 if they differ.",
+            help="Compare logits, tokens and counters with those of one process. Exit code 1 if they differ.",
+            rich_help_panel=_CHECKS,
         ),
     ] = False,
-    device: Device = None,
+    transport: Annotated[
+        str,
+        typer.Option(
+            help="How ranks exchange tokens; leave at auto. CUDA graphs of decode steps: one-sided (in a "
+            "node), relayed (between nodes), or collective (NCCL). eager: no CUDA graphs. relayed, with "
+            "prompts too and on CPUs: one message per token and remote node, passed on inside the node.",
+            autocompletion=one_of(("auto", *TRANSPORTS)),
+            rich_help_panel=EXPERTS,
+        ),
+    ] = "auto",
     patience: Patience = PATIENCE_S,
     as_json: Json = False,
 ) -> None:
-    """Generate text, on one process or on many ranks (--nproc starts them here)."""
+    """Generate text from prompts. --nproc starts several ranks on this machine."""
     from exflow.commands.generate import GenerateJob, generate, read_prompts
     from exflow.model.sampling import Sampling
 
     if nproc is not None and prompt_file is not None and not prompt_file.is_file() and prompt_file.exists():
         raise InputError(
-            f"--prompt-file {prompt_file}: can be read once alone, and each rank reads it; give a file"
+            f"--prompt-file {prompt_file}: is a pipe, and each rank has to read it; give a regular file"
         )
     prompts = read_prompts(prompt or [], prompt_file)
     sampling = Sampling(temperature, top_p, seed)
@@ -112,7 +173,6 @@ def generate(
         ignore_end=ignore_end,
         replay=replay,
         transport=transport,
-        hierarchical=hierarchical,
         verify=verify,
         patience_s=patience,
     )
@@ -133,48 +193,70 @@ def bench_decode(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a checkpoint, or of a config.json alone: random weights then.", show_default=False
+            help="Checkpoint folder, or a folder with config.json alone: weights are random then.",
+            show_default=False,
         ),
     ],
     plan: Annotated[
-        list[Path] | None, typer.Option(help="A placement beside the contiguous one. Repeatable.")
+        list[Path] | None,
+        typer.Option(
+            help="Plan file to time beside experts in order. Repeatable.", rich_help_panel=_PARALLEL
+        ),
     ] = None,
     nproc: Nproc = None,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="As of generate, but auto; by default all that differ here. Repeatable.",
+            help="Strategy to time: dispatch-combine, coherent, node-coherent (a research setting), or "
+            "replicated. Repeatable.",
+            show_default="all that differ here",
             autocompletion=one_of(STRATEGIES[:-1]),
+            rich_help_panel=_PARALLEL,
         ),
     ] = None,
+    replay: Replay = None,
     transport: Annotated[
         list[str] | None,
         typer.Option(
-            help="one-sided, relayed, collective or eager; by default eager on CPUs, the others on GPUs. "
-            "Repeatable.",
+            help="Transport to time: one-sided, relayed, collective, or eager. Repeatable.",
+            show_default="eager on CPUs, the others on GPUs",
             autocompletion=one_of(TRANSPORTS),
+            rich_help_panel=EXPERTS,
         ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences of the job; by default 16. Repeatable.", min=1)
+        list[int] | None,
+        typer.Option(
+            help="Sequences decoded at a time, on all ranks together. Repeatable.", show_default="16", min=1
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Positions that each has already; by default 512.", min=1)
+        int | None,
+        typer.Option(
+            help="Tokens already in each sequence's cache.",
+            show_default="512, or as many as the model allows",
+            min=1,
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps to time, after a warm-up.", min=1)] = 20,
-    replay: Replay = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 or bfloat16; by default bfloat16 on GPUs.", autocompletion=one_of(DTYPES)),
+        typer.Option(
+            help="Precision: float32 or bfloat16.",
+            show_default="bfloat16 on GPUs, float32 on CPUs",
+            autocompletion=one_of(DTYPES),
+            rich_help_panel=_PARALLEL,
+        ),
     ] = None,
     device: Device = None,
     patience: Patience = PATIENCE_S,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File of the results, written as they come.")
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file to write, row by row while the benchmark runs."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time decode steps of strategies, transports and placements, on the same weights and routing."""
+    """Time decode steps of strategies, transports and placements, with the same weights and routing."""
     from exflow.bench.decode import bench_decode
     from exflow.bench.job import BenchJob
 
@@ -216,67 +298,3 @@ def _ranks_did_it(nproc: int | None, patience_s: float, check: Callable[[], None
             f"--nproc {nproc}: the job has {place.num_ranks} ranks (WORLD_SIZE); leave --nproc out"
         )
     return False
-
-
-def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) -> None:
-    """The texts on stdout; the figures of the run below them."""
-    if as_json:
-        print_json(result)
-        return
-    for prompt, text in zip(prompts, result["text"], strict=True):
-        print(f"{prompt}{text}\n")
-    print(
-        f"{result['strategy']} on {result['ranks']} rank(s): TTFT {result['ttft_s']:.2f} s, "
-        f"TPOT {result['tpot_ms']:.1f} ms, {result['tokens_per_s']:.1f} tokens/s"
-    )
-    if verified := result.get("verified"):
-        print(
-            f"verified: {verified['choices']} choices are those of one process, with logits within "
-            f"{verified['largest_difference']:.1e} of the largest ({verified['tolerance']:.0e} is allowed), "
-            "and the counters are what the routing comes to"
-        )
-
-
-def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
-    """The table, why rows of it are empty, and what `auto` would take."""
-    if as_json:
-        print_json(result)
-        return
-    print(
-        f"{result['model']} in {result['dtype']} ({result['weights']} weights) on {result['ranks']} rank(s), "
-        f"{result['hardware']}; {result['context']} positions, {result['steps']} steps"
-    )
-    rows = [
-        {name: "-" if value is None else value for name, value in row.items()} | {"batch": str(row["batch"])}
-        for row in result["rows"]
-    ]
-    measured = {"x floor": "times_floor"} if any(row["times_floor"] for row in result["rows"]) else {}
-    _print_table(
-        ["strategy", "transport", "placement", "batch"], _DECODE_BENCH_COLUMNS | measured, rows, width=200
-    )
-    print(_DECODE_BENCH_LEGEND)
-    for row in result["rows"]:
-        if row["stopped"]:
-            print(f"{_case(row)}: {row['stopped']}")
-    for case in result["auto"]:
-        clock = "not measured" if case["tpot_ms"] is None else f"{_readable(case['tpot_ms'])} ms measured"
-        print(f"auto: {_case(case)}, {_readable(case['predicted_ms'])} ms predicted, {clock}")
-
-
-def _case(row: dict[str, Any]) -> str:
-    return f"{row['strategy']}, {row['transport']}, {row['placement']}, batch {row['batch']}"
-
-
-_DECODE_BENCH_COLUMNS = {
-    "TPOT ms": "tpot_ms",
-    "p99 ms": "p99_ms",
-    "tokens/s": "tokens_per_s",
-    "critical B": "critical_bytes_per_step",
-    "backgr. B": "background_bytes_per_step",
-    "x first": "speedup",
-}
-
-
-_DECODE_BENCH_LEGEND = """\
-critical B, backgr. B  bytes that a rank sends in a step: hidden states; keys and values
-x first                times as fast as the first row of the same batch"""

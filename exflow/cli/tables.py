@@ -1,13 +1,10 @@
 """Results on stdout: JSON for tools, tables for people."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -15,21 +12,21 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
-    """One figure a line."""
+    """Print one figure per line."""
     if as_json:
         print_json(figures)
         return
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+        print(f"{name.replace('_', ' '):<{width}}  {readable(value)}")
 
 
-def _print_table(
+def print_table(
     names: list[str], columns: dict[str, str], lines: list[dict[str, Any]], width: int | None = None
 ) -> None:
-    """One row a line: its entries `names` as they are, then under each heading the figure of that key.
+    """Print a row for each of `lines`: its entries `names`, then the figure under each heading of `columns`.
 
-    width: characters at most; by default those of the terminal.
+    width: limit in characters; by default that of the terminal.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
@@ -37,14 +34,14 @@ def _print_table(
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
-        table.add_row(*(line[name] for name in names), *(_readable(line[key]) for key in columns.values()))
+        table.add_row(*(line[name] for name in names), *(readable(line[key]) for key in columns.values()))
     Console(width=width).print(table)
 
 
-def _readable(value: Any) -> str:
+def readable(value: Any) -> str:
     """Four significant digits; large numbers whole; a figure with an interval as `value (low to high)`."""
     if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
-        return "{} ({} to {})".format(*(_readable(value[key]) for key in ("value", "low", "high")))
+        return "{} ({} to {})".format(*(readable(value[key]) for key in ("value", "low", "high")))
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return str(value)

@@ -1,4 +1,4 @@
-"""Progress of `exflow train`: the latest figures beside the bar, a line for each checkpoint."""
+"""Progress of `exflow train`: figures beside the bar, and a line for each checkpoint."""
 
 import math
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TrainingLog(Work):
-    """The latest figures beside the bar; checkpoints stay on the screen as lines of their own."""
+    """A bar with the latest figures; checkpoints leave lines of their own."""
 
     def __init__(self, steps: int) -> None:
         super().__init__("training", "steps")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exflow.job.cluster import Cluster, coherence_group
+from exflow.kernels.operands import Far, Mailbox
 
 _ALIGNMENT = 128  # bytes; of every region, so that rows are stored in whole lines
 
@@ -59,41 +60,6 @@ class StepShape:
     def sequence_ids(self, first_sequence: int) -> Tensor:
         """The same as ids [rows] int64, for a request whose first sequence has this id."""
         return self.sequence_of_rows() + first_sequence - first_sequence % self.num_ranks
-
-
-@dataclass(frozen=True)
-class Far:
-    """Of a mailbox that relays use, what is for ranks of other nodes: a chunk for each, rows numbered by row.
-
-    at [ranks] int64: where a rank's rows arrive, 0 for ranks that send nothing here. `payload_at`: as of a
-    mailbox. `wire_bytes`: what `move` carries off this rank, full or not.
-    """
-
-    at: Tensor
-    payload_at: int
-    wire_bytes: int
-
-
-@dataclass(frozen=True)
-class Mailbox:
-    """One exchange of an MoE layer as this rank sees it.
-
-    to [2, ranks] int64: where to write for each rank, by its number's parity; at [2] int64: where rows
-    arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [peers] int32 are
-    raised by the others and flag_addresses [peers] int64 are mine in their memory. `move` carries what was
-    written, where it does not arrive by itself. `payload_at`: bytes from a chunk's beginning, where numbers
-    are, to its hidden states. `far`: what goes to other nodes by relays.
-    """
-
-    to: Tensor
-    at: Tensor
-    chunk: int
-    payload_at: int
-    shared: bool
-    flags: Tensor
-    flag_addresses: Tensor
-    move: Callable[[], None]
-    far: Far | None = None
 
 
 @dataclass(frozen=True)

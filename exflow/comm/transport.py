@@ -18,29 +18,27 @@ NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
 def transport_named(name: str, device_type: str) -> str:
     """`name` if it can be used on such devices, `auto` included. Else raises InputError."""
     if name not in ("auto", *NAMES):
-        raise InputError(f"--transport {name}: no such transport; give auto, {', '.join(NAMES)}")
+        raise InputError(f"transport {name!r} is unknown; give auto, {', '.join(NAMES)}")
     if name not in ("auto", "eager") and not _runs_on(device_type, name):
-        raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
+        raise InputError(f"transport {name} needs GPUs; give eager, or device cuda")
     return name
 
 
-def choose_transport(
-    name: str, cluster: Cluster, replicated: bool = False, hierarchical: bool = False
-) -> Transport:
+def choose_transport(name: str, cluster: Cluster, replicated: bool = False) -> Transport:
     """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
 
-    replicated: for the strategy of that name, which has nothing to relay; hierarchical: relays are asked for.
+    replicated: for the strategy of that name, which has nothing to relay.
     Collective. Raises InputError where what was asked for by name does not work.
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
         return "eager"
-    wanted = _candidates(cluster, replicated, hierarchical) if name == "auto" else _named(name)
+    wanted = _candidates(cluster, replicated) if name == "auto" else _named(name)
     for transport in wanted:
         fault = _fault(transport, cluster, replicated)
         if not fault:
             return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":
-            raise InputError(f"--transport {transport}: {fault}")
+            raise InputError(f"transport {transport}: {fault}")
         if cluster.rank == 0:
             note(f"decode steps are not {transport}: {fault}")
     return "eager"
@@ -50,7 +48,7 @@ def _named(name: str) -> tuple[Transport, ...]:
     return tuple(known for known in NAMES if known == name)
 
 
-def _candidates(cluster: Cluster, replicated: bool, hierarchical: bool) -> tuple[Transport, ...]:
+def _candidates(cluster: Cluster, replicated: bool) -> tuple[Transport, ...]:
     """What `auto` tries, in this order, before steps are eager.
 
     Relays also where a token has one expert, and so no message to save: chunks of fixed capacity are one a
@@ -60,7 +58,7 @@ def _candidates(cluster: Cluster, replicated: bool, hierarchical: bool) -> tuple
         return ("one-sided", "collective")
     if replicated:
         return ("collective",)
-    return ("relayed",) if hierarchical else ("relayed", "collective")
+    return ("relayed", "collective")
 
 
 def _fault(transport: str, cluster: Cluster, replicated: bool) -> str:
@@ -79,7 +77,7 @@ def _fault(transport: str, cluster: Cluster, replicated: bool) -> str:
         if cluster.ranks_per_node == 1:
             return "there is one rank on each node"
         if replicated:
-            return "does not go with --strategy replicated, which has nothing to relay; give collective"
+            return "strategy replicated has nothing to relay; give collective"
     return _fault_of_symmetric_memory(cluster)
 
 

@@ -1,4 +1,4 @@
-"""The balance command: a plan by loads alone, for engines that count and do not record."""
+"""The balance command: a plan from loads alone, for engines that count and do not record."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def run_balance(
     output: Path,
     advance: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Place by the sum of the files' loads and save the plan; how level it is, for printing.
+    """Place by the sum of the files' loads and save the plan. Returns its balance, for printing.
 
     advance: called with the files read and the files in all.
     """
@@ -60,7 +60,7 @@ def plan_of_loads(
     if not len(moe_layers):
         raise InputError("the loads are all zero; record while the engine serves")
     if redundant_experts < 0:
-        raise InputError(f"--redundant-experts {redundant_experts}: choose a number from 0 up")
+        raise InputError(f"redundant experts are {redundant_experts}; choose a number from 0 up")
     routed, ranks = load[moe_layers], topology.num_ranks
     num_slots = -(-(load.shape[1] + redundant_experts) // ranks) * ranks
     slots = load_only(routed, ranks, topology.num_nodes, num_slots)

@@ -69,28 +69,40 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
     return {
         "same_tokens": same,
         **result,
-        "summary": _summary(result["variants"]),
+        "summary": summary(result["variants"], trace.top_k),
         "text": [prompt + text for prompt, text in zip(PROMPTS, completions, strict=True)],
         "verdict": _verdict(same, len(tokens)),
     }
 
 
-def _summary(variants: list[dict[str, Any]]) -> str:
-    messages = {
-        (variant["strategy"], variant["placement"]): variant["messages_per_token_layer"]
-        for variant in variants
-    }
-    before, after = messages["dispatch-combine", "contiguous"], messages["coherent", "affinity"]
-    return (
-        f"coherent with affinity placement sends {1 - after / before:.0%} fewer messages than "
-        f"dispatch-combine with contiguous placement ({after:.3f} against {before:.3f} a token and layer)"
-    )
+def summary(variants: list[dict[str, Any]], top_k: int) -> str:
+    """What coherence changes alone, and what placement changes alone."""
+    of = {(variant["strategy"], variant["placement"]): variant for variant in variants}
+    home, stay = of["dispatch-combine", "contiguous"], of["coherent", "contiguous"]
+    home_placed, stay_placed = of["dispatch-combine", "affinity"], of["coherent", "affinity"]
+    lines = [
+        f"Coherence alone: {_change(home, stay)} messages, and {stay['all_to_alls_per_step']:g} all-to-alls "
+        f"a step instead of {home['all_to_alls_per_step']:g}.",
+        f"Placement alone: {_change(stay, stay_placed)} messages with coherent, "
+        f"{_change(home, home_placed)} with dispatch-combine.",
+    ]
+    if top_k == 1:
+        lines.append(
+            "This model is top-1 and dispatch-combine brings every token home, so affinity cannot help it."
+        )
+    return "\n".join(lines)
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """How many messages fewer or more: `20% fewer`."""
+    ratio = after["messages_per_token_layer"] / before["messages_per_token_layer"] - 1
+    return f"{abs(ratio):.0%} {'more' if ratio > 0 else 'fewer'}"
 
 
 def _verdict(same: bool, runs: int) -> str:
     if same:
-        return f"checked: all {runs} runs, one process included, produced the same tokens"
-    return "DIFFERENT TOKENS: the variants do not agree; this is a bug, please report it"
+        return f"checked: all {runs} runs, one in a single process among them, produced the same tokens"
+    return "DIFFERENT TOKENS: the variants disagree. This is a bug; please report it"
 
 
 def _profile(model: Path, engine: Engine, texts: list[str]) -> RoutingTrace:

@@ -1,4 +1,4 @@
-"""The doctor command: what this machine has, and what is missing for what."""
+"""The doctor command: what this machine can run, and what is missing."""
 
 import os
 import platform
@@ -10,17 +10,17 @@ from typing import Any
 OPTIONAL = {
     "transformers": ("exflow profile hf:FOLDER, exflow.record", "pip install 'exflow[transformers]'"),
     "triton": ("captured decode steps on GPUs", "pip install triton, as torch's CUDA builds do"),
-    "megablocks": ("a further back end of the experts", "pip install 'exflow[megablocks]'"),
+    "megablocks": ("an experimental back end of the experts", "pip install 'exflow[megablocks]'"),
 }
 REQUIRED = (
     *("torch", "numpy", "scipy", "numba", "pulp", "highspy", "threadpoolctl", "networkx", "pyyaml"),
-    *("pydantic", "safetensors", "tokenizers", "typer", "rich"),
+    *("pydantic", "safetensors", "tokenizers", "typer", "rich", "jinja2"),
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, what is there (empty: nothing), and for what it would be needed."""
+    """One line of the result: a thing looked for, what was found (empty: nothing), and what needs it."""
 
     name: str
     found: str
@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
-    """By name what was found, and what is missing for what."""
+    """Findings by name: those that are there, and those that are missing."""
     return {
         "found": {each.name: each.found for each in findings if not each.missing},
         "missing": {
@@ -70,7 +70,7 @@ def _machine() -> list[Finding]:
 
 
 def _cache() -> Finding:
-    """Without it a command that places or reports compiles for some seconds first."""
+    """The folder of compiled code; without it place and report compile for some seconds first."""
     from exflow.placement.compiled import cache_folder
 
     remedy = "NUMBA_CACHE_DIR=FOLDER, one that can be written to"
@@ -78,7 +78,7 @@ def _cache() -> Finding:
 
 
 def _torch() -> list[Finding]:
-    """Devices and what ranks can exchange over."""
+    """Devices, and the transports between ranks."""
     import torch
     import torch.distributed as dist
 
@@ -94,6 +94,6 @@ def _torch() -> list[Finding]:
         Finding("GPUs", shown, "captured decode steps", "install torch's CUDA build on a machine with GPUs"),
         Finding("gloo", "yes" if dist.is_gloo_available() else "", "ranks on CPUs", "another build of torch"),
         Finding("nccl", "yes" if dist.is_nccl_available() else "", "ranks on GPUs", "torch's CUDA build"),
-        Finding("captured steps", captured, "--transport collective and one-sided", "GPUs and triton"),
-        Finding("one-sided writes", one_sided, "--transport one-sided", "GPUs joined by NVLink, and triton"),
+        Finding("captured steps", captured, "transports collective and one-sided", "GPUs and triton"),
+        Finding("one-sided writes", one_sided, "transport one-sided", "GPUs joined by NVLink, and triton"),
     ]

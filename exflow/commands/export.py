@@ -20,7 +20,7 @@ def run_export(plan: Path, format: str, output: Path) -> Exported:
 def run_import_plan(
     file: Path, format: str | None, trace: Path | None, topology: Topology | None, output: Path
 ) -> dict[str, Any]:
-    """Make a plan of another engine's placement and save it; what can be said of it, for printing."""
+    """Turn another engine's placement into a plan and save it. Returns its figures, for printing."""
     routing = None if trace is None else RoutingTrace.load(trace)
     plan = read_plan(file, format, trace=routing, topology=topology)
     plan.save(output)
@@ -38,7 +38,7 @@ def run_import_plan(
 
 
 def given_topology(gpus: int | None, nodes: int, topology: Path | None) -> Topology | None:
-    """Where the GPUs are, by --gpus and --nodes or by --topology; None if the file shall say it."""
+    """Topology from --gpus and --nodes, or from --topology; None if the placement file has to say it."""
     if gpus is not None and topology is not None:
         raise InputError("--gpus and --topology both say where the GPUs are; give one")
     if topology is not None:
@@ -46,5 +46,5 @@ def given_topology(gpus: int | None, nodes: int, topology: Path | None) -> Topol
     if gpus is not None:
         return topology_of(gpus, nodes)
     if nodes != 1:
-        raise InputError(f"--nodes {nodes}: says nothing without --gpus; give both")
+        raise InputError(f"--nodes {nodes}: needs --gpus; give both")
     return None

@@ -10,12 +10,12 @@ import torch
 
 from exflow.comm.transport import choose_transport, transport_named
 from exflow.console import Work, note
-from exflow.cost.predict import Load
+from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job.cluster import Cluster, alike_on_all_ranks, join_cluster
 from exflow.job.launch import PATIENCE_S, torchrun_place
-from exflow.model.checkpoint import load_decoder
+from exflow.model.checkpoint import default_dtype, load_decoder
 from exflow.model.config_file import load_model_config
 from exflow.model.decoder import Decoder
 from exflow.model.device import choose_device, dtype_named
@@ -29,13 +29,14 @@ from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request, check_request
 from exflow.runtime.strategies import check_relays, group_size, strategy_named
 from exflow.runtime.trace_recorder import JobRecorder
-from exflow.runtime.verify import Witness, Witnessed, check_choices, check_counters
+from exflow.runtime.verify import Witness, Witnessed, check_choices
+from exflow.runtime.verify_counters import check_counters
 from exflow.texts import read_text
 
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """The arguments of the command, checked against each other by `check`."""
+    """Arguments of the command; `check` finds contradictions between them."""
 
     model: Path
     prompts: list[str]
@@ -49,7 +50,6 @@ class GenerateJob:
     ignore_end: bool
     replay: Path | None
     transport: str = "auto"
-    hierarchical: bool = False
     verify: bool = False
     patience_s: float = PATIENCE_S
 
@@ -64,20 +64,24 @@ class GenerateJob:
         return request
 
     def deployment(self, topology: Topology) -> Deployment:
-        """What the ranks of `topology` are to run. Raises InputError if they cannot."""
+        """The deployment on ranks of `topology`. Raises InputError if it is impossible there."""
         strategy = strategy_named(self.strategy, topology.num_nodes)
-        config = load_model_config(self.model)
-        transport = transport_named(self.transport, choose_device(self.device).type)
-        if self.hierarchical:
-            check_relays(topology, config.top_k, strategy, transport)
+        device = choose_device(self.device)
+        relays = self.transport == "relayed"
+        if relays:
+            check_relays(topology, load_model_config(self.model).top_k, strategy, device.type)
         return Deployment(
             self.model,
             strategy,
             plan_for(self.model, self.plan, topology),
-            dtype_named(self.dtype),
-            transport,
-            self.hierarchical,
+            self.precision(device),
+            transport_named("eager" if relays and device.type == "cpu" else self.transport, device.type),
+            relays,
         )
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """The dtype to compute in. Raises InputError where it is unknown, or no weights say it."""
+        return default_dtype(self.model, device) if self.dtype == "auto" else dtype_named(self.dtype)
 
     def replayed(self, device: torch.device) -> ReplayedRouting | None:
         """The routing that --replay dictates, None without it. Raises InputError if it does not fit."""
@@ -90,7 +94,7 @@ class GenerateJob:
             raise InputError(f"{self.replay}: {error}") from error
 
     def check(self, num_ranks: int) -> None:
-        """Find what is at fault without starting the ranks, of one node. Raises InputError."""
+        """Find faults before the ranks, all of one node, are started. Raises InputError."""
         self.deployment(Topology(gpus_per_node=num_ranks))
         self.request()
         self.replayed(torch.device("cpu"))
@@ -122,12 +126,12 @@ def _as_utf8(prompt: str) -> str:
 
 
 def generate(job: GenerateJob) -> dict[str, Any] | None:
-    """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
+    """Run the part of this process in the job. Returns the result on rank 0 or alone, else None."""
     device = choose_device(job.device)
     if torchrun_place() is None:
         transport = transport_named(job.transport, device.type)
         with Work("loading the model"):
-            engine = load_model(job.model, device, dtype_named(job.dtype), transport)
+            engine = load_model(job.model, device, job.precision(device), transport)
         engine.decoder.replay = job.replayed(device)
         return run(job, engine, job.request())
     with join_cluster(device.type, job.patience_s) as cluster:
@@ -149,12 +153,14 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
 
 def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Deployment:
     """The deployment with the strategy that `auto` stands for. Collective; raises InputError if none fits."""
+    if cluster.num_ranks == 1:  # where strategies are alike
+        return replace(deployment, strategy="coherent")
     from exflow.cost.auto import choose_strategy
 
     assert isinstance(deployment.weights, Path)
     positions = max(map(len, request.prompts)) + request.max_new_tokens
     config = load_model_config(deployment.weights)
-    load = Load.of(
+    load = Workload.of(
         config,
         deployment.plan,
         len(request.prompts),
@@ -169,7 +175,8 @@ def resolved(deployment: Deployment, request: Request, cluster: Cluster) -> Depl
         transport = "collective"
         if cluster.rank == 0:
             note("decode steps are not relayed: replicated has nothing to relay")
-    return replace(deployment, strategy=strategy, transport=transport)
+    relays = deployment.hierarchical and strategy != "replicated"
+    return replace(deployment, strategy=strategy, transport=transport, hierarchical=relays)
 
 
 def run(
@@ -190,9 +197,10 @@ def run(
         return None
     if trace is not None and job.trace is not None:
         trace.save(job.trace)
-    result = describe(job, generation, 1 if cluster is None else cluster.num_ranks)
+    ranks = 1 if cluster is None else cluster.num_ranks
+    result = describe(job, generation, ranks, _dtype(engine))
     if witnessed is not None:
-        reference = load_decoder(job.model, engine.device, dtype_named(job.dtype))
+        reference = load_decoder(job.model, engine.device, _dtype(engine))
         reference.replay = job.replayed(engine.device)
         if cluster is not None and deployment is not None:
             by_relays = engine.capture is not None and engine.capture.transport == "relayed"
@@ -217,10 +225,16 @@ def check_traffic(
     check_counters(generation, witnessed.trace, plan, group, reference, (relays, relays or by_relays))
 
 
-def describe(job: GenerateJob, generation: Generation, ranks: int) -> dict[str, Any]:
+def _dtype(engine: Engine) -> torch.dtype:
+    return engine.decoder.embedding.weight.dtype
+
+
+def describe(job: GenerateJob, generation: Generation, ranks: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The result for printing, and for JSON."""
     tokenizer = load_tokenizer(job.model)
     return {
         "strategy": job.strategy if ranks > 1 else "single-process",
+        "dtype": str(dtype).removeprefix("torch."),
         "ranks": ranks,
         "text": tokenizer.decode_batch(generation.tokens),
         "tokens": generation.tokens,

@@ -1,4 +1,4 @@
-"""The command import: routing recorded by other engines as a trace."""
+"""The import command: turns recordings of other engines into a trace."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ def run_import(
     hints: Hints,
     advance: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Import `files` to `output`; what was imported, for printing.
+    """Import `files` to `output`. Returns the size of the trace, for printing.
 
     advance: called with the bytes done and the bytes in all.
     """

@@ -24,8 +24,11 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Where:
-    """GPUs, and what they have room for: `gpu_memory` in GiB a GPU, `expert_size` in MiB of an expert of a
-    layer."""
+    """GPUs and their memory for experts.
+
+    gpu_memory   GiB of each GPU
+    expert_size  MiB of one expert in one layer
+    """
 
     gpus: int | None = None
     nodes: int = 1
@@ -57,7 +60,7 @@ class Where:
 
 @dataclass(frozen=True)
 class PlaceJob:
-    """What the command line says; see `exflow place --help`."""
+    """Arguments of the command; see `exflow place --help`."""
 
     traces: list[Path]
     where: Where
@@ -74,7 +77,7 @@ class PlaceJob:
 
 @dataclass(frozen=True)
 class Placement:
-    """A plan, and the tables that were asked for, ready for JSON."""
+    """A plan, with the tables that were asked for, ready for JSON."""
 
     plan: Plan
     pareto: list[dict[str, Any]] | None = None
@@ -157,14 +160,13 @@ def _place(job: PlaceJob, traces: Sequence[RoutingTrace], topology: Topology, te
 
 def _check(job: PlaceJob) -> None:
     if (job.where.gpu_memory is None) != (job.where.expert_size is None):
-        raise InputError("--gpu-memory and --expert-size say together what fits; give both")
+        raise InputError("--gpu-memory and --expert-size need each other; give both")
     if job.start is not None and (job.where.redundant_experts or job.learning_curve):
         raise InputError(
-            "--from keeps the replicas of its plan, and its own place: leave out --redundant-experts and "
-            "--learning-curve"
+            "--from keeps the replicas of the plan in use; leave out --redundant-experts and --learning-curve"
         )
     if (job.start is None) != (job.max_moves is None):
-        raise InputError("--from and --max-moves say together what may move; give both")
+        raise InputError("--from and --max-moves need each other; give both")
     if job.weights is not None:
         if len(job.weights) != len(job.traces):
             raise InputError(
@@ -172,7 +174,7 @@ def _check(job: PlaceJob) -> None:
             )
         if not all(0 < weight < float("inf") for weight in job.weights):
             raise InputError(
-                f"--weight: {job.weights} holds a weight that is no positive number; give such ones"
+                f"--weight: {job.weights} holds a weight that is no positive number; give positive numbers"
             )
     extras = {"--worst-case": job.worst_case, "--pareto": job.pareto, "--from": job.start is not None}
     asked = [name for name, given in extras.items() if given]
@@ -181,4 +183,4 @@ def _check(job: PlaceJob) -> None:
             f"{asked[0]} does not go with {asked[1] if len(asked) > 1 else '--weight'}; give one"
         )
     if job.worst_case and len(job.traces) < 2:
-        raise InputError("--worst-case is about several traces; give two at least")
+        raise InputError("--worst-case compares traces; give two at least")

@@ -25,9 +25,9 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.texts import find_texts, read_text
 
 Advance = Callable[[int, int], None]
-"""Is told the tokens done and the tokens in all, after each batch."""
+"""Called after each batch with the tokens done and the tokens in all."""
 
-DEFAULT_LENGTH = 2048  # of a sequence, where the model has room for more: some have 100 times as much
+DEFAULT_LENGTH = 2048  # tokens of a sequence: some models have positions for 100 times as many
 
 
 def profile_text(
@@ -45,7 +45,7 @@ def profile_text(
     """Load a model, run it over `texts` (files, folders or "{stdlib}"), record to `output`.
 
     model: the folder of a checkpoint, or "hf:" and the folder of a Hugging Face model.
-    resume: go on with what a run with the same arguments has recorded there.
+    resume: continue what an interrupted run with the same arguments has recorded there.
     """
     files = find_texts(texts)
     contents = [read_text(file) for file in files]
@@ -166,14 +166,14 @@ def _record_batches(
 
 
 def _source(model: Path, windows_NS: Tensor) -> str:
-    """What is recorded, as a digest: the model's folder and its tokens."""
+    """A digest of the recording: the model's folder and its tokens."""
     sha = hashlib.sha256(json.dumps([str(model.resolve()), *windows_NS.shape]).encode())
     sha.update(windows_NS.numpy().tobytes())
     return sha.hexdigest()
 
 
 def _length(asked: int | None, longest: int | None, default: int) -> int:
-    """The length asked for, else the default, as far as the model has positions."""
+    """The length asked for, or the default, limited to the positions of the model."""
     if longest is None:
         return asked or default
     if asked is not None and asked > longest:

@@ -16,13 +16,13 @@ from exflow.report.sections import sections
 
 @dataclass(frozen=True)
 class ReportJob:
-    """What the command line says; see `exflow report --help`."""
+    """Arguments of the command; see `exflow report --help`."""
 
     trace: Path
     plans: list[Path]
     output: Path
     phase: str = "all"
-    where: Where = field(default_factory=Where)  # may say nothing: where the plans are for
+    where: Where = field(default_factory=Where)  # empty: the GPUs of the plans
     figures: Path | None = None
     model: Path | None = None
     batch: int = 64
@@ -36,7 +36,7 @@ class ReportJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and the data behind it."""
+    """The page that was written, and the data behind it."""
 
     page_bytes: int
     figures: int
@@ -44,9 +44,9 @@ class Written:
 
 
 def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Written:
-    """Count, draw, write. Raises InputError where a file is missing, wrong, or of another model.
+    """Count, draw and write. Raises InputError where a file is missing, wrong, or of another model.
 
-    advance: called with what comes next, the steps done, and the steps in all.
+    advance: called with the name of the next step, the steps done, and the steps in all.
     """
     _check(job)
     trace = RoutingTrace.load(job.trace).of_phase(job.phase)
@@ -83,8 +83,8 @@ def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Writ
 def _check(job: ReportJob) -> None:
     """Raises InputError for settings that would have no effect."""
     if job.where.nodes > 1 and job.where.gpus is None:
-        raise InputError(f"--nodes {job.where.nodes}: says how --gpus are spread; give both")
+        raise InputError(f"--nodes {job.where.nodes}: needs --gpus; give both")
     if job.machine is not None and job.model is None:
-        raise InputError(f"--machine {job.machine}: is for predicted times, which need --model; give both")
+        raise InputError(f"--machine {job.machine}: needs --model, to predict times; give both")
     if job.model is not None and not (job.plans or job.tells_where):
-        raise InputError(f"--model {job.model}: times are predicted for plans; give one, or --gpus")
+        raise InputError(f"--model {job.model}: needs a plan, or --gpus, to predict times for; give one")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exflow.cost.crossover import Turn, turns
+from exflow.cost.crossover import Crossover, crossovers
 from exflow.cost.machines import Setting, load_setting
 from exflow.cost.simulate import (
     LEVEL,
@@ -15,8 +15,8 @@ from exflow.cost.simulate import (
     Point,
     Step,
     Variant,
-    deal,
     fastest,
+    split_sequences,
     step,
     strategies_on,
     variants,
@@ -38,7 +38,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SimulateJob:
-    """What the command line says; see `exflow simulate --help`."""
+    """Arguments of the command; see `exflow simulate --help`."""
 
     trace: Path
     model: Path
@@ -60,22 +60,22 @@ class SimulateJob:
     def check(self) -> None:
         """Raises InputError for settings that contradict each other."""
         if self.batch is not None and self.batch_per_gpu is not None:
-            raise InputError("--batch and --batch-per-gpu: say the same of the job and of a GPU; give one")
+            raise InputError("--batch and --batch-per-gpu set the same number; give one")
         if self.plans and self.widest:
-            raise InputError(f"--expert-parallel {self.widest[0]}: is for placements made here; leave it out")
+            raise InputError(f"--expert-parallel {self.widest[0]}: a plan says its own size; leave it out")
         if not self.plans and not self.gpus:
             raise InputError("--gpus is missing: give the numbers of GPUs to simulate, or a plan")
 
 
 @dataclass(frozen=True)
 class Size:
-    """One size of cluster: every variant there, the fastest first changes, and what is served in a second."""
+    """One size of cluster: a step for every variant, and the crossovers nearest to it."""
 
     layout: Layout
     batch: int  # sequences of the whole job
     point: Point
     steps: tuple[Step, ...]
-    turns: tuple[Turn, ...]
+    crossovers: tuple[Crossover, ...]
 
     @property
     def best(self) -> Step | None:
@@ -94,12 +94,12 @@ class Size:
             "batch": self.batch,
             "fastest": None if best is None else [best.variant.strategy, best.variant.placement],
             "steps": [self._row(each) for each in self.steps],
-            "turns": [vars(turn) for turn in self.turns],
+            "turns": [vars(each) for each in self.crossovers],
         }
 
     def _row(self, step: Step) -> dict[str, Any]:
-        moved, prediction = step.variant.moved, step.prediction
-        messages = [sum(ways) for ways in zip(moved.dispatch, moved.give_back, strict=True)]
+        traffic, prediction = step.variant.traffic, step.prediction
+        messages = [sum(ways) for ways in zip(traffic.dispatch, traffic.combine, strict=True)]
         return {
             "strategy": step.variant.strategy,
             "placement": step.variant.placement,
@@ -113,15 +113,15 @@ class Size:
             "fits": step.fits,
             "messages_intra_node": messages[0],
             "messages_inter_node": messages[1],
-            "kv_copies": sum(moved.kv),
-            "busiest": moved.busiest,
-            "attending": moved.attending,
+            "kv_copies": sum(traffic.kv),
+            "busiest": traffic.expert_imbalance,
+            "attending": traffic.attention_imbalance,
         }
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """All sizes, and what to tell about them."""
+    """All sizes, and notes about them."""
 
     setting: Setting
     sizes: tuple[Size, ...]
@@ -145,7 +145,9 @@ def run_simulate(job: SimulateJob, tell: Tell) -> Simulation:
     choices = _of_plans(job, trace, notes) if job.plans else _placed_here(job, trace, notes, tell)
     sizes = tuple(_size(job, setting, layout, choice) for layout, choice in choices)
     if job.machine is None:
-        notes.append("the machine is an H200 on each GPU; what is assumed between nodes was not measured")
+        notes.append(
+            "all GPUs are taken to be H200s; the speed of links between nodes is assumed, not measured"
+        )
     return Simulation(setting, sizes, tuple(notes))
 
 
@@ -158,13 +160,13 @@ def _size(job: SimulateJob, setting: Setting, layout: Layout, choice: list[Varia
         setting.machine_for(choice[0].plan),
     )
     steps = tuple(step(variant, point) for variant in choice)
-    return Size(layout, batch, point, steps, tuple(turns(choice, point)))
+    return Size(layout, batch, point, steps, tuple(crossovers(choice, point)))
 
 
 def _placed_here(
     job: SimulateJob, trace: RoutingTrace, notes: list[str], tell: Tell
 ) -> list[tuple[Layout, list[Variant]]]:
-    """Made on three quarters of the sequences, judged on the others; once for each width of a group."""
+    """Placements made on three quarters of the sequences and judged on the rest, for each group size."""
     train, test = split_by_sequence(trace, HELD_OUT)
     layouts = dict.fromkeys(
         Layout.of(gpus, job.gpus_per_node, trace.num_experts, widest)
@@ -185,7 +187,7 @@ def _of_plans(job: SimulateJob, trace: RoutingTrace, notes: list[str]) -> list[t
     topology = plans[0].topology
     for path, plan in zip(job.plans, plans, strict=True):
         _check_plan(path, plan, trace, topology, job.gpus)
-    dealt = deal(trace, topology.num_ranks)
+    judged = split_sequences(trace, topology.num_ranks)
     found = []
     for strategy in strategies_on(topology):
         contiguous = place(
@@ -195,9 +197,9 @@ def _of_plans(job: SimulateJob, trace: RoutingTrace, notes: list[str]) -> list[t
             solving=Solving("contiguous"),
             redundant_experts=plans[0].num_slots - plans[0].num_experts,
         )
-        found.append(Variant.of(strategy, "contiguous", contiguous, dealt))
+        found.append(Variant.of(strategy, "contiguous", contiguous, judged))
         for path, plan in zip(job.plans, plans, strict=True):
-            found.append(Variant.of(strategy, path.name, plan, dealt))
+            found.append(Variant.of(strategy, path.name, plan, judged))
     _note_few(trace, topology.num_ranks, notes)
     return [
         (Layout(gpus, topology.gpus_per_node, topology.num_ranks), found)
@@ -216,12 +218,12 @@ def _check_plan(path: Path, plan: Plan, trace: RoutingTrace, topology: Topology,
     for gpus in sizes:
         if gpus % plan.num_ranks:
             raise InputError(
-                f"--gpus {gpus}: is no multiple of the {plan.num_ranks} ranks of {path}; give one"
+                f"--gpus {gpus}: is no multiple of the {plan.num_ranks} ranks of {path}; give a multiple"
             )
 
 
 def _note_few(trace: RoutingTrace, ranks: int, notes: list[str]) -> None:
     if trace.num_tokens < ENOUGH * ranks:
         notes.append(
-            f"{trace.num_tokens:,} tokens are few for {ranks} ranks, which look less even than they are"
+            f"{trace.num_tokens:,} tokens are few for {ranks} ranks, whose load looks less even by chance"
         )

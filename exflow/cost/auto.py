@@ -1,4 +1,4 @@
-"""Strategy `auto`: measure the ranks once, predict every strategy, take the fastest that fits. Collective."""
+"""Strategy `auto`: measures the ranks once, predicts every strategy, and takes the fastest that fits."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from exflow.comm.transport import Transport
-from exflow.cost.predict import Load, Machine, Moved, Prediction, choose, predict
+from exflow.cost.machine import Machine
+from exflow.cost.predict import Prediction, choose, predict
 from exflow.cost.probe import measure
+from exflow.cost.workload import StepTraffic, Workload
 from exflow.job.cluster import Cluster
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import NAMES, Name
@@ -18,33 +20,33 @@ GUESSED_TOKENS = 512
 
 
 def choose_strategy(
-    load: Load, plan: Plan, cluster: Cluster, transport: Transport = "eager"
+    workload: Workload, plan: Plan, cluster: Cluster, transport: Transport = "eager"
 ) -> tuple[Name, str]:
-    """The strategy for `load` on these ranks and why, equal on all of them; every rank must call it.
+    """The fastest strategy for `workload` on these ranks, and the reason; the same on all ranks. Collective.
 
-    A plan for other nodes than these is judged as one whose figures are not known. Raises InputError on all
-    ranks alike if no strategy fits into memory.
+    The figures of a plan that was made for other nodes are not used. Raises InputError on all ranks alike if
+    no strategy fits into memory.
     """
     here = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
     if (plan.topology.num_nodes, plan.num_ranks) != (here.num_nodes, here.num_ranks):
         plan = replace(plan, topology=here, expected={})
     machine = measure(cluster, transport)
-    return choose(predictions(load, plan, machine), machine.memory_bytes)
+    return choose(predictions(workload, plan, machine), machine.memory_bytes)
 
 
-def predictions(load: Load, plan: Plan, machine: Machine) -> list[Prediction]:
-    """What each strategy takes, by the figures that the plan expects of its own trace."""
-    figures = expected_figures(plan, load.top_k)
-    sizes = {"dispatch-combine": 1, "node-coherent": load.ranks_per_node, "coherent": load.ranks}
+def predictions(workload: Workload, plan: Plan, machine: Machine) -> list[Prediction]:
+    """The time of a step under each strategy, with the traffic that the plan expects."""
+    figures = expected_figures(plan, workload.top_k)
+    sizes = {"dispatch-combine": 1, "node-coherent": workload.ranks_per_node, "coherent": workload.ranks}
     return [
-        predict(name, load, Moved.of(figures[name.replace("-", "_")], sizes.get(name, 1)), machine)
+        predict(name, workload, StepTraffic.of(figures[name.replace("-", "_")], sizes.get(name, 1)), machine)
         for name in NAMES
         if name.replace("-", "_") in figures
     ]
 
 
 def expected_figures(plan: Plan, top_k: int) -> dict[str, Any]:
-    """By strategy what the plan expects; of a plan that does not say, what it does to random routing."""
+    """Figures that the plan expects, by strategy. A plan without figures is evaluated on random routing."""
     if "strategies" in plan.expected:
         stored: dict[str, Any] = plan.expected["strategies"]
         return stored
@@ -67,25 +69,25 @@ def expected_figures(plan: Plan, top_k: int) -> dict[str, Any]:
     return guessed
 
 
-def moved_by(plan: Plan, trace: RoutingTrace, group_size: int) -> Moved:
-    """What any group size moves on a trace, by the same count."""
+def step_traffic(plan: Plan, trace: RoutingTrace, group_size: int) -> StepTraffic:
+    """Count the traffic of a trace under coherence groups of any size."""
     from exflow.placement.traffic.evaluate import exchanges_per_step
     from exflow.placement.traffic.traffic import follow, imbalance_of, total
 
     followed = follow(trace, plan, group_size)
     traffic = total(followed, plan, group_size)
-    return Moved(
+    return StepTraffic(
         group_size=group_size,
         exchanges=exchanges_per_step(plan.num_layers, trace.top_k, group_size, plan.num_ranks),
         dispatch=(
             traffic.per_token_layer(traffic.dispatch_intra),
             traffic.per_token_layer(traffic.dispatch_inter),
         ),
-        give_back=(
+        combine=(
             traffic.per_token_layer(traffic.return_intra),
             traffic.per_token_layer(traffic.return_inter),
         ),
         kv=(traffic.per_token_attention(traffic.kv_intra), traffic.per_token_attention(traffic.kv_inter)),
-        busiest=float(imbalance_of(followed.load.sum(axis=0)).mean()),
-        attending=float(imbalance_of(followed.owned).mean()) if group_size > 1 else 1.0,
+        expert_imbalance=float(imbalance_of(followed.load.sum(axis=0)).mean()),
+        attention_imbalance=float(imbalance_of(followed.owned).mean()) if group_size > 1 else 1.0,
     )

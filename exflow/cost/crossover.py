@@ -1,22 +1,22 @@
-"""Where another strategy becomes the fastest, as one property of the cluster or the load changes alone."""
+"""Finds where another strategy becomes the fastest, as one property of cluster or workload changes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from exflow.cost.predict import Link
+from exflow.cost.machine import Link
 from exflow.cost.simulate import Point, Variant, fastest
 from exflow.placement.plan.strategy import Name
 from exflow.placement.plan.topology import Topology
 
-_DOUBLINGS = 6  # that a quantity is followed, up and down
-_HALVINGS = 12  # of the factor's logarithm, to find the place
+_DOUBLINGS = 6  # how far a quantity is followed, up and down
+_HALVINGS = 12  # bisections of the factor's logarithm
 
 
 @dataclass(frozen=True)
-class Turn:
-    """From `factor` times what `quantity` is, which is `value` in `unit`, `strategy` is the fastest.
+class Crossover:
+    """When `quantity` is scaled by `factor`, `strategy` becomes the fastest.
 
-    strategy: None where none fits into memory any more.
+    value: the quantity there, in `unit`. strategy: None if no strategy fits into memory there.
     """
 
     quantity: str
@@ -28,39 +28,41 @@ class Turn:
 
 @dataclass(frozen=True)
 class Quantity:
-    """`scaled` gives the point with the quantity so many times as large, and its value there in `unit`."""
+    """A property of a point. scaled: takes a point and a factor, gives the new point and value."""
 
     name: str
     unit: str
     scaled: Callable[[Point, float], tuple[Point, float]]
 
 
-def turns(choice: Sequence[Variant], point: Point) -> list[Turn]:
-    """For every quantity, growing and shrinking up to 64 times, the first change of the fastest strategy."""
+def crossovers(choice: Sequence[Variant], point: Point) -> list[Crossover]:
+    """The first crossover of every quantity, as it grows and as it shrinks, up to 64 times each."""
     found = (
-        _first_turn(choice, point, quantity, way)
+        _first_crossover(choice, point, quantity, way)
         for quantity in quantities(choice[0].plan.topology)
         for way in (-1, 1)
     )
-    return [turn for turn in found if turn is not None]
+    return [each for each in found if each is not None]
 
 
-def _first_turn(choice: Sequence[Variant], point: Point, quantity: Quantity, way: int) -> Turn | None:
-    """way: 1 as it grows, -1 as it shrinks."""
+def _first_crossover(
+    choice: Sequence[Variant], point: Point, quantity: Quantity, way: int
+) -> Crossover | None:
+    """way: 1 for a growing quantity, -1 for a shrinking one."""
     here = _winner(choice, point)
 
-    def turned(log: float) -> bool:
+    def changed(log: float) -> bool:
         return _winner(choice, quantity.scaled(point, 2.0 ** (way * log))[0]) != here
 
-    after = next((log for log in range(1, _DOUBLINGS + 1) if turned(log)), None)
+    after = next((log for log in range(1, _DOUBLINGS + 1) if changed(log)), None)
     if after is None:
         return None
     low, high = after - 1.0, float(after)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if turned(middle) else (middle, high)
+        low, high = (low, middle) if changed(middle) else (middle, high)
     there, value = quantity.scaled(point, 2.0 ** (way * high))
-    return Turn(quantity.name, 2.0 ** (way * high), value, quantity.unit, _winner(choice, there))
+    return Crossover(quantity.name, 2.0 ** (way * high), value, quantity.unit, _winner(choice, there))
 
 
 def _winner(choice: Sequence[Variant], point: Point) -> Name | None:
@@ -69,7 +71,7 @@ def _winner(choice: Sequence[Variant], point: Point) -> Name | None:
 
 
 def quantities(topology: Topology) -> list[Quantity]:
-    """What may differ on another cluster, with another model or another load."""
+    """Properties that may differ on another cluster, with another model or another workload."""
     nodes = topology.num_nodes > 1
     where = "between nodes" if nodes else "inside the node"
     peers = topology.num_ranks - (topology.gpus_per_node if nodes else 1)

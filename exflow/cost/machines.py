@@ -1,4 +1,4 @@
-"""Predicted time of a decode step: the cost model on a machine that is given, or on a documented one."""
+"""Documented machines, machines from files, and the times of a decode step that they give."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from exflow.comm.capacity import ROUND_BYTES
-from exflow.cost.predict import Link, Load, Machine, Moved, Prediction, predict
+from exflow.cost.machine import Link, Machine
+from exflow.cost.predict import Prediction, predict
+from exflow.cost.workload import StepTraffic, Workload
 from exflow.errors import InputError
 from exflow.files import read_yaml
 from exflow.model.config import ModelConfig
@@ -20,9 +22,8 @@ from exflow.profiling.trace import RoutingTrace
 
 _ITEMSIZE = 2  # bfloat16
 
-# Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below. What a layer
-# takes besides bytes and products is fitted to steps measured there (docs/simulate.md). configs/machines has
-# both, too.
+# Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below. The extra
+# time of a layer is fitted to steps measured there (docs/simulate.md). configs/machines has both, too.
 _ONE_NODE = Machine(
     inside=Link(3.6e-6, 170e9),
     between=Link(0.0, math.inf),
@@ -49,7 +50,7 @@ _SEVERAL_NODES = Machine(
 
 @dataclass(frozen=True)
 class StepTime:
-    """What a step is predicted to take under a strategy."""
+    """The predicted time of a step under a strategy; fits: into the machine's memory."""
 
     prediction: Prediction
     fits: bool
@@ -65,12 +66,15 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Setting:
-    """A decode step to predict: of which model, with how many sequences at which position, and on what."""
+    """A decode step to predict: `batch` sequences of `context` positions, of a model on a machine.
+
+    machine: None for the documented one that fits the number of nodes.
+    """
 
     model: ModelConfig
     batch: int
     context: int
-    machine: Machine | None  # by default one that depends on the number of nodes
+    machine: Machine | None
 
     def machine_for(self, plan: Plan) -> Machine:
         return self.machine or (_ONE_NODE if plan.topology.num_nodes == 1 else _SEVERAL_NODES)
@@ -79,15 +83,15 @@ class Setting:
         return {"model": self.model.name, "batch": self.batch, "context": self.context, "itemsize": _ITEMSIZE}
 
     def step_times(self, plan: Plan, strategies: Mapping[str, dict[str, Any]]) -> tuple[StepTime, ...]:
-        """Of every strategy in `strategies`, which are evaluate's."""
+        """The times of every strategy in `strategies`, which are evaluate's figures by strategy."""
         machine = self.machine_for(plan)
-        load = Load.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
+        workload = Workload.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
         sizes = {"node-coherent": plan.topology.gpus_per_node, "coherent": plan.num_ranks}
         found = []
         for name in NAMES:
             if (figures := strategies.get(name.replace("-", "_"))) is None:
                 continue
-            prediction = predict(name, load, Moved.of(figures, sizes.get(name, 1)), machine)
+            prediction = predict(name, workload, StepTraffic.of(figures, sizes.get(name, 1)), machine)
             found.append(StepTime(prediction, prediction.memory_bytes <= machine.memory_bytes, machine))
         return tuple(found)
 
@@ -95,7 +99,7 @@ class Setting:
 def load_setting(
     folder: Path, batch: int, context: int, machine: Path | None, trace: RoutingTrace
 ) -> Setting:
-    """Raises InputError where a file is missing or wrong, or the trace is of another model."""
+    """Read a model's and a machine's files; raises InputError if one is wrong, or the trace fits no model."""
     config = load_model_config(folder)
     for what, ours, theirs in (
         ("experts", config.num_experts, trace.num_experts),
@@ -110,7 +114,7 @@ def load_setting(
 
 
 def load_machine(path: Path) -> Machine:
-    """A YAML file with the fields of `cost_model.Machine`; see docs/report.md."""
+    """Read a YAML file with the fields of `Machine`; see docs/report.md."""
     content = read_yaml(path, "file of a machine", "see docs/report.md")
     try:
         _check_keys(path, content, Machine)
@@ -131,7 +135,7 @@ def _check_keys(path: Path, content: Any, kind: type[Machine] | type[Link]) -> N
 
 
 def _finite(value: Any) -> Any:
-    """The same without infinities, which JSON does not know."""
+    """`value` with null for infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if value == math.inf else value

@@ -1,174 +1,43 @@
-"""What a decode step takes under each strategy, from what it moves and touches; a model, nothing is run here.
+"""Predicts the time of a decode step under each strategy. A formula; nothing is run here.
 
-A step is its synchronous exchanges (latency, and the bytes of the busiest rank), what it computes (the bytes
-that the busiest rank reads from memory, and launches), and of the keys and values shared in the background
-what computing does not hide. What moves is placement's own count, as means per token and layer.
+    step_s       = exchange_s + compute_s + background_s
+
+    exchange_s   = exchanges x latency_s
+                 + moe_layers x wait x (seconds(dispatch_rows x bytes) + seconds(combine_rows x bytes))
+                 + all_reduces x (their exchanges x latency_s + rows x hidden_bytes / bytes_per_s)
+
+    compute_s    = layers x (layer_s + owned_tokens x token_s)
+                 + max(dense_bytes / read_bytes_per_s, dense_rows x dense FLOPs / flops_per_s)
+                 + served_rows x expert FLOPs / flops_per_s
+                 + (expert bytes read + keys and values read) / read_bytes_per_s
+
+    background_s = max(0, seconds(kv_rows x kv_bytes) - hides x compute_s)
+
+seconds(bytes) is the slower of the links inside and between nodes. The transport says how many rows move and
+what an exchange waits for (transports.py). Messages are placement's own count, as means per token and layer.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, Self
 
-from exflow.comm.capacity import ROUND_BYTES, deviations
-from exflow.comm.transport import Transport
+from exflow.cost.machine import Machine
+from exflow.cost.transports import COSTS, Pair, StepCost
+from exflow.cost.workload import StepTraffic, Workload
 from exflow.errors import InputError
-from exflow.model.config import ModelConfig
-from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Name
 
 
 @dataclass(frozen=True)
-class Link:
-    """An all-to-all of next to nothing takes latency_s, and peer_s more for each rank that the link leads to;
-    a rank sends bytes_per_s, and receives as many.
-
-    A latency that was measured among as many ranks as there are has peer_s in it.
-    """
-
-    latency_s: float
-    bytes_per_s: float
-    peer_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the ranks run on: measured once, or given.
-
-    inside, between  links of the ranks of a node, and of nodes: what each rank has of them when all send
-    read_bytes_per_s from a rank's memory
-    memory_bytes     that a rank has for weights, keys and values
-    layer_s, token_s what each layer takes beyond that, and each token in it: launches, arithmetic
-    round_bytes      by which an exchange leaves room (see Expectation)
-    hides            the share of computing that hides what is sent in the background: none where one and
-                     the same processor does both
-    shared           all ranks share one processor, which is the limit: they wait for the sum of what they do,
-                     and not for the busiest
-    transport        how exchanges run: eagerly, or in a captured step (transport.py)
-    flops_per_s      of a captured step's products; an eager step has it in token_s
-    """
-
-    inside: Link
-    between: Link
-    read_bytes_per_s: float
-    memory_bytes: float
-    layer_s: float = 0.0
-    token_s: float = 0.0
-    round_bytes: int = ROUND_BYTES["cpu"]
-    hides: float = 1.0
-    shared: bool = False
-    transport: Transport = "eager"
-    flops_per_s: float = math.inf
-
-
-@dataclass(frozen=True)
-class Load:
-    """A decode step of the whole job: `batch` sequences that look at `context` positions.
-
-    hidden_bytes    a hidden state; kv_bytes a token's keys and values in one layer
-    expert_bytes    one expert's weights; dense_bytes all weights that are no expert's
-    experts_read    of a MoE layer, by the rank that reads most; None: as if all were as likely to be chosen
-    seen            of `context` what a token's attention is about, in the mean over layers; None: all of it.
-                    Eager steps read all of it in any case, and mask
-    """
-
-    batch: int
-    context: int
-    ranks: int
-    ranks_per_node: int
-    layers: int
-    moe_layers: int
-    experts: int
-    slots_per_rank: int
-    top_k: int
-    hidden_bytes: int
-    kv_bytes: int
-    expert_bytes: int
-    dense_bytes: int
-    itemsize: int = 2
-    experts_read: float | None = None
-    seen: float | None = None
-
-    @classmethod
-    def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
-        """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
-        hidden, expert, moe_layers = config.hidden_size, config.expert_weights, len(config.moe_layer_ids)
-        attention = hidden * (2 * config.attention_width + config.kv_width)
-        dense_mlps = (config.num_hidden_layers - moe_layers) * config.dense_mlp_weights
-        dense = config.num_hidden_layers * attention + dense_mlps + moe_layers * hidden * config.num_experts
-        return cls(
-            batch=batch,
-            context=context,
-            ranks=plan.num_ranks,
-            ranks_per_node=plan.topology.gpus_per_node,
-            layers=config.num_hidden_layers,
-            moe_layers=moe_layers,
-            experts=config.num_experts,
-            slots_per_rank=plan.slots_per_rank,
-            top_k=config.top_k,
-            hidden_bytes=hidden * itemsize,
-            kv_bytes=config.kv_width * itemsize,
-            expert_bytes=expert * itemsize,
-            dense_bytes=(dense + config.vocab_size * hidden) * itemsize,
-            itemsize=itemsize,
-            seen=config.positions_seen(context),
-        )
-
-    @property
-    def tokens_per_rank(self) -> int:
-        """Of the rank that admitted most."""
-        return math.ceil(self.batch / self.ranks)
-
-    @property
-    def places(self) -> int:
-        """For tokens, as many on every rank as the one that admitted most has."""
-        return self.tokens_per_rank * self.ranks
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a strategy moves, as placement counts it: messages per token and MoE layer, inside a node and
-    between nodes; copies of keys and values per token and layer; synchronous collectives a step.
-
-    busiest: load of the busiest rank over the mean; attending: the same of the tokens that ranks own. Both
-    are those of many tokens: a batch has chance besides (`_of_a_batch`).
-    """
-
-    group_size: int
-    exchanges: int
-    dispatch: tuple[float, float]
-    give_back: tuple[float, float]
-    kv: tuple[float, float]
-    busiest: float
-    attending: float
-    all_reduces: int = 0
-
-    @classmethod
-    def of(cls, figures: dict[str, Any], group_size: int) -> Self:
-        """From one strategy's entry of placement.evaluate."""
-        totals, messages = figures["totals"], figures["messages_per_token_layer"]
-        # the means know no split by both purpose and link, the totals do
-        scale = messages / totals["messages"] if totals["messages"] else 0.0
-        return cls(
-            group_size=group_size,
-            exchanges=figures["exchanges_per_step"] if "all_reduces_per_step" not in figures else 0,
-            dispatch=(totals["dispatch_intra"] * scale, totals["dispatch_inter"] * scale),
-            give_back=(totals["return_intra"] * scale, totals["return_inter"] * scale),
-            kv=(figures["kv_intra_node"], figures["kv_inter_node"]),
-            busiest=figures["imbalance"]["mean"],
-            # whose owner is its home has as many sequences as every other rank
-            attending=figures["owner_imbalance"]["mean"] if group_size > 1 else 1.0,
-            all_reduces=figures.get("all_reduces_per_step", 0),
-        )
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """Seconds of a decode step, and the bytes of memory that the fullest rank needs."""
+    """The time of a decode step under a strategy, and the memory that the fullest rank needs.
+
+    exchange_s: synchronous exchanges. compute_s: reading, products and launches. background_s: what compute
+    does not hide of sharing keys and values. memory_bytes: weights, keys and values.
+    """
 
     strategy: Name
     exchange_s: float
     compute_s: float
-    background_s: float  # as much of it as computing does not hide
+    background_s: float
     memory_bytes: float
 
     @property
@@ -176,33 +45,77 @@ class Prediction:
         return self.exchange_s + self.compute_s + self.background_s
 
 
-def predict(strategy: Name, load: Load, moved: Moved, machine: Machine) -> Prediction:
-    """What a step takes under the strategy of which `moved` speaks."""
-    compute_s = _compute_s(load, moved, machine)
-    tokens = load.tokens_per_rank * moved.attending * load.layers
-    gathers = machine.transport == "relayed" and moved.group_size > load.ranks_per_node
-    if machine.transport == "collective" or gathers:  # room for a row of every sequence of the group
-        tokens = load.tokens_per_rank * moved.group_size * load.layers
-    background_s = _slower([tokens * copies * load.kv_bytes for copies in moved.kv], machine)
-    held = load.batch if moved.all_reduces else load.tokens_per_rank * moved.group_size
-    exchange_s = _all_reduces_s(load, moved, machine) + _exchanges_s(load, moved, machine)
+def predict(strategy: Name, workload: Workload, traffic: StepTraffic, machine: Machine) -> Prediction:
+    """Predict a step under `strategy`, which moves `traffic`."""
+    step = COSTS[machine.transport](workload, traffic, machine)
+    compute_s = _compute_s(step)
+    kv_s = _seconds(step.kv_rows(), workload.kv_bytes, machine)
     return Prediction(
         strategy,
-        exchange_s,
-        compute_s,
-        max(0.0, background_s - machine.hides * compute_s),
-        memory_bytes(load, held),
+        exchange_s=_all_reduces_s(step) + _exchanges_s(step),
+        compute_s=compute_s,
+        background_s=max(0.0, kv_s - machine.hides * compute_s),
+        memory_bytes=memory_bytes(workload, workload.batch if traffic.all_reduces else step.group_tokens),
     )
 
 
-def memory_bytes(load: Load, sequences: int) -> int:
-    """Of a rank's weights, and of the keys and values of so many sequences."""
-    weights = load.dense_bytes + load.moe_layers * load.slots_per_rank * load.expert_bytes
-    return weights + sequences * load.context * load.layers * load.kv_bytes
+def memory_bytes(workload: Workload, sequences: int) -> int:
+    """Memory for a rank's weights, and for the keys and values of `sequences` sequences."""
+    weights = workload.dense_bytes + workload.moe_layers * workload.slots_per_rank * workload.expert_bytes
+    return weights + sequences * workload.context * workload.layers * workload.kv_bytes
+
+
+def _exchanges_s(step: StepCost) -> float:
+    """All dispatches and combines of a step."""
+    work, exchanges = step.workload, step.traffic.exchanges
+    if not exchanges:
+        return 0.0
+    dispatch_bytes, combine_bytes = step.row_bytes
+    wait = step.wait()
+    dispatch_s = _seconds(step.dispatch_rows(), dispatch_bytes, step.machine, wait)
+    combine_s = _seconds(step.combine_rows(), combine_bytes, step.machine, wait)
+    return exchanges * step.latency_s() + work.moe_layers * (dispatch_s + combine_s)
+
+
+def _all_reduces_s(step: StepCost) -> float:
+    """All-reduces of a step, over the links between nodes where there are several."""
+    work, machine = step.workload, step.machine
+    if not step.traffic.all_reduces:
+        return 0.0
+    exchanges, rows = step.all_reduce()
+    link = machine.between if work.other_nodes else machine.inside
+    moving_s = rows * work.hidden_bytes / link.bytes_per_s
+    return step.traffic.all_reduces * (exchanges * step.latency_s() + moving_s)
+
+
+def _compute_s(step: StepCost) -> float:
+    """Reading weights and contexts, products and launches of the busiest rank.
+
+    Dense products take the longer of reading and multiplying. Those of experts take both, as measured: many
+    rows read the weights of an expert more than once.
+    """
+    work, machine, tokens = step.workload, step.machine, step.owned_tokens
+    read = work.experts_read
+    if read is None:
+        read = work.slots_per_rank * (1 - (1 - 1 / work.experts) ** (work.batch * work.top_k))
+    expert_bytes = work.moe_layers * read * work.expert_bytes
+    served_rows = work.tokens_per_rank * work.top_k * step.expert_imbalance * work.moe_layers
+    expert_s = 2 * served_rows * work.expert_bytes / work.itemsize / machine.flops_per_s
+    context_bytes = tokens * work.layers * step.positions_read() * work.kv_bytes
+    launch_s = work.layers * (machine.layer_s + tokens * machine.token_s)
+    products_s = 2 * step.dense_rows() * work.dense_bytes / work.itemsize / machine.flops_per_s
+    dense_s = max(work.dense_bytes / machine.read_bytes_per_s, products_s)
+    return launch_s + dense_s + expert_s + (expert_bytes + context_bytes) / machine.read_bytes_per_s
+
+
+def _seconds(rows: Pair, row_bytes: float, machine: Machine, wait: float = 1.0) -> float:
+    """Seconds that rows inside the node and between nodes take, which move at the same time."""
+    inside, between = (each * row_bytes * wait for each in rows)
+    return max(inside / machine.inside.bytes_per_s, between / machine.between.bytes_per_s)
 
 
 def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, str]:
-    """The name of the fastest of those that fit into memory, the first of equals, and why.
+    """The fastest strategy that fits into memory, the first of equals, and the reason.
 
     Raises InputError, with the numbers, if none fits.
     """
@@ -222,142 +135,6 @@ def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, st
     return best.strategy, f"auto: {best.strategy}, {_milliseconds(best.step_s)} predicted" + (
         f" against {against}{refused}" if others else refused
     )
-
-
-def _exchanges_s(load: Load, moved: Moved, machine: Machine) -> float:
-    """All dispatches and returns of a step; each waits for the busiest rank, to send or to receive."""
-    if not moved.exchanges:
-        return 0.0
-    row_bytes = load.hidden_bytes + 4 * (2 * load.top_k + 3)  # with slots, weights and where it belongs
-    sent, returned = _rows_sent(load, moved, machine, row_bytes)
-    uneven = max(_busiest(load, moved), _attending(load, moved, machine))
-    if machine.shared or machine.transport in ("collective", "relayed"):
-        uneven = 1.0  # of a collective all chunks are as large, however full
-    moving = sum(
-        _slower([rows * size * uneven for rows in part], machine)
-        for part, size in ((sent, row_bytes), (returned, load.hidden_bytes + 8))
-    )
-    return moved.exchanges * _latency_s(load, machine) + load.moe_layers * moving
-
-
-def _latency_s(load: Load, machine: Machine) -> float:
-    """Of an exchange in which nothing moves; a rank that is alone has none."""
-    if load.ranks == 1:
-        return 0.0
-    inside_s = machine.inside.latency_s + machine.inside.peer_s * (load.ranks_per_node - 1)
-    if load.ranks == load.ranks_per_node:
-        return inside_s
-    if machine.transport == "relayed":
-        relays = load.ranks // load.ranks_per_node - 1
-        return inside_s + machine.between.latency_s + machine.between.peer_s * relays
-    return machine.between.latency_s + machine.between.peer_s * (load.ranks - load.ranks_per_node)
-
-
-def _rows_sent(load: Load, moved: Moved, machine: Machine, row_bytes: int) -> tuple[list[float], list[float]]:
-    """Rows that a rank sends in a layer to dispatch and to return, inside its node and between nodes."""
-    tokens = load.tokens_per_rank
-    others = (load.ranks_per_node - 1, load.ranks - load.ranks_per_node)
-    if machine.transport == "collective":  # room for all that a receiver may own
-        full = [float(pairs * tokens * moved.group_size) for pairs in others]
-        return full, full if moved.exchanges > load.moe_layers else [0.0, 0.0]
-    if machine.transport == "relayed":
-        return _rows_by_relays(load, moved)
-    sent = [tokens * rows for rows in moved.dispatch]
-    if machine.transport == "eager":
-        spare = deviations(row_bytes, machine.round_bytes)
-        sent = [
-            pairs * _room(tokens, rows / max(pairs, 1), spare)
-            for rows, pairs in zip(moved.dispatch, others, strict=True)
-        ]
-    return sent, [tokens * rows for rows in moved.give_back]
-
-
-def _rows_by_relays(load: Load, moved: Moved) -> tuple[list[float], list[float]]:
-    """Chunks with room for all that a rank may own: to its relay in each other node, and back to the relays
-    of a token that came home, or to every rank that may own it. What crosses is passed on inside, at most
-    once.
-    """
-    room = float(load.tokens_per_rank * moved.group_size)
-    relays, others = load.ranks // load.ranks_per_node - 1, load.ranks - load.ranks_per_node
-    sent = [load.tokens_per_rank * sum(moved.dispatch), relays * room]
-    owners = relays if moved.group_size == 1 else others
-    returned = [load.tokens_per_rank * sum(moved.give_back), owners * room]
-    return sent, returned if moved.exchanges > load.moe_layers else [0.0, 0.0]
-
-
-def _room(tokens: float, share: float, spare: float) -> float:
-    """Rows that a chunk has room for, on average (see Expectation), where a token goes there by `share`."""
-    share = min(share, 1.0)
-    return min(tokens, tokens * share + spare * math.sqrt(tokens * share * (1 - share)))
-
-
-def _all_reduces_s(load: Load, moved: Moved, machine: Machine) -> float:
-    """A ring: every rank sends each part of the rows on, once to be summed and once to be known.
-
-    In a captured step every rank tells all others, in one exchange, what its experts made of each token.
-    """
-    if not moved.all_reduces:
-        return 0.0
-    link = machine.inside if load.ranks == load.ranks_per_node else machine.between
-    rows, exchanges = 2 * (load.ranks - 1) / load.ranks * load.batch, 2
-    if machine.transport != "eager":
-        one_sided = machine.transport == "one-sided"
-        served = 1 - (1 - 1 / load.ranks) ** load.top_k if one_sided else 1.0
-        rows, exchanges = (load.ranks - 1) * load.batch * served, 1
-    moving = rows * load.hidden_bytes / link.bytes_per_s
-    return moved.all_reduces * (exchanges * _latency_s(load, machine) + moving)
-
-
-def _busiest(load: Load, moved: Moved) -> float:
-    """The most choices that a rank serves in a batch, over the mean."""
-    return _of_a_batch(moved.busiest, load.places * load.top_k, load.ranks)
-
-
-def _attending(load: Load, moved: Moved, machine: Machine) -> float:
-    """The most tokens that a rank owns in a batch, over the mean; 1 where that does not matter."""
-    if machine.shared or moved.group_size == 1:
-        return 1.0
-    return _of_a_batch(moved.attending, load.places, load.ranks)
-
-
-def _of_a_batch(imbalance: float, tokens: int, ranks: int) -> float:
-    """What `imbalance` of many tokens is in a batch of some.
-
-    By chance alone the busiest rank has about 0.7 sqrt(2 ln ranks) deviations more than the mean: 0.82, 1.17
-    and 1.43 for 2, 4 and 8 ranks.
-    """
-    chance = 0.7 * math.sqrt(2 * math.log(ranks) * (ranks - 1) / tokens)
-    return min(float(ranks), 1 + math.hypot(imbalance - 1, chance))
-
-
-def _compute_s(load: Load, moved: Moved, machine: Machine) -> float:
-    """Every rank reads its experts that someone chose, the other weights, and the contexts it attends to.
-
-    Dense products take the longer of reading and multiplying; those of experts both, as was measured: many
-    rows read the weights of an expert more than once.
-    """
-    read = load.experts_read
-    if read is None:
-        read = load.slots_per_rank * (1 - (1 - 1 / load.experts) ** (load.batch * load.top_k))
-    experts = load.moe_layers * read * load.expert_bytes
-    served = load.tokens_per_rank * load.top_k * _busiest(load, moved) * load.moe_layers
-    served_s = 2 * served * load.expert_bytes / load.itemsize / machine.flops_per_s
-    tokens = load.batch if moved.all_reduces else load.tokens_per_rank * _attending(load, moved, machine)
-    seen = load.context if load.seen is None or machine.transport == "eager" else load.seen
-    contexts = tokens * load.layers * seen * load.kv_bytes
-    launched = load.layers * (machine.layer_s + tokens * machine.token_s)
-    rows = tokens  # a captured step multiplies those of all sequences that a rank may own
-    if machine.transport != "eager" and not moved.all_reduces:
-        rows = load.tokens_per_rank * moved.group_size
-    products_s = 2 * rows * load.dense_bytes / load.itemsize / machine.flops_per_s
-    dense_s = max(load.dense_bytes / machine.read_bytes_per_s, products_s)
-    return launched + dense_s + served_s + (experts + contexts) / machine.read_bytes_per_s
-
-
-def _slower(sent: list[float], machine: Machine) -> float:
-    """Seconds that bytes inside the node and bytes between nodes take, which move at the same time."""
-    inside, between = sent
-    return max(inside / machine.inside.bytes_per_s, between / machine.between.bytes_per_s)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What the ranks of a job run on, measured once: links, memory, launches. Collective.
+"""Measures the machine of a job once: links, memory, launches, matrix products. Collective.
 
 Each is measured as the decode step will use it: eagerly, or many times in one captured graph.
 """
@@ -16,22 +16,22 @@ from exflow.comm.buffers import symmetric_memory, tensor_at
 from exflow.comm.capacity import ROUND_BYTES
 from exflow.comm.pairwise import Parcels, Rounds
 from exflow.comm.transport import Transport
-from exflow.cost.predict import Link, Machine
+from exflow.cost.machine import Link, Machine
 from exflow.job.cluster import Cluster, coherence_group, of_all
 
 SMALL = 64  # bytes from each rank to each other one
 LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
 READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; of a GPU more than its cache
-LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # of kernels in a layer, about
+LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # kernels in a layer, about
 RUNS = 9
 IN_A_GRAPH = 20
 
-Exchange = Callable[[int], Callable[[], object]]  # of so many bytes with each other rank
+Exchange = Callable[[int], Callable[[], object]]  # given the bytes for each other rank, makes an exchange
 Timer = Callable[[Cluster, Callable[[], object]], float]
 
 
 def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
-    """The slowest rank's figures; equal on all ranks, and all must call it."""
+    """Measure every rank and take the slowest one's figures, so that all ranks agree. Collective."""
     timer = _eager_s if transport == "eager" else _captured_s
     inside, between = _links(cluster, transport, timer)
     values = torch.zeros(READ[cluster.device.type] // 4, device=cluster.device)
@@ -58,7 +58,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
 
 
 def _flops_per_s(cluster: Cluster) -> float:
-    """Of a large product in bfloat16 on this GPU, the slowest of all."""
+    """Speed of a large product in bfloat16, on the slowest rank."""
     side = 4096
     a, b = torch.randn(2, side, side, device=cluster.device, dtype=torch.bfloat16)
     out = torch.empty_like(a)
@@ -68,13 +68,13 @@ def _flops_per_s(cluster: Cluster) -> float:
 
 
 def link_of(small_s: float, large_s: float, small_bytes: float, large_bytes: float) -> Link:
-    """The link over which an exchange takes so long when a rank sends so many bytes."""
+    """Fit latency and bandwidth to the times of a small and of a large exchange of one rank."""
     per_byte = max((large_s - small_s) / (large_bytes - small_bytes), 1e-15)
     return Link(max(small_s - small_bytes * per_byte, 0.0), 1 / per_byte)
 
 
 def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, Link]:
-    """Inside a node, and between nodes."""
+    """Measure the links inside a node and between nodes."""
     ranks, near = cluster.num_ranks, cluster.ranks_per_node
     everyone, node = coherence_group(cluster, ranks), coherence_group(cluster, near)
     if transport == "one-sided":
@@ -89,7 +89,7 @@ def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, 
 
 
 def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
-    """far: the ranks that the link leads to from each."""
+    """Measure one link; far: the other ranks that it leads to from each rank."""
     if far < 1:
         return Link(0.0, float("inf"))
     large = LARGE[cluster.device.type]
@@ -116,7 +116,7 @@ def _in_rounds(rounds: Rounds) -> Exchange:
 
 
 def _among_relays(cluster: Cluster) -> Exchange:
-    """With the ranks of this one's place in other nodes alone."""
+    """An exchange with the ranks that have this one's place in other nodes."""
     near, ranks = cluster.ranks_per_node, range(cluster.num_ranks)
     relays = [rank for rank in ranks if rank != cluster.rank and (rank - cluster.rank) % near == 0]
 
@@ -130,8 +130,7 @@ def _among_relays(cluster: Cluster) -> Exchange:
 
 
 def _one_sided(cluster: Cluster) -> Exchange:
-    """Stores into the memory of every other rank of the node, and a meeting; of next to nothing, the
-    meeting."""
+    """Stores into the memory of every other rank of the node, and a barrier; of SMALL bytes the barrier."""
     memory = symmetric_memory(cluster)(LARGE["cuda"])
     others = [
         tensor_at(base, memory.own) for rank, base in enumerate(memory.bases) if base and rank != cluster.rank
@@ -151,7 +150,7 @@ def _one_sided(cluster: Cluster) -> Exchange:
 
 
 def _eager_s(cluster: Cluster, work: Callable[[], object]) -> float:
-    """Seconds of `work`: the median of some runs, after one that does not count."""
+    """Seconds of `work`: the median of RUNS runs after a warm-up."""
     taken = []
     for _ in range(RUNS + 1):
         _synchronise(cluster)
@@ -163,7 +162,7 @@ def _eager_s(cluster: Cluster, work: Callable[[], object]) -> float:
 
 
 def _captured_s(cluster: Cluster, work: Callable[[], object]) -> float:
-    """Seconds of `work` among many of its kind in one graph."""
+    """Seconds of `work`, repeated IN_A_GRAPH times in one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -183,7 +182,7 @@ def _synchronise(cluster: Cluster) -> None:
 
 
 def free_bytes(cluster: Cluster) -> float:
-    """Memory that this rank could still have; of a CPU what programs can get, caches included."""
+    """Free memory of this rank's device; on a CPU its share of the available memory, caches included."""
     if cluster.device.type == "cuda":
         return float(torch.cuda.mem_get_info(cluster.device)[0])
     known = Path("/proc/meminfo")

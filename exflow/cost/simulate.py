@@ -1,8 +1,8 @@
-"""Decode steps on clusters that one does not have: the cost model, fed with what a trace moves under plans.
+"""Simulates decode steps on clusters of any size: the cost model, with the traffic of a trace under plans.
 
-GPUs form expert-parallel groups of `width` ranks that hold all experts once. GPUs beyond one group are
-further groups, equal and independent: they share no token, no keys and values, and no link. A step then takes
-what it takes one group, and throughput is that of all.
+GPUs form expert-parallel groups of `width` ranks; each group holds all experts once. Groups are equal and
+independent: they share no token, no keys and values, and no link. So a step takes as long as in one group,
+and the throughputs of the groups add up.
 
 Shapes: L MoE layers, G ranks, E experts, S slots a rank.
 """
@@ -14,8 +14,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from exflow.cost.auto import moved_by
-from exflow.cost.predict import Load, Machine, Moved, Prediction, predict
+from exflow.cost.auto import step_traffic
+from exflow.cost.machine import Machine
+from exflow.cost.predict import Prediction, predict
+from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
@@ -26,15 +28,15 @@ from exflow.placement.solve.objective import Objective
 from exflow.profiling.trace import RoutingTrace
 
 ITEMSIZE = 2  # bfloat16
-PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # and the methods that make them
-LEVEL = 1.0  # messages a token and layer that a unit of imbalance is worth: all wait for the busiest
-PLACED_FOR: dict[Name, PlanStrategy] = {  # no message of replicated depends on its placement
+PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # name -> method that makes it
+LEVEL = 1.0  # price of a unit of imbalance, in messages per token and layer: all wait for the busiest rank
+PLACED_FOR: dict[Name, PlanStrategy] = {  # replicated: its messages do not depend on the placement
     "dispatch-combine": "dispatch-combine",
     "node-coherent": "node-coherent",
     "coherent": "coherent",
     "replicated": "dispatch-combine",
 }
-_ROWS = 32  # of a sequence that a trace is dealt into, at most
+_MOST_ROWS = 32  # of each sequence that a trace is split into
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,8 +51,10 @@ class Layout:
 
     @classmethod
     def of(cls, gpus: int, gpus_per_node: int, experts: int, widest: int | None = None) -> Self:
-        """In groups as wide as they can be, `widest` at most: they share experts and GPUs evenly, and lie in
-        a node or fill some."""
+        """Make the groups as wide as possible, `widest` at most.
+
+        A width divides GPUs and experts, and a group lies inside a node or fills whole nodes.
+        """
         widths = range(1, min(gpus, experts, widest or gpus) + 1)
         even = [width for width in widths if gpus % width == 0 and experts % width == 0]
         return cls(
@@ -61,47 +65,47 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Expert-parallel groups."""
+        """The number of expert-parallel groups."""
         return self.gpus // self.width
 
     @property
     def topology(self) -> Topology:
-        """Of one group."""
+        """The nodes and GPUs of one group."""
         inside = min(self.width, self.gpus_per_node)
         return Topology(num_nodes=self.width // inside, gpus_per_node=inside)
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A strategy with a placement, and what it moves and touches on a trace.
+    """A strategy with a placement, and its traffic on a trace.
 
-    chosen [L, G, S] float64: the chance that a token chooses the expert in a slot, and is served there.
+    chosen [L, G, S] float64: the chance that a token chooses the expert in a slot and is served there.
     """
 
     strategy: Name
     placement: str
     plan: Plan
-    moved: Moved
+    traffic: StepTraffic
     chosen: Floats
 
     @classmethod
     def of(cls, strategy: Name, placement: str, plan: Plan, trace: RoutingTrace) -> Self:
         topology = plan.topology
         sizes = {"node-coherent": topology.gpus_per_node, "coherent": topology.num_ranks}
-        moved = moved_by(plan, trace, sizes.get(strategy, 1))
+        traffic = step_traffic(plan, trace, sizes.get(strategy, 1))
         if strategy == "replicated":
             layers, nothing = plan.num_layers, (0.0, 0.0)
-            moved = replace(moved, exchanges=0, dispatch=nothing, give_back=nothing, all_reduces=layers)
-        return cls(strategy, placement, plan, moved, chosen_slots(plan, trace))
+            traffic = replace(traffic, exchanges=0, dispatch=nothing, combine=nothing, all_reduces=layers)
+        return cls(strategy, placement, plan, traffic, chosen_slots(plan, trace))
 
     def experts_read(self, batch: int) -> float:
-        """Of a layer, by the rank that reads most, where so many tokens choose: the mean over layers."""
+        """Experts that the rank with most reads for `batch` tokens; mean over layers."""
         read = 1 - (1 - self.chosen) ** batch
         return float(read.sum(axis=2).max(axis=1).mean())
 
 
 def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
-    """[L, G, S] the chance that a token chooses the expert in a slot, and is served there."""
+    """The chance [L, G, S] that a token chooses the expert in a slot and is served there."""
     chances, serving_slot = np.zeros((plan.num_layers, plan.num_slots)), plan.serving_slot
     for layer in range(plan.num_layers):
         chosen = np.bincount(trace.experts[:, layer].ravel(), minlength=plan.num_experts)
@@ -113,7 +117,7 @@ def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
 
 
 def strategies_on(topology: Topology) -> Iterator[Name]:
-    """Those that differ; a rank that is alone has one."""
+    """The strategies that differ on `topology`; a single rank has one."""
     yield "dispatch-combine"
     if 1 < topology.gpus_per_node < topology.num_ranks:
         yield "node-coherent"
@@ -129,8 +133,8 @@ def variants(
     time_limit: float,
     tell: Callable[[str], None],
 ) -> list[Variant]:
-    """Every strategy, contiguous and with a placement by affinity made for it, judged on `test`."""
-    dealt, found = deal(test, topology.num_ranks), []
+    """Every strategy with a contiguous placement and one by affinity, made on `train`, judged on `test`."""
+    judged, found = split_sequences(test, topology.num_ranks), []
     plans: dict[tuple[PlanStrategy, str], Plan] = {}
     for strategy in strategies_on(topology):
         goal = PLACED_FOR[strategy]
@@ -143,14 +147,14 @@ def variants(
                     objective=Objective(goal, balance_price=LEVEL, owner_price=LEVEL),
                     solving=Solving(method, time_limit=time_limit),
                 )
-            found.append(Variant.of(strategy, placement, plans[goal, placement], dealt))
+            found.append(Variant.of(strategy, placement, plans[goal, placement], judged))
     return found
 
 
-def deal(trace: RoutingTrace, ranks: int) -> RoutingTrace:
-    """The trace in short pieces as sequences, so that every rank is home to tokens of many texts."""
+def split_sequences(trace: RoutingTrace, ranks: int) -> RoutingTrace:
+    """Split the sequences of a trace into short ones, so that every rank is home to tokens of many texts."""
     order = np.argsort(trace.sequence, kind="stable")
-    length = min(_ROWS, max(1, trace.num_tokens // (4 * ranks)))
+    length = min(_MOST_ROWS, max(1, trace.num_tokens // (4 * ranks)))
     return RoutingTrace.from_arrays(
         trace.experts[order],
         num_experts=trace.num_experts,
@@ -166,7 +170,7 @@ def deal(trace: RoutingTrace, ranks: int) -> RoutingTrace:
 class Point:
     """A decode step of one expert-parallel group: `batch` sequences, each at position `context`.
 
-    kv: times the model's own K/V width.
+    kv: factor on the model's own K/V width.
     """
 
     model: ModelConfig
@@ -178,7 +182,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Step:
-    """What a variant takes there, and whether it fits into memory."""
+    """The predicted step of a variant at a point, and whether it fits into memory."""
 
     variant: Variant
     prediction: Prediction
@@ -190,17 +194,18 @@ class Step:
 
 
 def step(variant: Variant, point: Point) -> Step:
-    load = Load.of(point.model, variant.plan, point.batch, point.context, ITEMSIZE)
-    load = replace(
-        load,
-        kv_bytes=round(point.kv * load.kv_bytes),
+    """Predict a variant's step at a point."""
+    workload = Workload.of(point.model, variant.plan, point.batch, point.context, ITEMSIZE)
+    workload = replace(
+        workload,
+        kv_bytes=round(point.kv * workload.kv_bytes),
         experts_read=variant.experts_read(point.batch),
     )
-    prediction = predict(variant.strategy, load, variant.moved, point.machine)
+    prediction = predict(variant.strategy, workload, variant.traffic, point.machine)
     return Step(variant, prediction, prediction.memory_bytes <= point.machine.memory_bytes)
 
 
 def fastest(choice: Sequence[Variant], point: Point) -> Step | None:
-    """The fastest of those that fit, the first of equals; None if none fits."""
+    """The fastest step that fits into memory, the first of equals; None if none fits."""
     steps = (step(variant, point) for variant in choice)
     return min((each for each in steps if each.fits), key=lambda each: each.seconds, default=None)

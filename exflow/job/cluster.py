@@ -106,8 +106,8 @@ def _device_of(place: Place, device_type: str) -> torch.device:
         return torch.device(device_type)
     if place.ranks_per_node > torch.cuda.device_count():
         raise InputError(
-            f"--nproc: {place.ranks_per_node} ranks are on this node, torch sees "
-            f"{torch.cuda.device_count()} GPU(s); start one a GPU, or give --device cpu"
+            f"{place.ranks_per_node} ranks are on this node, but torch sees "
+            f"{torch.cuda.device_count()} GPU(s); start one per GPU, or compute on cpu"
         )
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)

@@ -115,6 +115,20 @@ def load_decoder(
     return decoder.eval().requires_grad_(False)
 
 
+def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """The dtype to compute in where nobody asks for one: on GPUs that of the stored weights.
+
+    There are two: bfloat16 stands for float16 and for quantised weights too. On CPUs it is float32, since few
+    compute bfloat16 fast. Raises InputError where the weights cannot be read.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    with ExitStack() as stack:
+        stored = StoredWeights.of(folder, stack).file_of.items()
+        full = all(file.get_slice(name).get_dtype() in ("F32", "F64") for name, (_, file) in stored)
+    return torch.float32 if full else torch.bfloat16
+
+
 def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
     """For each expert tensor of a decoder the logical expert in each slot."""
     parts = ("w_in", "w_out", "b_in", "b_out") if config.expert_bias else ("w_in", "w_out")

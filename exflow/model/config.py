@@ -1,9 +1,6 @@
 """What a model is: the hyper-parameters stored as `config.json` beside its weights."""
 
-import reprlib
-from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -11,11 +8,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from exflow.errors import InputError
 from exflow.model.limits import (
     MAX_EXPERTS_IN_ALL,
     ExpertCount,
@@ -193,31 +188,3 @@ class ModelConfig(StrictModel):
         """Hidden-layer index of each MoE layer."""
         every = range(self.moe_every - 1, self.num_hidden_layers, self.moe_every)
         return tuple(layer for layer in every if layer not in self.dense_layers)
-
-
-def validated(kind: type[Model], value: Any, source: Path) -> Model:
-    """Build a pydantic model from what `source` held; the first thing wrong becomes a one-line InputError."""
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_first_wrong(kind, error)}") from error
-
-
-def _first_wrong(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
-    found = reprlib.repr(first["input"])
-    if not first["loc"] and first["type"] == "model_type":
-        return f"holds {found}, not the keys {', '.join(kind.model_fields)}; write them"
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        found_in: Any = kind
-        for part in first["loc"][:-1]:
-            found_in = found_in.model_fields[str(part)].annotation
-            found_in = next((each for each in get_args(found_in) if each is not NoneType), found_in)
-        return f"unknown key {key!r}; remove it (known: {', '.join(found_in.model_fields)})"
-    if first["type"] == "missing":
-        return f"the key {key!r} is missing; add it"
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # one of our own, which names the keys and their values
-        return f"{key}: {reason}" if key else reason
-    return f"{key} = {found}: {reason}"

@@ -5,7 +5,8 @@ from typing import Any
 
 from exflow.errors import InputError
 from exflow.files import read_json
-from exflow.model.config import ModelConfig, validated
+from exflow.model.config import ModelConfig
+from exflow.validation import validated
 
 CONFIG = "config.json"
 OWN = "gpt-moe"

@@ -121,8 +121,7 @@ class Router(nn.Module):
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor | None = None) -> Routing:
         """expert_TK: the experts to take [T, K] int64; None means the likeliest."""
-        bias_E = None if self.gate.bias is None else self.gate.bias.float()
-        logits_TE = F.linear(hidden_TD.float(), self.gate.weight.float(), bias_E)
+        logits_TE = self.logits(hidden_TD)
         probability_TE = logits_TE.softmax(dim=-1)
         if expert_TK is None:
             expert_TK = probability_TE.topk(self.top_k, dim=-1).indices
@@ -131,6 +130,11 @@ class Router(nn.Module):
         else:  # not a quotient of probabilities: those of dictated experts may all have vanished
             weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         return Routing(expert_TK, weight_TK, probability_TE)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """The gate's scores [T, E] float32."""
+        bias_E = None if self.gate.bias is None else self.gate.bias.float()
+        return F.linear(hidden_TD.float(), self.gate.weight.float(), bias_E)
 
 
 class Experts(nn.Module):

@@ -10,9 +10,9 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: no such device; give cpu or cuda")
+        raise InputError(f"device {name!r} is unknown; give cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA GPU; give cpu, or install a CUDA build of torch")
+        raise InputError("device cuda: torch sees no CUDA GPU; give cpu, or install a CUDA build of torch")
     return torch.device(name)
 
 
@@ -21,5 +21,5 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def dtype_named(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise InputError(f"--dtype {name}: no such type; give {' or '.join(DTYPES)}")
+        raise InputError(f"dtype {name!r} is unknown; give {' or '.join(DTYPES)}")
     return DTYPES[name]

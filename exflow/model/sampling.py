@@ -25,11 +25,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature {self.temperature}: cannot be used; give 0 (greedy) or more")
+            raise InputError(f"temperature is {self.temperature}; give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: is not a probability; give more than 0, at most 1")
+            raise InputError(f"top_p is {self.top_p}, no probability; give more than 0, at most 1")
         if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"--seed {self.seed}: is out of range; give 0 to {(1 << 63) - 1}")
+            raise InputError(f"seed is {self.seed}; give 0 to {(1 << 63) - 1}")
 
 
 GREEDY = Sampling()

@@ -5,10 +5,10 @@ Shown is what is beyond chance: otherwise popular experts would be all there is 
 The page holds one drawing and the images of all pairs and orders, which its script puts into it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from exflow.placement.counts.information import mutual_information
 from exflow.report.data import Report
 from exflow.report.draw import png
-from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.figure import Figure, Table
 from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
 from exflow.report.draw.svg import WIDTH, drawing, text
 from exflow.report.experts import blocks, layer_names
@@ -48,7 +48,7 @@ class Affinity:
 
     orders, pairs  what to choose from; first: the pair that is drawn
     cell           experts a side of a cell
-    images         for the script, as JSON: of all orders and pairs
+    images         for the script: pixels, labels and cuts of all orders and pairs
     """
 
     figures: tuple[Figure, ...]
@@ -56,7 +56,7 @@ class Affinity:
     pairs: list[str]
     first: int
     cell: int
-    images: str
+    images: dict[str, Any]
 
 
 def affinity_figures(report: Report) -> Affinity | None:
@@ -102,7 +102,7 @@ def affinity_figures(report: Report) -> Affinity | None:
         pairs=pairs,
         first=first,
         cell=int(np.diff([*begin, report.about.num_experts])[0]),
-        images=json.dumps(images, separators=(",", ":")),
+        images=images,
     )
 
 
@@ -182,7 +182,7 @@ def _cuts(order: Order, layer: int, begin: Integers) -> list[float]:
     return [float(end / experts_a_cell) for end in ends]
 
 
-def _follower_table(report: Report) -> str:
+def _follower_table(report: Report) -> Table:
     names = layer_names(report)
     kept = [0] * len(names)
     rows = []
@@ -191,7 +191,7 @@ def _follower_table(report: Report) -> str:
             kept[each.layer] += 1
             layers = f"{names[each.layer]} and {names[each.layer + 1]}"
             rows.append((layers, each.expert, each.follower, each.share, each.times_chance))
-    return table(
+    return Table(
         ["layers", "expert", "followed by", "share of its tokens", "times chance"],
         rows,
         f"The {_TABLED} pairs of experts of each pair of layers that go together beyond chance most",

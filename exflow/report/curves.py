@@ -19,7 +19,7 @@ from exflow.report.axes import (
 )
 from exflow.report.certainty import Point, Range
 from exflow.report.data import Judged, Report
-from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.figure import Figure, Table, number
 from exflow.report.draw.svg import WIDTH, drawing, every, line, text
 from exflow.report.experts import layer_names
 
@@ -40,7 +40,7 @@ def by_tokens(report: Report) -> Figure | None:
         "certainty",
         "How sure are these figures?",
         drawing(height(report.plans), "Messages and imbalance against the number of tokens", body),
-        table(
+        Table(
             ["plan", "tokens", "sequences", "messages", "from", "to", "imbalance", "from", "to"],
             [
                 (each.name, point.tokens, point.sequences, *_ends(point.messages), *_ends(point.imbalance))
@@ -71,7 +71,7 @@ def trade_off(report: Report) -> Figure | None:
         "trade-off",
         "Messages and balance",
         drawing(height(report.plans), "Messages against imbalance, a point for each plan", body),
-        table(
+        Table(
             ["plan", "messages", "from", "to", "imbalance", "from", "to"],
             [(each.name, *_ends(point.messages), *_ends(point.imbalance)) for each, point in last],
             "Messages and imbalance of each plan, with 95% intervals",
@@ -108,7 +108,7 @@ def local_transitions(report: Report) -> Figure:
         drawing(
             height(report.plans), "Share of transitions that stay on a GPU", [*body, legend(report.plans)]
         ),
-        table(
+        Table(
             ["layers", *(each.name for each in report.plans)],
             [(label, *(each.local[i] for each in report.plans)) for i, label in enumerate(labels)],
             "Share of the transitions between first choices that stay on a GPU",

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from exflow.placement.plan.topology import Topology
 from exflow.report.data import Judged, Report
-from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.figure import Figure, Table, number
 from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
 from exflow.report.draw.svg import drawing, short, text
 
@@ -68,7 +68,7 @@ def gpu_load(judged: Judged, report: Report, high: float) -> Figure:
         f"gpu-load-{judged.slug}",
         f"Load of each GPU: {judged.name}",
         drawing(height + 70, f"Heat map of the load of each GPU in each layer under {judged.name}", body),
-        table(
+        Table(
             ["layer", "busiest GPU", "its load", "idlest GPU", "its load"],
             [
                 (name, int(gpus.argmax()), float(gpus.max()), int(gpus.argmin()), float(gpus.min()))
@@ -111,11 +111,11 @@ def _rows(by_layer: Values, topology: Topology) -> tuple[Values, list[str]]:
     return means.T, [str(first) for first in begin]
 
 
-def _load_table(report: Report, values: Values) -> str:
+def _load_table(report: Report, values: Values) -> Table:
     """All loads where they are few, else each layer's extremes."""
     names, load = layer_names(report), report.affinity.load
     if load.size <= _MOST_CELLS:
-        return table(
+        return Table(
             ["expert", *(f"layer {name}" for name in names)],
             [
                 (expert, *("" if np.isnan(value) else float(value) for value in row))
@@ -129,7 +129,7 @@ def _load_table(report: Report, values: Values) -> str:
         present = int((~np.isnan(column)).sum())
         busiest = ", ".join(f"{expert} ({number(float(column[expert]))})" for expert in order[:3])
         rows.append((name, busiest, float(column[order[present - 1]]), int((column == 0).sum())))
-    return table(
+    return Table(
         ["layer", "busiest experts (times the mean)", "least load", "experts without a token"],
         rows,
         "The busiest experts of each layer; --json gives all loads",

@@ -1,6 +1,4 @@
-"""The words of the page: a link with its meaning as a tooltip, and the list that it leads to."""
-
-from html import escape
+"""The words of the page, and what they mean."""
 
 MEANINGS = {
     "MoE layer": "A layer whose MLP is many experts, of which every token uses a few.",
@@ -40,19 +38,5 @@ MEANINGS = {
 }
 
 
-def term(name: str, shown: str | None = None) -> str:
-    """The word as a link; it can be reached by keyboard, and its meaning is read out."""
-    meaning = escape(MEANINGS[name], quote=True)
-    return f'<a class="term" href="#{_anchor(name)}" title="{meaning}">{escape(shown or name)}</a>'
-
-
-def glossary() -> str:
-    entries = (
-        f'<dt id="{_anchor(name)}">{escape(name)}</dt><dd>{escape(meaning)}</dd>'
-        for name, meaning in sorted(MEANINGS.items(), key=lambda entry: entry[0].lower())
-    )
-    return f'<dl class="glossary">{"".join(entries)}</dl>'
-
-
-def _anchor(name: str) -> str:
+def anchor(name: str) -> str:
     return "word-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower())

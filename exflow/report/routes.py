@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from exflow.report.counts import blocks_of
 from exflow.report.data import Judged, Report
-from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.figure import Figure, Table
 from exflow.report.draw.svg import WIDTH, drawing, key, rect, short, text
 from exflow.report.experts import layer_names
 
@@ -137,13 +137,13 @@ def _ribbons(
 
 def _route_table(
     moved: Shares, node: npt.NDArray[np.int64], judged: Judged, window: range, names: Sequence[str]
-) -> str:
+) -> Table:
     near = node[:, None] == node
     rows = []
     for layer in window:
         stay, inside = float(np.trace(moved[layer])), float(moved[layer][near].sum())
         rows.append((names[layer], stay, inside - stay, 1 - inside))
-    return table(
+    return Table(
         ["layer", "stay", "move inside a node", "move between nodes"],
         rows,
         f"Shares of tokens that stay and move in each layer under {judged.name}",

@@ -1,10 +1,9 @@
 """Predicted times of a decode step as bars, with what they assume."""
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from exflow.report.data import Report
-from exflow.report.draw.figure import Figure, number, table
+from exflow.report.draw.figure import Figure, Table, number
 from exflow.report.draw.svg import WIDTH, drawing, key, line, rect, short, text, ticks
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def step_figure(report: Report) -> Figure | None:
         "step-time",
         "Predicted time of a decode step",
         drawing(y + 42, "Bars of predicted step times, one for each plan and strategy", body),
-        table(
+        Table(
             ["plan", "strategy", "step ms", "compute", "exchanges", "K/V not hidden", "memory GB", "fits"],
             [
                 (each.name, time.prediction.strategy, *_milliseconds(time), "yes" if time.fits else "no")
@@ -49,13 +48,13 @@ def step_figure(report: Report) -> Figure | None:
 
 
 def assumptions(report: Report) -> list[str]:
-    """What the predictions rest on, a sentence each, in HTML."""
+    """What the predictions rest on, a sentence each."""
     setting = report.setting
     assert setting is not None
     machines = {id(time.machine): time.machine for each in report.plans for time in each.times}
     model = setting.model
     said = [
-        f"The model is {escape(model.name)}: {model.num_hidden_layers} layers, {model.hidden_size} wide, "
+        f"The model is {model.name}: {model.num_hidden_layers} layers, {model.hidden_size} wide, "
         f"{model.expert_weights / 1e6:.3g} million weights an expert, K/V of {model.kv_width} numbers a "
         "layer; bfloat16.",
         f"{setting.batch} sequences in the whole job, each at position {setting.context}.",
@@ -73,11 +72,6 @@ def assumptions(report: Report) -> list[str]:
             f"{machine.inside.bytes_per_s / 1e9:.3g} GB/s from each GPU inside a node{between}; "
             f"{machine.read_bytes_per_s / 1e12:.3g} TB/s of memory, {machine.memory_bytes / 1e9:.3g} GB of "
             f"it; {1e6 * machine.layer_s:.3g} µs of launches a layer."
-        )
-    if setting.machine is None:
-        said.append(
-            "These are H200s: inside a node as measured, between nodes as assumed. Give "
-            "<code>--machine</code> for yours."
         )
     return said
 

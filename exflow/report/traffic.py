@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.report.data import Judged, Report
-from exflow.report.draw.figure import Figure, table
+from exflow.report.draw.figure import Figure, Table
 from exflow.report.draw.heatmap import Heat, Scale, heatmap, scale_bar
 from exflow.report.draw.svg import WIDTH, drawing, every, key, line, rect, short, text, ticks
 from exflow.report.experts import blocks, layer_names, node_cuts
@@ -38,7 +38,7 @@ def per_layer(strategy: str, report: Report, high: float) -> Figure:
         f"traffic-{STRATEGIES[strategy]}",
         STRATEGIES[strategy],
         drawing(height, f"Messages a token in each layer under {STRATEGIES[strategy]}, a panel a plan", body),
-        table(
+        Table(
             ["layer", *(f"{each.name}: {link}" for each in plans for link in ("inside", "between"))],
             [
                 (name, *(float(value) for each in plans for value in _messages(each, strategy)[layer]))
@@ -132,7 +132,7 @@ def _block_size(judged: Judged) -> int:
     return -(-judged.plan.num_ranks // _MOST_RANKS)
 
 
-def _pair_table(judged: Judged, report: Report) -> str:
+def _pair_table(judged: Judged, report: Report) -> Table:
     """All pairs of few GPUs, of many those with most messages."""
     scaled = {
         name: 1000 * judged.counts[name].by_pair / (report.about.tokens * len(report.about.moe_layer_ids))
@@ -142,7 +142,7 @@ def _pair_table(judged: Judged, report: Report) -> str:
     pairs = [(one, other) for one in range(ranks) for other in range(ranks) if one != other]
     if ranks > _LARGEST_TABLE:
         pairs = sorted(pairs, key=lambda pair: -scaled[_MATRICES[0]][pair])[: _LARGEST_TABLE * 4]
-    return table(
+    return Table(
         ["from GPU", "to GPU", *(STRATEGIES[name] for name in _MATRICES)],
         [(*pair, *(float(scaled[name][pair]) for name in _MATRICES)) for pair in pairs],
         f"Messages per 1,000 tokens and layer between GPUs under {judged.name}"

@@ -130,8 +130,8 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
         config.num_hidden_layers,
         deployment.hierarchical,
     )
-    replicated, relays = deployment.strategy == "replicated", deployment.hierarchical
-    transport = choose_transport(deployment.transport, cluster, replicated, relays)
+    replicated = deployment.strategy == "replicated"
+    transport = choose_transport(deployment.transport, cluster, replicated)
     return Engine(decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, transport))
 
 

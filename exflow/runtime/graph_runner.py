@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import triton
 from torch import Tensor
 
 from exflow.comm.buffers import (
@@ -29,13 +28,14 @@ from exflow.comm.collectives import Counters
 from exflow.comm.transport import Transport
 from exflow.job.cluster import Cluster, CoherenceGroup, coherence_group
 from exflow.job.launch import LostContact
-from exflow.kernels.share import take_born
+from exflow.kernels.advance import NONFINITE_TOKEN
+from exflow.kernels.share import scatter_new_kv
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.sampling import Sampling
 from exflow.profiling.listener import RoutingListener
 from exflow.profiling.trace import DECODE
-from exflow.runtime.decode_step import NOT_FINITE, DecodeStep
+from exflow.runtime.decode_step import DecodeStep
 from exflow.runtime.expert_parallel import PlanTables, has_return
 from exflow.runtime.kv_cache import KVCache, cache_shape
 from exflow.runtime.request import Observer, not_finite
@@ -132,7 +132,7 @@ class CapturedDecode:
         share = None
         if shares and not in_place:
             # no method of this object: a cycle would keep the graph from being freed
-            share = partial(_gather_born, coherence_group(cluster, shape.group_size), cluster)
+            share = partial(_gather_new_kv, coherence_group(cluster, shape.group_size), cluster)
         self.step = kind(
             decoder,
             shape,
@@ -174,7 +174,7 @@ class CapturedDecode:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step.owned.zero_()
+            self.step.state.owned.zero_()
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -187,8 +187,7 @@ class CapturedDecode:
     def use_tables(self, tables: PlanTables) -> None:
         """Those of another placement with as many slots, in the step's memory: the graph stays as it is."""
         self.capture = replace(self.capture, tables=tables)
-        self.step.serving.copy_(tables.serving_slot.transpose(0, 1))
-        self.step.next_owner.copy_(tables.next_owner)
+        self.step.tables.use(tables)
 
     def run(self) -> None:
         """The step without the graph."""
@@ -239,44 +238,46 @@ class CapturedDecode:
 
     def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
         """Tell what the latest step did: the routing of each layer, the logits of each choice."""
-        step = self.step
-        position_M = step.position - 1
-        for layer, (expert_MK, weight_MK) in enumerate(zip(step.routing, step.routing_weight, strict=True)):
+        state, outputs = self.step.state, self.step.outputs
+        position_M = state.position - 1
+        routing = zip(outputs.routing, outputs.routing_weight, strict=True)
+        for layer, (expert_MK, weight_MK) in enumerate(routing):
             here = expert_MK[:, 0] >= 0
             for listener in listeners:
                 listener(
                     layer,
                     expert_MK[here].long(),
                     weight_MK[here],
-                    step.sequence[here],
+                    state.sequence[here],
                     position_M[here],
                     DECODE,
                 )
         if observe is not None:
-            here = step.chosen[int(step.done) - 1] >= 0
-            observe(Rows(step.sequence[here], position_M[here], DECODE), step.logits[here])
+            here = outputs.chosen[int(outputs.done) - 1] >= 0
+            observe(Rows(state.sequence[here], position_M[here], DECODE), self.step.logits[here])
 
     def check(self) -> None:
         """Raise LostContact if this rank waited for another one in vain, and WrongResult for a token chosen
         here from logits that are not finite."""
-        if number := int(self.step.failed):
+        if number := int(self.step.state.progress.failed):
             raise LostContact(f"no word from another rank in exchange {number} of the decode steps")
-        if len(wrong := (self.step.chosen == NOT_FINITE).nonzero()):
+        if len(wrong := (self.step.outputs.chosen == NONFINITE_TOKEN).nonzero()):
             step, row = wrong[0].tolist()  # the first step comes first
-            raise not_finite(int(self.step.number[row]), step + 1)
+            raise not_finite(int(self.step.state.number[row]), step + 1)
 
     def all_ended(self) -> bool:
         """Whether no rank owns a token any more; collective."""
-        left = self.step.owned.sum()
+        left = self.step.state.owned.sum()
         if self.shape.num_ranks > 1:
             dist.all_reduce(left)
         return not left.item()
 
     def chosen(self, steps: int) -> list[tuple[int, int, int]]:
         """(row of the request, position, token) of every choice made here in the first `steps` steps."""
-        token = self.step.chosen[:steps].cpu()
+        token = self.step.outputs.chosen[:steps].cpu()
         step, row = (token >= 0).nonzero(as_tuple=True)
-        number, start = self.step.number.cpu(), self.step.position.cpu() - steps
+        state = self.step.state
+        number, start = state.number.cpu(), state.position.cpu() - steps
         places = zip(
             number[row].tolist(), (start[row] + step + 1).tolist(), token[step, row].tolist(), strict=True
         )
@@ -284,33 +285,33 @@ class CapturedDecode:
 
     def counters(self, steps: int) -> Counters:
         """What this rank sent since `begin`."""
-        shape, config, step = self.shape, self.capture.decoder.config, self.step
+        shape, config, outputs = self.shape, self.capture.decoder.config, self.step.outputs
         layers = len(config.moe_layer_ids)
         if shape.num_ranks == 1:
             return Counters()
         if shape.replicated:
-            sums = int(step.returned.sum())
+            sums = int(outputs.returned.sum())
             row = config.hidden_size * self.cache.dtype.itemsize + 4
             return Counters(all_reduces=steps * layers, wire_bytes=self._wire(steps, sums * row))
-        dispatch, returned = step.dispatched.sum(0).tolist(), step.returned.sum(0).tolist()
-        dispatch[0] += int(step.passed.sum())
+        dispatch, returned = outputs.dispatched.sum(0).tolist(), outputs.returned.sum(0).tolist()
+        dispatch[0] += int(outputs.passed.sum())
         near = min(shape.group_size, shape.ranks_per_node) - 1
-        born = int(step.attended.sum())
-        kv = born * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
+        tokens = int(outputs.attended.sum())
+        kv = tokens * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
         hidden = config.hidden_size * self.cache.dtype.itemsize
         counted = slice(1 if shape.relayed else 2)  # between nodes chunks go, full or not
         moved = sum(dispatch[counted]) * (hidden + 4 * words_of(config.top_k))
-        moved += sum(returned[counted]) * (hidden + 4) + (0 if step.share else kv)
+        moved += sum(returned[counted]) * (hidden + 4) + (0 if self.step.share else kv)
         exchanges = (2 if self.capture.returns else 1) * (2 if shape.relayed else 1)
         return Counters(
             all_to_alls=steps * layers * exchanges,
-            gathers=steps if step.share is not None else 0,
+            gathers=steps if self.step.share is not None else 0,
             dispatch_intra=dispatch[0],
             dispatch_inter=dispatch[1],
             return_intra=returned[0],
             return_inter=returned[1],
-            kv_intra=born * near,
-            kv_inter=born * (shape.group_size - 1 - near),
+            kv_intra=tokens * near,
+            kv_inter=tokens * (shape.group_size - 1 - near),
             hidden_bytes=(sum(dispatch) + sum(returned)) * hidden,
             kv_bytes=kv,
             wire_bytes=self._wire(steps, moved),
@@ -326,30 +327,24 @@ class CapturedDecode:
             moved, a_layer = 0, sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
         else:
             a_layer = sum(box.far.wire_bytes for box in boxes if box.far)
-        born = self.step.born.nbytes * (self.shape.group_size - 1)  # empty where caches are written to
-        return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + born)
+        new_kv = self.step.work.new_kv.nbytes * (self.shape.group_size - 1)  # none where caches are shared
+        return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + new_kv)
 
 
-def _gather_born(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:
+def _gather_new_kv(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:
     """Give the members the step's new keys and values by one all-gather, where memory is not shared."""
-    members, config = len(group.ranks), step.decoder.config
-    everyone = step.born.new_empty(members, *step.born.shape)
-    owners = step.born_owned.new_empty(members, *step.born_owned.shape)
-    _all_gather(everyone, step.born, group=group.processes)
-    _all_gather(owners, step.born_owned, group=group.processes)
-    layers, rows, width = step.born.shape
-    take_born[(rows, layers)](
-        everyone,
-        owners,
-        step.position,
-        step.caches,
-        rows,
-        step.shape.positions,
-        LAYERS=layers,
-        MEMBERS=members,
-        MEMBER=cluster.rank % members,
-        KV_HEADS=config.num_kv_heads,
-        WIDTH=config.head_dim,
-        BLOCK=triton.next_power_of_2(width),
-        **step.overlap,
+    members, new_kv, owned = len(group.ranks), step.work.new_kv, step.work.new_kv_owned
+    everyone = new_kv.new_empty(members, *new_kv.shape)
+    owners = owned.new_empty(members, *owned.shape)
+    _all_gather(everyone, new_kv, group=group.processes)
+    _all_gather(owners, owned, group=group.processes)
+    scatter_new_kv(
+        everyone=everyone,
+        owners=owners,
+        position=step.state.position,
+        cache=step.tables.caches,
+        positions=step.shape.positions,
+        member=cluster.rank % members,
+        width=step.decoder.config.head_dim,
+        launch=step.launch,
     )

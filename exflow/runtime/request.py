@@ -65,7 +65,7 @@ def check_request(request: Request, config: ModelConfig) -> None:
     if not request.prompts:
         raise InputError("no prompt was given; give at least one")
     if request.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {request.max_new_tokens}: nothing to generate; give 1 or more")
+        raise InputError(f"max_new_tokens is {request.max_new_tokens}; give 1 or more")
     for number, prompt in enumerate(request.prompts):
         if not prompt:
             raise InputError(f"prompt {number} is empty; give at least one token")

@@ -186,21 +186,22 @@ def strategy_named(name: str, num_nodes: int) -> Name:
     for known in NAMES:
         if known == name:
             if known == "node-coherent" and num_nodes == 1:
-                raise InputError("--strategy node-coherent: all ranks are on one node; give coherent instead")
+                raise InputError("strategy node-coherent: all ranks are on one node; give coherent instead")
             return known
-    raise InputError(f"--strategy {name}: no such strategy; give {', '.join(NAMES)}")
+    raise InputError(f"strategy {name!r} is unknown; give {', '.join(NAMES)}")
 
 
-def check_relays(topology: Topology, top_k: int, strategy: Name, transport: str) -> None:
-    """Raises InputError where tokens cannot travel by relays as `--hierarchical` asks, or need not."""
+def check_relays(topology: Topology, top_k: int, strategy: Name, device_type: str) -> None:
+    """Raises InputError where the transport `relayed` is impossible, or saves no message.
+
+    On GPUs it does more than save messages: captured steps have fewer chunks.
+    """
     if topology.num_nodes == 1 or topology.gpus_per_node == 1:
-        raise InputError(f"--hierarchical: {topology} have no nodes of several ranks; leave it out")
-    if top_k == 1:
-        raise InputError("--hierarchical: a token with one expert sends one message anyway; leave it out")
-    if strategy in ("replicated", "auto"):
-        raise InputError(f"--hierarchical: does not go with --strategy {strategy}; give another strategy")
-    if transport not in ("auto", "relayed", "eager"):
-        raise InputError(f"--hierarchical: does not go with --transport {transport}; give relayed or eager")
+        raise InputError(f"transport relayed: {topology} have no nodes of several ranks; give another")
+    if strategy == "replicated":
+        raise InputError("transport relayed: strategy replicated has nothing to relay; give another of both")
+    if top_k == 1 and device_type == "cpu":
+        raise InputError("transport relayed: a token with one expert sends one message anyway; give eager")
 
 
 def make_strategy(

@@ -1,8 +1,10 @@
-"""`exflow generate --verify`: what a job computed against one process without exchange, cache or graph, and
-what it counted against the routing that it recorded.
+"""`exflow generate --verify`: compares what a job computed with one process without exchange, cache or graph.
 
-The reference is the plain decoder over each sequence as a whole, eagerly, with all experts in one place. Of
-the choices of tokens up to MOST are compared, spread evenly over sequences and steps.
+The reference is the plain decoder over each sequence as a whole, eagerly, with all experts in one place. It
+replays the routing that the run recorded: where rounding turns a near-tie of a gate, another expert changes
+the logits far more than rounding itself does. The recorded routing is checked beside that, for every token
+and layer (verify_routing.py), and the counters against it (verify_counters.py). Up to MOST choices of tokens
+are compared, spread evenly over sequences and steps.
 
 Shapes: T tokens, S positions of a sequence, N steps of it, V vocabulary.
 """
@@ -19,17 +21,15 @@ from exflow.model.attention import CausalAttention, rows_of_batch
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.replay import ReplayedRouting
 from exflow.model.sampling import scores_of
-from exflow.model.single_process import AllExpertsHere
-from exflow.placement.plan.plan import Plan
-from exflow.placement.traffic.traffic import count_traffic
-from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
+from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request
 from exflow.runtime.trace_recorder import JobRecorder
+from exflow.runtime.verify_routing import GateScores, ScoredExperts, check_dictated, count_ties
 
 MOST = 256  # choices compared: their logits are kept, 4 bytes for each entry of the vocabulary
 # Logits may differ by so much of the largest of their row, since sums are formed in another order. Measured
-# on the shipped model, 4 ranks: 1.6e-6 in float32; 0.018 in bfloat16 (0.17 if gates choose for themselves).
+# on the shipped model, 4 ranks: 1.6e-6 in float32, 0.018 in bfloat16.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Choice = tuple[int, int]
@@ -91,47 +91,65 @@ class Witness:
 
 @dataclass(frozen=True)
 class Compared:
-    """How many choices were compared; the largest difference of a logit, as a share of its row's largest."""
+    """What was compared, and how far apart the run and one process were at most.
+
+    choices: tokens whose logits were compared; largest_difference: of a logit, as a share of its row's
+    largest; tolerance: what of it is allowed. routings: choices of experts, one a token and MoE layer; ties:
+    those that near-ties decided otherwise than in one process.
+    """
 
     choices: int
     largest_difference: float
     tolerance: float
+    routings: int
+    ties: int
 
 
 def check_choices(witnessed: Witnessed, generation: Generation, reference: Decoder) -> Compared:
-    """Compare the sample's logits and tokens with those of `reference`, for an engine's first request.
+    """Compare a run with `reference`, which takes the run's own routing; for an engine's first request.
 
-    In bfloat16 the recorded routing dictates the reference's: rounding alone makes gates choose otherwise.
+    A `reference` that already replays a trace is that of a job that replays it, too.
+
     Raises WrongResult at the first choice that no rank made, whose logits differ by more than TOLERANCE, or
-    whose token is not the reference's (one that rounding can have put first will do).
+    whose token is not the reference's (one that rounding can have put first will do). Then at the first
+    choice of experts that is neither the gate's nor a near-tie.
     """
     weight, request = reference.embedding.weight, witnessed.request
-    if weight.dtype == torch.bfloat16:
+    dictated = reference.replay
+    if dictated is None:
         reference.replay = ReplayedRouting.of(witnessed.trace, reference.config, weight.device)
+    else:
+        check_dictated(witnessed.trace, dictated, reference.config)
     sample, tolerance = Sample.of(request), TOLERANCE[weight.dtype]
-    differences = [0.0]
+    differences, ties = [0.0], 0
     for number, tokens in enumerate(generation.tokens):
         steps = [step for step in range(len(tokens)) if (number, step) in sample]
-        right_NV = _logits(reference, request.prompts[number], tokens, number, steps)
+        right_NV, gates = _reference_run(reference, request.prompts[number], tokens, number, steps)
         for step, right_V in zip(steps, right_NV, strict=True):
             place = f"--verify: sequence {number}, step {step} (0 is the prompt's)"
             found = [seen[number, step] for seen in witnessed.seen if (number, step) in seen]
             differences.append(_check_logits(place, found, right_V, tolerance))
             slack = 2 * tolerance * _largest(right_V) / (request.sampling.temperature or 1)
             _check_token(place, tokens[step], _scores(right_V, request, number, step), slack)
-    return Compared(len(differences) - 1, max(differences), tolerance)
+        if dictated is None:
+            ties += sum(count_ties(number, gate, tolerance) for gate in gates)
+    routings = witnessed.trace.num_tokens * witnessed.trace.num_layers
+    return Compared(len(differences) - 1, max(differences), tolerance, routings, ties)
 
 
 @torch.inference_mode()
-def _logits(
+def _reference_run(
     reference: Decoder, prompt: list[int], tokens: list[int], number: int, steps: list[int]
-) -> Tensor:
-    """The logits [N, V] that one process has at these steps of a sequence, given the tokens before."""
+) -> tuple[Tensor, list[GateScores]]:
+    """The logits [N, V] that one process has at these steps of a sequence, given the tokens before, and the
+    scores of its gates for the whole sequence."""
     device = reference.embedding.weight.device
     whole_S = torch.tensor(prompt + tokens[:-1], device=device)
     rows = rows_of_batch(1, len(whole_S), device, first_sequence=number)
-    hidden_SD, _ = reference(whole_S, rows, CausalAttention(1), AllExpertsHere())
-    return reference.logits(hidden_SD[[len(prompt) - 1 + step for step in steps]]).cpu()
+    experts = ScoredExperts(reference.config)
+    hidden_SD, _ = reference(whole_S, rows, CausalAttention(1), experts)
+    logits_NV = reference.logits(hidden_SD[[len(prompt) - 1 + step for step in steps]]).cpu()
+    return logits_NV, experts.gates
 
 
 def _scores(logits_V: Tensor, request: Request, number: int, step: int) -> Tensor:
@@ -147,7 +165,7 @@ def _check_logits(place: str, found: list[Tensor], right_V: Tensor, tolerance: f
     if not difference <= tolerance:
         raise WrongResult(
             f"{place}: the logits differ from those of one process by {difference:.2e} of the largest, "
-            f"{tolerance:.0e} is allowed; exchange, cache or kernels are at fault"
+            f"with the same routing, {tolerance:.0e} is allowed; exchange, cache or kernels are at fault"
         )
     return difference
 
@@ -163,46 +181,3 @@ def _check_token(place: str, token: int, score_V: Tensor, slack: float) -> None:
 
 def _largest(logits_V: Tensor) -> float:
     return float(logits_V.abs().max())
-
-
-def check_counters(
-    generation: Generation,
-    trace: RoutingTrace,
-    plan: Plan,
-    group_size: int,
-    reference: Decoder,
-    hierarchical: tuple[bool, bool] = (False, False),
-) -> None:
-    """Hold what the ranks counted against placement's count on the routing recorded in the same run.
-
-    group_size: of a coherence group; 0 for `replicated`, which sends no messages. hierarchical: whether
-    prompts and decode steps went by relays. Raises WrongResult at the first counter that is not as
-    foretold.
-    """
-    phases = ((PREFILL, "prefill", 1), (DECODE, "decode", group_size))
-    for (phase, name, owners), relays in zip(phases, hierarchical, strict=True):
-        rows, counters = trace.select(trace.phase == phase), getattr(generation, name)
-        foretold = _foretold(rows, plan, owners, max(1, group_size), reference, relays)
-        for counter, moved in foretold.items():
-            counted, expected = getattr(counters, counter), moved if group_size else 0
-            if counted != expected:
-                raise WrongResult(
-                    f"--verify: {name}: the ranks counted {counted} {counter}, the routing that they "
-                    f"recorded comes to {expected}; the counters or the exchange are at fault"
-                )
-
-
-def _foretold(
-    trace: RoutingTrace, plan: Plan, owners: int, group_size: int, reference: Decoder, hierarchical: bool
-) -> dict[str, int]:
-    """Counters of a phase in which `owners` ranks may own a token, and `group_size` keep its context."""
-    config, itemsize = reference.config, reference.embedding.weight.dtype.itemsize
-    sent = count_traffic(trace, plan, max(1, owners), hierarchical)
-    copied = count_traffic(trace, plan, group_size)
-    messages = ("dispatch_intra", "dispatch_inter", "return_intra", "return_inter")
-    return {
-        **{name: getattr(sent, name) for name in messages},
-        **{name: getattr(copied, name) for name in ("kv_intra", "kv_inter")},
-        "hidden_bytes": sent.messages * config.hidden_size * itemsize,
-        "kv_bytes": (copied.kv_intra + copied.kv_inter) * config.kv_width * itemsize,
-    }

@@ -6,8 +6,9 @@ from typing import Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from exflow.files import read_yaml
-from exflow.model.config import ModelConfig, StrictModel, validated
+from exflow.model.config import ModelConfig, StrictModel
 from exflow.model.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
+from exflow.validation import validated
 
 
 class DataConfig(StrictModel):

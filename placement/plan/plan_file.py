@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
 from exflow.placement.plan.topology import Topology
+from exflow.validation import validated
 
 VERSION = 2
 _REMEDY = "make the plan again with exflow place"
@@ -79,10 +80,7 @@ def read_document(path: Path) -> PlanDocument:
     if content.get("version") != VERSION:
         found = reprlib.repr(content.get("version"))
         raise InputError(f"{path}: version is {found}, this exflow reads version {VERSION}; {_REMEDY}")
-    try:
-        return PlanDocument.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}; {_REMEDY}") from error
+    return validated(PlanDocument, content, path, _REMEDY)
 
 
 def table(key: str, rows: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -105,18 +103,6 @@ def _layout(content: dict[str, Any]) -> str:
             text = "[\n  " + ",\n  ".join(json.dumps(layer) for layer in value) + "\n ]"
         lines.append(f' "{key}": {text}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _explain(error: ValidationError) -> str:
-    """The first fault in one line: `moe_layer_ids[2]: input should be a valid integer (found 'x')`."""
-    fault = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
-    if fault["type"] == "missing":
-        return f"key {place!r} is missing"
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {place!r}"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{place}: {message} (found {reprlib.repr(fault['input'])})"
 
 
 def _check_lengths(key: str, rows: list[Any], shape: tuple[int, ...]) -> None:

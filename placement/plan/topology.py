@@ -62,7 +62,7 @@ def topology_of(gpus: int, nodes: int) -> Topology:
     """`gpus` GPUs in all on `nodes` equal nodes. Raises InputError if they cannot be equal."""
     if gpus % nodes:
         raise InputError(
-            f"--gpus {gpus}: cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}"
+            f"{gpus} GPUs cannot be spread evenly over {nodes} nodes; give a multiple of {nodes}"
         )
     return Topology(num_nodes=nodes, gpus_per_node=gpus // nodes)
 

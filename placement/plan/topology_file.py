@@ -1,7 +1,6 @@
 """The YAML form of a topology (docs/topology.md): equal nodes, or any graph of GPUs and switches."""
 
 import reprlib
-from collections.abc import Hashable
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,19 +8,17 @@ from typing import Annotated, Any, Self
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
 from exflow.errors import InputError
-from exflow.files import PlainLoader
+from exflow.files import read_yaml
 from exflow.placement.plan.topology import Topology
+from exflow.validation import first_fault
 
-MAX_BYTES = 1 << 20
 MAX_GPUS = 4096
 MAX_BANDWIDTHS = 16  # shortest paths are found once for each; real machines have a handful
-MAX_SCALAR = 256  # characters of one name or number
 DIGITS = 6  # of a cost in microseconds, after the point
 SOURCES_AT_ONCE = 256  # of shortest paths, so that their distances to all nodes take little memory
 
@@ -106,7 +103,7 @@ def load_topology(path: Path) -> Topology:
     Raises InputError, one line that names the file, where it cannot be read, is not YAML, or does not
     describe connected GPUs.
     """
-    content = _read(path)
+    content = read_yaml(path, "topology", "see docs/topology.md")
     try:
         document = _document(content)
         if isinstance(document, EqualNodes):
@@ -242,60 +239,4 @@ def _document(content: Any) -> EqualNodes | AnyGraph:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise InputError(" ".join(_explain(error).split())) from error
-
-
-def _explain(error: ValidationError) -> str:
-    """The first fault: `edges[2].latency_us is -1: input should be ...; see docs/topology.md`."""
-    fault = error.errors()[0]
-    if fault["type"] == "value_error":  # one of our own, which names key, value and remedy
-        return fault["msg"].removeprefix("Value error, ")
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
-    if fault["type"] == "missing":
-        return f"the key {place!r} is missing; add it (docs/topology.md)"
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {place!r}; remove it (docs/topology.md lists the keys)"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{place} is {reprlib.repr(fault['input'])}: {message}; see docs/topology.md"
-
-
-def _read(path: Path) -> Any:
-    remedy = "see docs/topology.md"
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: the topology cannot be read ({error.strerror}); {remedy}") from error
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: the topology is longer than {MAX_BYTES} bytes; give a smaller file")
-    try:
-        return yaml.load(content.decode("utf-8"), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise InputError(f"{path}: the topology is not YAML ({line}{error.problem}); {remedy}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: the topology is nested too deeply; {remedy}") from error
-    except Exception as error:  # PyYAML lets pass what int(), datetime and others say of a scalar
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: the topology is not YAML ({reason}); {remedy}") from error
-
-
-class _Loader(PlainLoader):
-    """Also without long scalars, and without keys that overwrite one another."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
-            problem = f"a name or number has more than {MAX_SCALAR} characters"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)  # type: ignore[arg-type]
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = _first_repeated([key.value for key in keys])
-        if twice is not None:
-            last = [key for key in keys if key.value == twice][-1]
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {twice!r} is given twice", problem_mark=last.start_mark
-            )
-        return super().construct_mapping(node, deep)
+        raise InputError(first_fault(kind, error, "see docs/topology.md")) from error

@@ -65,7 +65,7 @@ class RoutedLayers:
             if len(zeros):
                 raise InputError(
                     f"{path}: layer {zeros[0]} holds expert 0 for every token, which a dense layer does too; "
-                    "give --moe-layers"
+                    "give moe_layers"
                 )
         return self.split(path, ~gaps_TH, gaps_TH)
 
@@ -98,7 +98,7 @@ class RoutedLayers:
             return tuple(range(num_layers))
         if chosen[-1] >= num_layers:
             raise InputError(
-                f"{path}: has {num_layers} layers, layer {chosen[-1]} is not among them; give --moe-layers "
+                f"{path}: has {num_layers} layers, layer {chosen[-1]} is not among them; give moe_layers "
                 "below, or import models one by one"
             )
         return chosen
@@ -114,7 +114,7 @@ def _check_complete(path: Path, routed_TH: Mask, whole: Mask, layers: tuple[int,
         layer = layers[int(np.argmin(routed_TH[token, list(layers)]))]
         raise InputError(
             f"{path}: layer {layer} holds no routing of token {token}, other layers do; record it again, or "
-            "give --moe-layers without it"
+            "give moe_layers without it"
         )
 
 

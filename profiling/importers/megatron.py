@@ -94,7 +94,7 @@ def _whole_calls(path: Path, step: _Step, expected: frozenset[int], left: LeftOu
         lacking = sorted(expected)[counts.index(whole)]
         raise InputError(
             f"{path}: step {step.number} has {whole} calls of layer {lacking}, of other layers up to "
-            f"{max(counts)}; record it again, or give --moe-layers without it"
+            f"{max(counts)}; record it again, or give moe_layers without it"
         )
     where = f"{path}: step {step.number}"
     left.add("calls of routers in a step that was cut off", where, sum(counts) - whole * len(counts))

@@ -193,7 +193,7 @@ def _alone(where: str, experts: IntArray, told: _Told) -> _Sequence:
     if start < -1 and not told.billed:
         raise InputError(
             f"{where}: {ROUTED}: has rows for {len(experts)} tokens, the response has {tokens}; give the "
-            "right --hidden-layers and --top-k"
+            "right hidden_layers and top_k"
         )
     return _Sequence(experts, max(0, start), told.prompt or 0)
 

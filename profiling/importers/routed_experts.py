@@ -68,13 +68,13 @@ def _checked(where: str, array: npt.NDArray[Any]) -> IntArray:
 def _of_int32(where: str, content: bytes, hints: Hints) -> IntArray:
     if hints.hidden_layers is None or hints.top_k is None:
         raise InputError(
-            f"{where}: is SGLang's, which says no shape; give --hidden-layers and --top-k (num_hidden_layers "
+            f"{where}: is SGLang's, which says no shape; give hidden_layers and top_k (num_hidden_layers "
             "and num_experts_per_tok in the model's config.json)"
         )
     width = 4 * hints.hidden_layers * hints.top_k
     if len(content) % width:
         raise InputError(
             f"{where}: has {len(content)} bytes, no multiple of {width} for a token (int32, "
-            f"{hints.hidden_layers} layers, top {hints.top_k}); give the right --hidden-layers and --top-k"
+            f"{hints.hidden_layers} layers, top {hints.top_k}); give the right hidden_layers and top_k"
         )
     return np.frombuffer(content, "<i4").reshape(-1, hints.hidden_layers, hints.top_k)

@@ -29,7 +29,7 @@ class Translation:
         hidden = hints.hidden_layers or first.hidden_layers or max(first.layers) + 1
         if first.hidden_layers not in (None, hidden):
             raise InputError(
-                f"{first.path}: has {first.hidden_layers} hidden layers, --hidden-layers says {hidden}; "
+                f"{first.path}: has {first.hidden_layers} hidden layers, hidden_layers says {hidden}; "
                 "leave it out, or give the files of that model"
             )
         counts = recording.experts_per_layer
@@ -47,7 +47,7 @@ class Translation:
             here, before = shown(list(block.layers)), shown(list(self.first.layers))
             raise InputError(
                 f"{block.path}: holds layers {here} after {before}; "
-                "record it again, or give --moe-layers with those that are always there"
+                "record it again, or give moe_layers with those that are always there"
             )
         if (block.layers, block.experts.shape[2]) != (self.first.layers, self.layout.top_k):
             raise InputError(
@@ -88,7 +88,7 @@ def kept_columns(block: ForeignRows, hints: Hints) -> list[int]:
     absent = set(hints.moe_layers) - set(block.layers)
     if absent:
         raise InputError(
-            f"{block.path}: layer {min(absent)} of --moe-layers was not recorded, these were: "
+            f"{block.path}: layer {min(absent)} of moe_layers was not recorded, these were: "
             f"{list(block.layers)}; leave it out"
         )
     return [block.layers.index(layer) for layer in hints.moe_layers]

@@ -76,7 +76,7 @@ def _check_shapes(path: Path, iteration: int, layers: dict[int, TensorPlace]) ->
             raise InputError(
                 f"{path}: iteration {iteration} has {list(place.shape)} ids in layer {layer} and "
                 f"{list(layers[first].shape)} in layer {first}; "
-                "leave layers out with --moe-layers, or record it again"
+                "leave layers out with moe_layers, or record it again"
             )
 
 
@@ -85,7 +85,7 @@ def _num_experts(path: Path) -> int | None:
     meta = path.with_name("meta_info.json")
     if not meta.exists():
         return None
-    content = read_json(meta, "meta_info.json", "restore it, or remove it and give --num-experts")
+    content = read_json(meta, "meta_info.json", "restore it, or remove it and give num_experts")
     number = content.get("num_experts") if isinstance(content, dict) else None
     if type(number) is not int:
         raise InputError(f"{meta}: num_experts: is {number!r}; give an integer, or remove the file")

@@ -18,7 +18,7 @@ from exflow.bench import job as bench_setting
 from exflow.bench.decode import fill_with_noise
 from exflow.bench.job import WARM_UP, BenchJob
 from exflow.bench.table import Case, Outcome, Report
-from exflow.cli.run import print_decode_bench
+from exflow.cli.run_tables import print_decode_bench
 from exflow.errors import InputError
 from exflow.job.signals import Stopped
 from exflow.model.config import ModelConfig
@@ -223,7 +223,7 @@ def test_captured_steps_are_counted_and_timed_too(
     def clock(captured: Any, steps: int) -> Any:
         captured.advance()
         seen.append(
-            (captured.step.position.tolist(), captured.shape.sequences, captured.cache[:, :, :, :, 7])
+            (captured.step.state.position.tolist(), captured.shape.sequences, captured.cache[:, :, :, :, 7])
         )
         return decode_bench.StepTimes(2000.0, 3000.0)
 
@@ -286,12 +286,12 @@ GOOD = BenchJob(Path("model"), [], [], [], [], None, 20, None, None, "cpu", None
         (
             {"strategies": ["best"]},
             2,
-            "--strategy best: no such strategy; give dispatch-combine, coherent, node-coherent, replicated",
+            "strategy 'best' is unknown; give dispatch-combine, coherent, node-coherent, replicated",
         ),
         (
             {"strategies": ["node-coherent"]},
             2,
-            "--strategy node-coherent: all ranks are on one node; give coherent instead",
+            "strategy node-coherent: all ranks are on one node; give coherent instead",
         ),
         (
             {"transports": ["pigeon"]},
@@ -314,7 +314,7 @@ GOOD = BenchJob(Path("model"), [], [], [], [], None, 20, None, None, "cpu", None
             2,
             "--steps 60: with 3 steps of warm-up they exceed the model's 64 positions; give 59 at most",
         ),
-        ({"dtype": "int8"}, 2, "--dtype int8: no such type; give float32 or bfloat16"),
+        ({"dtype": "int8"}, 2, "dtype 'int8' is unknown; give float32 or bfloat16"),
         (
             {"replay": Path("other")},
             2,

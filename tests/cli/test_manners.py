@@ -164,7 +164,7 @@ def test_verbose_tells_of_long_work_now_and_then(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(console, "monotonic", lambda: now[0])
-    monkeypatch.setattr(console.manners, "verbose", True)
+    monkeypatch.setattr(console.verbosity, "verbose", True)
     with console.Work("counting", "sheep") as work:
         for now[0] in (3, 6, 9, 12):
             work.advance(now[0], 1000)

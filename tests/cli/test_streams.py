@@ -21,7 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
     trace = RoutingTrace.from_arrays(np.random.default_rng(0).integers(0, 4, (40, 2, 2)), num_experts=4)
     slots = np.array([[0, 1, 2, 3], [0, 2, 1, 3]])
-    Plan.of_slots(slots, Topology(gpus_per_node=2), trace, method="by hand").save(folder / "plan.json")
+    Plan.of_slots(
+        slots, Topology(gpus_per_node=2), trace, method="by hand", strategy="dispatch-combine"
+    ).save(folder / "plan.json")
     return folder
 
 
@@ -58,8 +60,8 @@ def test_a_result_that_finds_no_room(folder: Path, arguments: list[str]) -> None
         assert done.stderr.startswith(b"exflow: none: ")
     else:
         assert done.stderr == (
-            b"exflow: standard output cannot be written (No space left on device); make room there, or "
-            b"choose another place\n"
+            b"exflow: standard output cannot be written (No space left on device); make room, or "
+            b"redirect it elsewhere\n"
         )
 
 
@@ -88,5 +90,5 @@ def test_a_prompt_file_that_can_be_read_once(folder: Path) -> None:
     done = exflow(folder, ["generate", "model", "--prompt-file", "prompts", "--nproc", "2"])
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == (
-        b"exflow: --prompt-file prompts: can be read once alone, and each rank reads it; give a file\n"
+        b"exflow: --prompt-file prompts: is a pipe, and each rank has to read it; give a regular file\n"
     )

@@ -26,7 +26,6 @@ def test_auto_is_no_more_until_the_ranks_are_there() -> None:
         (2, {}, "no NVLink", "collective", "decode steps are not relayed: no NVLink"),
         (1, {}, "", "collective", "decode steps are not relayed: there is one rank on each node"),
         (2, {"replicated": True}, "", "collective", ""),
-        (2, {"hierarchical": True}, "no NVLink", "eager", "decode steps are not relayed: no NVLink"),
         (4, {}, "", "one-sided", ""),
     ],
 )
@@ -48,10 +47,10 @@ def test_what_auto_takes_on_nodes(
 @pytest.mark.parametrize(
     ("name", "per_node", "replicated", "message"),
     [
-        ("one-sided", 2, False, "--transport one-sided: the ranks are on 2 nodes"),
-        ("relayed", 4, False, "--transport relayed: the ranks are on one node"),
-        ("relayed", 1, False, "--transport relayed: there is one rank on each node"),
-        ("relayed", 2, True, "--transport relayed: does not go with --strategy replicated"),
+        ("one-sided", 2, False, "transport one-sided: the ranks are on 2 nodes"),
+        ("relayed", 4, False, "transport relayed: the ranks are on one node"),
+        ("relayed", 1, False, "transport relayed: there is one rank on each node"),
+        ("relayed", 2, True, "transport relayed: strategy replicated has nothing to relay"),
     ],
 )
 def test_transports_that_do_not_work_on_such_nodes(

@@ -3,9 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from exflow.cli.first_steps import print_demo
+from exflow.commands.demo import summary
+
+README = Path(__file__).parents[2] / "README.md"
 
 KEYS = {
     "strategy",
@@ -66,3 +72,57 @@ def test_collectives_of_a_decode_step(
         variant = variants[strategy, placement]
         counted = ("all_to_alls_per_step", "gathers_per_step", "all_reduces_per_step")
         assert tuple(variant[name] for name in counted) == collectives
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_readme_shows_what_the_demo_prints(
+    result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print_demo(result, as_json=False)
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    listing = README.read_text(encoding="utf-8").split("```text\nstrategy ", 1)[1].split("```", 1)[0]
+    table_and_summary, verdict = f"strategy {listing}".split("\n...\n")
+    assert table_and_summary in printed
+    assert printed.endswith(verdict.rstrip())
+
+
+def variant(
+    strategy: str, placement: str, messages: float, collectives: tuple[int, int, int]
+) -> dict[str, Any]:
+    counted = ("all_to_alls_per_step", "gathers_per_step", "all_reduces_per_step")
+    return {
+        "strategy": strategy,
+        "placement": placement,
+        "messages_per_token_layer": messages,
+        "critical_bytes_per_token_layer": 100.0,
+        "background_bytes_per_token_layer": 0.0,
+        "imbalance": 1.0,
+        **dict(zip(counted, map(float, collectives), strict=True)),
+    }
+
+
+def test_the_table_has_no_messages_where_none_are_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    variants = [
+        variant("coherent", "affinity", 0.5, (12, 2, 0)),
+        variant("replicated", "affinity", 0.0, (0, 0, 12)),
+    ]
+    print_demo({"variants": variants, "summary": "", "text": [], "verdict": ""}, as_json=False)
+    _, coherent, replicated, *_ = capsys.readouterr().out.splitlines()
+    assert coherent.split()[2] == "0.5" and coherent.rstrip().endswith("12 all-to-alls, 2 gathers")
+    assert replicated.split()[2] == "-" and replicated.rstrip().endswith("12 all-reduces")
+
+
+def test_the_summary_tells_the_two_effects_apart() -> None:
+    variants = [
+        variant("dispatch-combine", "contiguous", 1.5, (24, 0, 0)),
+        variant("dispatch-combine", "affinity", 1.65, (24, 0, 0)),
+        variant("coherent", "contiguous", 0.75, (12, 2, 0)),
+        variant("coherent", "affinity", 0.6, (12, 2, 0)),
+    ]
+    coherence, placement, why = summary(variants, top_k=1).splitlines()
+    assert coherence == "Coherence alone: 50% fewer messages, and 12 all-to-alls a step instead of 24."
+    assert placement == "Placement alone: 20% fewer messages with coherent, 10% more with dispatch-combine."
+    assert "top-1" in why
+    assert len(summary(variants, top_k=2).splitlines()) == 2

@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     experts = np.random.default_rng(0).integers(0, 4, (40, 2, 2))
     trace = RoutingTrace.from_arrays(experts, num_experts=4, moe_layer_ids=[1, 3], model="tiny")
     trace.save("trace")
-    Plan.of_slots(
+    plan = Plan.of_slots(
         np.array([[0, 1, 2, 3], [0, 2, 1, 3]]),
         Topology(num_nodes=2, gpus_per_node=1),
         trace,
         method="by hand",
-    ).save("plan.json")
+        strategy="dispatch-combine",
+    )
+    plan.save("plan.json")
+    replace(plan, strategy="coherent").save("coherent.json")
 
     def command(line: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
@@ -51,22 +55,34 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_there_and_back(run: Run, format: str) -> None:
-    code, out, err = run(f"export plan.json --format {format} -o map.json --json")
+    plan = "coherent.json" if format == "exflow" else "plan.json"
+    code, out, err = run(f"export {plan} --format {format} -o map.json --json")
     assert (code, err) == (0, "")
     exported = json.loads(out)
-    assert set(exported) == {"file", "sidecar", "format", "options", "traps"}
+    assert set(exported) == {"file", "sidecar", "format", "options", "traps", "warning"}
     assert (exported["file"], exported["sidecar"]) == ("map.json", "map.json.meta.json")
     assert exported["format"] == format
-    assert exported["options"] and exported["traps"]
+    assert exported["options"] and exported["traps"] and exported["warning"] is None
 
     code, out, err = run("import-plan map.json -o back.json --json")
     assert (code, err) == (0, "")
     imported = json.loads(out)
     assert (imported["plan"], imported["model"], imported["method"]) == ("back.json", "tiny", "by hand")
     assert (imported["ranks"], imported["nodes"], imported["slots"]) == (2, 2, 4)
-    before, after = Plan.load("plan.json"), Plan.load("back.json")
+    before, after = Plan.load(plan), Plan.load("back.json")
     assert np.array_equal(before.physical_to_logical_map, after.physical_to_logical_map)
     assert (before.topology, before.strategy) == (after.topology, after.strategy)
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "exflow"])
+def test_export_warns_of_a_plan_for_what_no_engine_runs(run: Run, format: str) -> None:
+    code, out, err = run(f"export coherent.json --format {format} -o map.json --json")
+    warning = f"the plan was made for strategy coherent, but the engine of {format} runs dispatch-combine; "
+    assert code == 0
+    assert json.loads(out)["warning"].startswith(warning)
+    assert err.startswith(f"exflow: {warning}")
+    assert "exflow place --strategy dispatch-combine" in err and err.count("\n") == 1
+    assert run(f"export coherent.json --format {format} -o map.json --quiet")[2] == ""
 
 
 def test_export_says_how_to_use_the_file(run: Run) -> None:
@@ -136,10 +152,10 @@ def test_the_topology_may_be_a_file(run: Run) -> None:
         ("import-plan map.json --trace trace -o back.json", "map.json: does not say the number of GPUs"),
         ("import-plan map.json --trace none --gpus 2 -o back.json", "none"),
         ("import-plan map.json --trace trace --gpus 3 -o back.json", "map.json: physical_to_logical_map: 4"),
-        ("import-plan map.json --trace trace --gpus 3 --nodes 2 -o back.json", "--gpus 3: cannot be spread"),
+        ("import-plan map.json --trace trace --gpus 3 --nodes 2 -o back.json", "3 GPUs cannot be spread"),
         (
             "import-plan map.json --trace trace --nodes 2 -o back.json",
-            "--nodes 2: says nothing without --gpus",
+            "--nodes 2: needs --gpus; give both",
         ),
         (
             "import-plan map.json --trace trace --gpus 2 --topology a.yaml -o back.json",

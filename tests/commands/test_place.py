@@ -271,10 +271,11 @@ def test_everything_at_once(trace: Path, other: Path, tmp_path: Path) -> None:
 
 def test_help_shows_the_panels() -> None:
     shown = exflow_place("--help")
-    panels = ("Where experts can live", "What is good", "How to search", "How far to trust it")
+    panels = ("GPUs and slots", "Goal", "Search", "Judge the result", "For experts")
     places = [shown.index(panel) for panel in panels]
     assert places == sorted(places)
     assert shown.index("--redundant-experts") < places[1] < shown.index("--worst-case") < places[2]
+    assert shown.index("--method") > places[-1]
 
 
 # Ctrl-C.

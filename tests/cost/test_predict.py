@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exflow.cost import predict as cost_model
-from exflow.cost.predict import Link, Load, Machine, Moved, Prediction, choose, predict
+from exflow.cost.machine import Link, Machine
+from exflow.cost.predict import Prediction, choose, predict
+from exflow.cost.workload import StepTraffic, Workload, imbalance_of_batch
 from exflow.errors import InputError
 from exflow.model.config import ModelConfig
 
 # 2 nodes of 2 ranks; a message of 100 bytes, in a dispatch 120 with its 5 numbers
-LOAD = Load(
+WORKLOAD = Workload(
     batch=8,
     context=10,
     ranks=4,
@@ -31,10 +32,12 @@ LOAD = Load(
     dense_bytes=6000,
 )
 MACHINE = Machine(Link(0.1, 1000.0), Link(1.0, 100.0), read_bytes_per_s=1000.0, memory_bytes=1e6)
-# of the busiest rank: 4 ranks share 8 tokens, and by chance one has more than 2 (see cost_model._of_a_batch)
+# of the busiest rank: 4 ranks share 8 tokens, and by chance one has more than 2 (see imbalance_of_batch)
 CHANCE = 0.7 * (2 * math.log(4) * 3 / 8) ** 0.5
 # nothing moves but what a test says
-STILL = Moved(1, exchanges=0, dispatch=(0, 0), give_back=(0, 0), kv=(0, 0), busiest=1.0, attending=1.0)
+STILL = StepTraffic(
+    1, exchanges=0, dispatch=(0, 0), combine=(0, 0), kv=(0, 0), expert_imbalance=1.0, attention_imbalance=1.0
+)
 
 
 def test_exchanges_by_hand() -> None:
@@ -44,19 +47,19 @@ def test_exchanges_by_hand() -> None:
     4 rows of 108 bytes at 100 a second. The busiest rank has half as much again, and what chance adds; 2
     layers, and 4 latencies.
     """
-    moved = replace(STILL, exchanges=4, dispatch=(1.0, 0.0), give_back=(0.0, 2.0), busiest=1.5)
+    traffic = replace(STILL, exchanges=4, dispatch=(1.0, 0.0), combine=(0.0, 2.0), expert_imbalance=1.5)
     expected = 4 * 1.0 + 2 * (1 + math.hypot(0.5, CHANCE)) * (240 / 1000 + 432 / 100)
-    assert predict("coherent", LOAD, moved, MACHINE).exchange_s == pytest.approx(expected)
-    shared = predict("coherent", LOAD, moved, replace(MACHINE, shared=True)).exchange_s
+    assert predict("coherent", WORKLOAD, traffic, MACHINE).exchange_s == pytest.approx(expected)
+    shared = predict("coherent", WORKLOAD, traffic, replace(MACHINE, shared=True)).exchange_s
     assert shared == pytest.approx(4 * 1.0 + 2 * (240 / 1000 + 432 / 100))
-    one_node = replace(LOAD, ranks_per_node=4)
+    one_node = replace(WORKLOAD, ranks_per_node=4)
     inside = replace(STILL, exchanges=4)
     assert predict("coherent", one_node, inside, MACHINE).exchange_s == pytest.approx(0.4)
 
 
 def test_room_is_paid_for() -> None:
     """A token in two leaves for the one other rank: of 8 tokens 4, and 3 times root 2, and chance."""
-    pair = replace(LOAD, ranks=2, ranks_per_node=2, batch=16)
+    pair = replace(WORKLOAD, ranks=2, ranks_per_node=2, batch=16)
     seconds = predict("coherent", pair, replace(STILL, exchanges=2, dispatch=(0.5, 0.0)), MACHINE).exchange_s
     busiest = 1 + 0.7 * (2 * math.log(2) / 16) ** 0.5
     assert seconds == pytest.approx(2 * 0.1 + 2 * 120 * busiest * min(8, 4 + 3 * 2**0.5) / 1000)
@@ -64,19 +67,19 @@ def test_room_is_paid_for() -> None:
 
 def test_captured_exchanges_by_hand() -> None:
     """One-sided, only what moves is sent; by a collective room for every row that a receiver may own."""
-    moved = replace(STILL, group_size=4, exchanges=4, dispatch=(1.0, 0.0), give_back=(0.0, 2.0))
+    traffic = replace(STILL, group_size=4, exchanges=4, dispatch=(1.0, 0.0), combine=(0.0, 2.0))
     busiest = 1 + CHANCE
     one_sided = replace(MACHINE, transport="one-sided")
     expected = 4 * 1.0 + 2 * busiest * (240 / 1000 + 432 / 100)
-    assert predict("coherent", LOAD, moved, one_sided).exchange_s == pytest.approx(expected)
+    assert predict("coherent", WORKLOAD, traffic, one_sided).exchange_s == pytest.approx(expected)
     collective = replace(MACHINE, transport="collective")
     rows = 2 * 4  # 2 tokens of each of 4 ranks; to one rank of the node, and to two on the other
     expected = 4 * 1.0 + 2 * (2 * rows * 120 / 100 + 2 * rows * 108 / 100)
-    assert predict("coherent", LOAD, moved, collective).exchange_s == pytest.approx(expected)
+    assert predict("coherent", WORKLOAD, traffic, collective).exchange_s == pytest.approx(expected)
     reduced = replace(STILL, all_reduces=2)
-    served = predict("replicated", LOAD, reduced, one_sided).exchange_s
+    served = predict("replicated", WORKLOAD, reduced, one_sided).exchange_s
     assert served == pytest.approx(2 * (1.0 + 3 * 8 * 0.25 * 100 / 100))
-    everything = predict("replicated", LOAD, reduced, collective).exchange_s
+    everything = predict("replicated", WORKLOAD, reduced, collective).exchange_s
     assert everything == pytest.approx(2 * (1.0 + 3 * 8 * 100 / 100))
 
 
@@ -87,16 +90,16 @@ def test_exchanges_by_relays_by_hand() -> None:
     relay; where the whole node may own a token, to both ranks there.
     """
     relayed = replace(MACHINE, transport="relayed")
-    moved = replace(STILL, exchanges=4, dispatch=(0.75, 0.25), give_back=(0.75, 0.25))
+    traffic = replace(STILL, exchanges=4, dispatch=(0.75, 0.25), combine=(0.75, 0.25))
     latencies = 4 * (1.0 + 0.1)
     home = latencies + 2 * (2 * 120 / 100 + 2 * 108 / 100)
-    assert predict("dispatch-combine", LOAD, moved, relayed).exchange_s == pytest.approx(home)
+    assert predict("dispatch-combine", WORKLOAD, traffic, relayed).exchange_s == pytest.approx(home)
     of_nodes = latencies + 2 * (4 * 120 / 100 + 2 * 4 * 108 / 100)
-    in_nodes = predict("node-coherent", LOAD, replace(moved, group_size=2), relayed)
+    in_nodes = predict("node-coherent", WORKLOAD, replace(traffic, group_size=2), relayed)
     assert in_nodes.exchange_s == pytest.approx(of_nodes)
     inside = replace(relayed, between=Link(1.0, math.inf))
     near = latencies + 2 * (2 * 120 / 1000 + 2 * 108 / 1000)
-    assert predict("dispatch-combine", LOAD, moved, inside).exchange_s == pytest.approx(near)
+    assert predict("dispatch-combine", WORKLOAD, traffic, inside).exchange_s == pytest.approx(near)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -104,7 +107,7 @@ def test_exchanges_by_relays_by_hand() -> None:
 def test_chance_makes_a_rank_the_busiest(ranks: int, tokens: int) -> None:
     draws = np.random.default_rng(0).multinomial(tokens, [1 / ranks] * ranks, 4000)
     busiest = draws.max(axis=1).mean() / (tokens / ranks)
-    assert cost_model._of_a_batch(1.0, tokens, ranks) == pytest.approx(busiest, rel=0.08)
+    assert imbalance_of_batch(1.0, tokens, ranks) == pytest.approx(busiest, rel=0.08)
 
 
 def test_compute_by_hand() -> None:
@@ -113,11 +116,11 @@ def test_compute_by_hand() -> None:
     Its 2 tokens, of the busiest rank 3 and some by chance, look at 10 positions of 50 bytes in 3 layers.
     """
     tokens = 2 * (1 + math.hypot(0.5, CHANCE))
-    moved, touched = replace(STILL, group_size=4, attending=1.5), 1 - 0.75**8
+    traffic, touched = replace(STILL, group_size=4, attention_imbalance=1.5), 1 - 0.75**8
     reading = (2 * touched * 1000 + 6000 + tokens * 3 * 10 * 50) / 1000
-    assert predict("coherent", LOAD, moved, MACHINE).compute_s == pytest.approx(reading)
+    assert predict("coherent", WORKLOAD, traffic, MACHINE).compute_s == pytest.approx(reading)
     eager = replace(MACHINE, layer_s=2.0, token_s=0.5)
-    assert predict("coherent", LOAD, moved, eager).compute_s == pytest.approx(
+    assert predict("coherent", WORKLOAD, traffic, eager).compute_s == pytest.approx(
         reading + 3 * (2 + tokens * 0.5)
     )
 
@@ -126,14 +129,14 @@ def test_every_rank_that_a_link_leads_to_costs_time() -> None:
     """3 others on one node; 2 on the other one. A rank that is alone waits for nobody."""
     links = {"inside": Link(0.1, math.inf, peer_s=0.01), "between": Link(1.0, math.inf, peer_s=0.2)}
     machine = replace(MACHINE, **links)  # type: ignore[arg-type]
-    moved = replace(STILL, exchanges=4)
-    assert predict("coherent", LOAD, moved, machine).exchange_s == pytest.approx(4 * (1.0 + 2 * 0.2))
-    one_node = replace(LOAD, ranks_per_node=4)
-    assert predict("coherent", one_node, moved, machine).exchange_s == pytest.approx(4 * (0.1 + 3 * 0.01))
+    traffic = replace(STILL, exchanges=4)
+    assert predict("coherent", WORKLOAD, traffic, machine).exchange_s == pytest.approx(4 * (1.0 + 2 * 0.2))
+    one_node = replace(WORKLOAD, ranks_per_node=4)
+    assert predict("coherent", one_node, traffic, machine).exchange_s == pytest.approx(4 * (0.1 + 3 * 0.01))
     reduced = replace(STILL, all_reduces=2)
-    assert predict("replicated", LOAD, reduced, machine).exchange_s == pytest.approx(2 * 2 * 1.4)
-    alone = replace(LOAD, ranks=1, ranks_per_node=1)
-    for moves in (moved, reduced):
+    assert predict("replicated", WORKLOAD, reduced, machine).exchange_s == pytest.approx(2 * 2 * 1.4)
+    alone = replace(WORKLOAD, ranks=1, ranks_per_node=1)
+    for moves in (traffic, reduced):
         assert predict("coherent", alone, moves, machine).exchange_s == 0
 
 
@@ -144,18 +147,18 @@ def test_products_by_hand() -> None:
     with the 8 of its coherence group.
     """
     served = 2 * (1 + math.hypot(0.5, CHANCE)) * 2
-    moved = replace(STILL, busiest=1.5)
+    traffic = replace(STILL, expert_imbalance=1.5)
     fast = replace(MACHINE, read_bytes_per_s=math.inf, flops_per_s=10.0)
-    compute = predict("dispatch-combine", LOAD, moved, fast).compute_s
+    compute = predict("dispatch-combine", WORKLOAD, traffic, fast).compute_s
     assert compute == pytest.approx((2 * served * 500 + 2 * 2 * 3000) / 10)
-    coherent, captured = replace(moved, group_size=4), replace(fast, transport="one-sided")
-    compute = predict("coherent", LOAD, coherent, captured).compute_s
+    coherent, captured = replace(traffic, group_size=4), replace(fast, transport="one-sided")
+    compute = predict("coherent", WORKLOAD, coherent, captured).compute_s
     assert compute == pytest.approx((2 * served * 500 + 2 * 8 * 3000) / 10)
 
 
 def test_experts_that_are_known_to_be_read() -> None:
-    touched = replace(LOAD, experts_read=0.25)
-    reading = predict("dispatch-combine", LOAD, STILL, MACHINE).compute_s - 2 * (1 - 0.75**8)
+    touched = replace(WORKLOAD, experts_read=0.25)
+    reading = predict("dispatch-combine", WORKLOAD, STILL, MACHINE).compute_s - 2 * (1 - 0.75**8)
     assert predict("dispatch-combine", touched, STILL, MACHINE).compute_s == pytest.approx(reading + 2 * 0.25)
 
 
@@ -163,34 +166,38 @@ def test_captured_steps_read_what_windows_leave(tiny_config: Callable[..., Model
     """2 of 10 positions are not seen: 2 tokens x 3 layers x 50 bytes of each."""
     assert tiny_config(windows=[None, 4, 20, 5]).positions_seen(10) == (10 + 4 + 10 + 5) / 4
     assert tiny_config().positions_seen(10) == 10
-    windowed, captured = replace(LOAD, seen=8.0), replace(MACHINE, transport="one-sided")
-    whole, less = (predict("dispatch-combine", load, STILL, captured).compute_s for load in (LOAD, windowed))
+    windowed, captured = replace(WORKLOAD, seen=8.0), replace(MACHINE, transport="one-sided")
+    whole, less = (
+        predict("dispatch-combine", workload, STILL, captured).compute_s for workload in (WORKLOAD, windowed)
+    )
     assert whole - less == pytest.approx(2 * 3 * 2 * 50 / MACHINE.read_bytes_per_s)
-    eager = predict("dispatch-combine", LOAD, STILL, MACHINE).compute_s
+    eager = predict("dispatch-combine", WORKLOAD, STILL, MACHINE).compute_s
     assert predict("dispatch-combine", windowed, STILL, MACHINE).compute_s == eager
 
 
 def test_only_what_computing_does_not_hide_of_the_background_counts() -> None:
     """2 tokens x 3 layers x 2 copies of 50 bytes between nodes: 6 seconds."""
-    moved = replace(STILL, group_size=4, kv=(1.0, 2.0))
-    prediction = predict("coherent", LOAD, moved, MACHINE)
+    traffic = replace(STILL, group_size=4, kv=(1.0, 2.0))
+    prediction = predict("coherent", WORKLOAD, traffic, MACHINE)
     assert prediction.background_s == 0
     fast = replace(MACHINE, read_bytes_per_s=1e9)
-    prediction = predict("coherent", LOAD, moved, fast)
+    prediction = predict("coherent", WORKLOAD, traffic, fast)
     assert prediction.background_s == pytest.approx(6 - prediction.compute_s)
-    assert predict("coherent", LOAD, moved, replace(MACHINE, hides=0.0)).background_s == pytest.approx(6)
+    assert predict("coherent", WORKLOAD, traffic, replace(MACHINE, hides=0.0)).background_s == pytest.approx(
+        6
+    )
 
 
 def test_replicated_by_hand() -> None:
     """Rings of 3/4 of 8 rows, twice, in 2 layers; every rank attends to all 8 tokens and holds them."""
-    prediction = predict("replicated", LOAD, replace(STILL, all_reduces=2), MACHINE)
+    prediction = predict("replicated", WORKLOAD, replace(STILL, all_reduces=2), MACHINE)
     assert prediction.exchange_s == pytest.approx(2 * (2 * 1.0 + 2 * 0.75 * 800 / 100))
     assert prediction.memory_bytes == 6000 + 2 * 1000 + 8 * 10 * 3 * 50
     assert (
-        predict("coherent", LOAD, replace(STILL, group_size=4), MACHINE).memory_bytes
+        predict("coherent", WORKLOAD, replace(STILL, group_size=4), MACHINE).memory_bytes
         == prediction.memory_bytes
     )
-    assert predict("dispatch-combine", LOAD, STILL, MACHINE).memory_bytes == 6000 + 2000 + 2 * 10 * 3 * 50
+    assert predict("dispatch-combine", WORKLOAD, STILL, MACHINE).memory_bytes == 6000 + 2000 + 2 * 10 * 3 * 50
 
 
 def test_figures_of_an_evaluation() -> None:
@@ -210,13 +217,18 @@ def test_figures_of_an_evaluation() -> None:
             "return_inter": 2,
         },
     }
-    moved = Moved.of(figures, group_size=4)
-    assert moved.dispatch == pytest.approx((0.3, 0.1))
-    assert moved.give_back == pytest.approx((0.0, 0.1))
-    assert (moved.exchanges, moved.kv, moved.busiest, moved.all_reduces) == (4, (1.0, 2.0), 1.25, 0)
-    assert moved.attending == 1.5
-    assert Moved.of(figures, group_size=1).attending == 1
-    replicated = Moved.of(figures | {"all_reduces_per_step": 2}, group_size=1)
+    traffic = StepTraffic.of(figures, group_size=4)
+    assert traffic.dispatch == pytest.approx((0.3, 0.1))
+    assert traffic.combine == pytest.approx((0.0, 0.1))
+    assert (traffic.exchanges, traffic.kv, traffic.expert_imbalance, traffic.all_reduces) == (
+        4,
+        (1.0, 2.0),
+        1.25,
+        0,
+    )
+    assert traffic.attention_imbalance == 1.5
+    assert StepTraffic.of(figures, group_size=1).attention_imbalance == 1
+    replicated = StepTraffic.of(figures | {"all_reduces_per_step": 2}, group_size=1)
     assert (replicated.exchanges, replicated.all_reduces) == (0, 2)
 
 
@@ -251,7 +263,7 @@ machines = st.builds(
     st.sampled_from(["eager", "collective", "relayed", "one-sided"]),
 )
 moves = st.builds(
-    Moved,
+    StepTraffic,
     st.sampled_from([1, 2, 4]),
     st.sampled_from([2, 4]),
     *[st.tuples(shares, shares)] * 3,
@@ -262,8 +274,10 @@ moves = st.builds(
 
 
 @given(moves, machines, st.floats(1, 100))
-def test_faster_links_and_memory_never_cost_time(moved: Moved, machine: Machine, factor: float) -> None:
-    step = predict("coherent", LOAD, moved, machine).step_s
+def test_faster_links_and_memory_never_cost_time(
+    traffic: StepTraffic, machine: Machine, factor: float
+) -> None:
+    step = predict("coherent", WORKLOAD, traffic, machine).step_s
     faster = replace(
         machine,
         inside=Link(machine.inside.latency_s / factor, machine.inside.bytes_per_s * factor),
@@ -276,15 +290,15 @@ def test_faster_links_and_memory_never_cost_time(moved: Moved, machine: Machine,
         replace(machine, read_bytes_per_s=faster.read_bytes_per_s),
         faster,
     ):
-        assert predict("coherent", LOAD, moved, changed).step_s <= step * (1 + 1e-9)
+        assert predict("coherent", WORKLOAD, traffic, changed).step_s <= step * (1 + 1e-9)
 
 
 @given(moves, machines, st.integers(1, 64), st.integers(0, 64))
 def test_a_larger_batch_never_takes_less_time_or_memory(
-    moved: Moved, machine: Machine, batch: int, more: int
+    traffic: StepTraffic, machine: Machine, batch: int, more: int
 ) -> None:
     small, large = (
-        predict("coherent", replace(LOAD, batch=size), moved, machine) for size in (batch, batch + more)
+        predict("coherent", replace(WORKLOAD, batch=size), traffic, machine) for size in (batch, batch + more)
     )
     assert small.step_s <= large.step_s * (1 + 1e-9)
     assert small.memory_bytes <= large.memory_bytes

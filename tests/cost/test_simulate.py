@@ -15,9 +15,19 @@ from hypothesis import strategies as st
 from exflow import cli
 from exflow.cost import machines as times
 from exflow.cost.auto import predictions
-from exflow.cost.crossover import quantities, turns
-from exflow.cost.predict import Link, Load, Machine
-from exflow.cost.simulate import Layout, Point, Variant, chosen_slots, deal, step, strategies_on, variants
+from exflow.cost.crossover import crossovers, quantities
+from exflow.cost.machine import Link, Machine
+from exflow.cost.simulate import (
+    Layout,
+    Point,
+    Variant,
+    chosen_slots,
+    split_sequences,
+    step,
+    strategies_on,
+    variants,
+)
+from exflow.cost.workload import Workload
 from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.topology import Topology
@@ -72,12 +82,12 @@ def test_more_gpus_than_experts_are_copies() -> None:
     assert Layout.of(12, 8, 32).width == 4  # 8 do not divide 12
 
 
-def test_a_dealt_trace_is_the_same_rows_in_short_pieces() -> None:
+def test_a_split_trace_is_the_same_rows_in_short_sequences() -> None:
     trace = skewed()
-    dealt = deal(trace, 4)
-    assert np.array_equal(dealt.experts, trace.experts)
-    assert len(set(dealt.sequence.tolist())) >= 4 * 4
-    assert len(set(deal(trace, 1000).sequence.tolist())) == trace.num_tokens
+    split = split_sequences(trace, 4)
+    assert np.array_equal(split.experts, trace.experts)
+    assert len(set(split.sequence.tolist())) >= 4 * 4
+    assert len(set(split_sequences(trace, 1000).sequence.tolist())) == trace.num_tokens
 
 
 def test_experts_read_are_those_that_batches_touch() -> None:
@@ -110,7 +120,9 @@ def test_level_routing_takes_what_the_cost_model_says() -> None:
     plan = place(trace, NODES, solving=Solving("contiguous"))
     machine = Machine(Link(1e-5, 1e9), Link(1e-4, 1e8), 1e9, 1e9, flops_per_s=1e10)
     plan = replace(plan, expected=evaluate(plan, trace))
-    expected = {each.strategy: each for each in predictions(Load.of(model, plan, 16, 32, 2), plan, machine)}
+    expected = {
+        each.strategy: each for each in predictions(Workload.of(model, plan, 16, 32, 2), plan, machine)
+    }
     assert set(expected) == set(strategies_on(NODES))
     for name, prediction in expected.items():
         found = step(Variant.of(name, "contiguous", plan, trace), Point(model, 16, 32, machine))
@@ -163,23 +175,23 @@ def test_one_gpu_exchanges_nothing(machine: Machine, batch: int) -> None:
     assert prediction.exchange_s == prediction.background_s == 0
 
 
-def test_turns_are_where_the_fastest_changes(choice: list[Variant]) -> None:
-    """Just before a turn the strategy is the one of here, at the turn it is the one that is named."""
+def test_crossovers_are_where_the_fastest_changes(choice: list[Variant]) -> None:
+    """Just before a crossover the fastest strategy is still that of the point; at it, the one named."""
     machine = Machine(Link(1e-5, 1e9), Link(1e-4, 1e8), 1e10, 1e9, layer_s=1e-5)
     point = Point(MODEL, 32, 32, machine)
 
     def winner(at: Point) -> str:
-        return min((step(each, at) for each in choice), key=lambda each: each.seconds).variant.strategy
+        return min((step(variant, at) for variant in choice), key=lambda each: each.seconds).variant.strategy
 
-    found = turns(choice, point)
-    assert {turn.quantity for turn in found} >= {"K/V width", "batch", "context"}
+    found = crossovers(choice, point)
+    assert {each.quantity for each in found} >= {"K/V width", "batch", "context"}
     scaled = {quantity.name: quantity.scaled for quantity in quantities(NODES)}
-    for turn in found:
-        assert winner(scaled[turn.quantity](point, turn.factor)[0]) == turn.strategy != winner(point)
-        if turn.quantity not in ("batch", "context"):  # whole numbers
-            before = turn.factor**0.99
-            assert winner(scaled[turn.quantity](point, before)[0]) == winner(point)
-    kv = next(turn for turn in found if turn.quantity == "K/V width")
+    for each in found:
+        assert winner(scaled[each.quantity](point, each.factor)[0]) == each.strategy != winner(point)
+        if each.quantity not in ("batch", "context"):  # whole numbers
+            before = each.factor**0.99
+            assert winner(scaled[each.quantity](point, before)[0]) == winner(point)
+    kv = next(each for each in found if each.quantity == "K/V width")
     assert kv.value == pytest.approx(kv.factor * MODEL.kv_width)
 
 
@@ -232,7 +244,9 @@ def test_the_command(run: Run) -> None:
     for name in ("step-time", "throughput"):
         assert Path("drawn", f"{name}.svg").read_text().startswith("<svg")
     code, out, err = run(f"{line} --expert-parallel 2 --expert-parallel 4 --batch 8")
-    assert code == 0 and "16 GPUs in groups of 4: " in out and "16 GPUs in groups of 2: " in out
+    assert code == 0
+    for size in (4, 2):
+        assert f"16 GPUs, expert-parallel size {size}: " in out
 
 
 def test_a_plan_is_simulated_on_its_own_gpus_and_on_multiples(run: Run) -> None:

@@ -201,7 +201,7 @@ def several_traces(folder: Path) -> None:
 
 
 BEGINNINGS: dict[str, tuple[Callable[[Path], None], ...]] = {
-    "README.md": (repository, hugging_face),
+    "README.md": (repository, hugging_face, sglang),
     "docs/tutorial.md": (repository,),
     "docs/engines.md": (placed,),
     "docs/placement.md": (repository, several_traces),

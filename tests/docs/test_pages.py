@@ -51,14 +51,14 @@ def test_a_page_reads_alike_on_github_and_on_the_site(source: str) -> None:
 
 def test_links_to_files_elsewhere_lead_to_their_pages() -> None:
     on_start = {
-        "[a](docs/log.md#x)": "[a](log.md#x)",
+        "[a](docs/dev/log.md#x)": "[a](dev/log.md#x)",
         "[a](configs/shapes/README.md)": "[a](shapes.md)",
         "![a](docs/figures/routes.svg)": "![a](figures/routes.svg)",
         "[a](https://b.c/docs/d) [e](#f)": "[a](https://b.c/docs/d) [e](#f)",
     }
     assert {link: hooks.relink(link, "index.md") for link in on_start} == on_start
-    deeper = hooks.relink("[a](../../README.md) [b](../log.md)", "how-to/vllm.md")
-    assert deeper == "[a](../index.md) [b](../log.md)"
+    deeper = hooks.relink("[a](../../README.md) [b](../dev/log.md)", "how-to/vllm.md")
+    assert deeper == "[a](../index.md) [b](../dev/log.md)"
 
 
 def test_the_reference_knows_every_verb_and_option() -> None:
@@ -76,6 +76,14 @@ def test_tables_of_docstrings_stay_tables() -> None:
     assert load("docstrings").with_tables(text) == f"Place.\n\n\n{table}\n\nRaises it."
 
 
+@pytest.mark.parametrize("name", ["exchange", "visits"])
+def test_a_drawing_is_what_its_script_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "figures")
+    drawn = importlib.import_module(name).picture()
+    assert (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8") == drawn
+
+
+@pytest.mark.all
 @pytest.mark.slow
 def test_the_picture_shows_what_the_code_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs" / "figures")

@@ -1,5 +1,6 @@
 """Jobs and commands to which something happens. EXFLOW_FAULTS=N: N times as much of it; 1 is a quick look."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -40,6 +41,11 @@ class Fault:
     times: int = 1
 
 
+def end_with_the_tests() -> None:
+    """Tell the kernel to kill this process when the tests end, however they do."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @dataclass
 class Job:
     """A command and all processes that come of it; none of them outlives the block."""
@@ -64,6 +70,7 @@ class Job:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=end_with_the_tests,
         )
         return self
 

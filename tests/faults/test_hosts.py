@@ -27,8 +27,8 @@ def torchrun(address: str, port: int, number: int, *more: str) -> list[str]:
 
 
 def generate(model: Path, *more: str) -> list[str]:
-    prompts = ["--prompt", "Rain", "--prompt", "Wind"]
-    return ["-m", "exflow.cli", "generate", str(model), *prompts, "--ignore-end", *more]
+    options = ["--prompt", "Rain", "--prompt", "Wind", "--ignore-end", "--strategy", "coherent"]
+    return ["-m", "exflow.cli", "generate", str(model), *options, *more]
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def two_hosts(job: Any, model: Path) -> Iterator[Callable[..., list[Any]]]:
         yield start
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("quality", [["200kbit"], ["100mbit", "20ms", "2%"]], ids=["slow", "late and lossy"])
 def test_a_bad_cable(hosts: Any, two_hosts: Any, model: Path, quality: list[str]) -> None:
     """All arrives in the end, and nobody is taken for dead."""

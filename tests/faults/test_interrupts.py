@@ -85,7 +85,9 @@ def result(folder: Path) -> object:
     return RoutingTrace.load(folder / "trace").digest(), run
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=() if verb == "profile" else pytest.mark.all) for verb in COMMANDS]
+)
 def test_ended_at_any_moment(verb: str, verbs: Any, work: Callable[[str], Path], repeats: int) -> None:
     line, whole = COMMANDS[verb], work("undisturbed")
     process, began = begun(verbs, whole, line), time.monotonic()

@@ -21,11 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 EXFLOW = Path(sys.executable).with_name("exflow")
 NAMELESS = "nonesuch.invalid"
-RESOLVER = "127.0.0.77"
+RESOLVER = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.77"  # of this run of the tests alone
 
 
 def generate(model: Path, *options: str) -> list[str]:
     tail = ["--prompt", "Rain", "--prompt", "Sun", "--max-new-tokens", "4", "--ignore-end", "--json"]
+    tail += ["--strategy", "coherent"]  # which is chosen without a word on stderr
     return [str(EXFLOW), "generate", str(model), *tail, *(options or ["--nproc", "2"])]
 
 
@@ -63,6 +64,7 @@ def test_ranks_run_nothing_of_the_current_folder(littered: Path, model: Path, jo
     assert not (littered / "ran").exists(), (littered / "ran").read_text()
 
 
+@pytest.mark.all
 def test_an_empty_entry_of_the_python_path_is_no_folder_for_ranks(
     littered: Path, model: Path, job: Any, tmp_path: Path
 ) -> None:
@@ -122,7 +124,7 @@ def nameless(folder: Path, command: list[str]) -> list[str]:
     return [*into, *command]
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=pytest.mark.all)])
 def test_one_host_needs_no_name(by_hand: bool, tmp_path: Path, model: Path, job: Any, resolver: None) -> None:
     """Each lookup of it would take 20 s."""
     began = time.monotonic()
@@ -174,7 +176,14 @@ def test_ranks_that_hang_before_they_come(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.all),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.all),
+    ],
+)
 def test_a_signal_while_ranks_start(number: signal.Signals, model: Path, job: Any, tmp_path: Path) -> None:
     hang = (
         "import os, time\nif 'RANK' in os.environ:\n    open(os.environ['RANK'], 'w')\n    time.sleep(600)\n"

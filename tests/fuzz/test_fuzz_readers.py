@@ -17,17 +17,22 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.robustness import fuzz
+from benchmarks.robustness.fuzz import pool as fuzzing
+from benchmarks.robustness.fuzz.checkpoints import THEIRS
+from benchmarks.robustness.fuzz.inputs import Target, case, keep
+from benchmarks.robustness.fuzz.pool import Pool
+from benchmarks.robustness.fuzz.reading import ran_out
+from benchmarks.robustness.fuzz.targets import targets as every_target
 from exflow.errors import InputError
+from exflow.model.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "robustness" / "fuzz.py"
 INPUTS = 20  # of each reader
 
 
 @pytest.fixture(scope="module")
 def targets() -> dict[str, Any]:
-    return {target.name: target for target in fuzz.targets()}
+    return {target.name: target for target in every_target()}
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def refusal(targets: dict[str, Any], tmp_path: Path) -> Callable[[str, dict[str,
             (folder / file).write_bytes(content)
         with pytest.raises(InputError) as error:
             targets[name].read(folder)
-        assert not fuzz._ran_out(error.value)
+        assert not ran_out(error.value)
         assert len(str(error.value).splitlines()) == 1
         return str(error.value)
 
@@ -58,16 +63,17 @@ def test_valid_files_are_read(targets: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_no_reader_crashes(targets: dict[str, Any], tmp_path: Path) -> None:
-    for target in targets.values():
-        result = fuzz.fuzz(target, tmp_path, seed=0, inputs=INPUTS, seconds=60)
-        assert result.tried == INPUTS
-        assert result.crashes == {}, target.name
+    with Pool(list(targets.values()), tmp_path, seed=0) as pool:
+        for target in targets.values():
+            result = pool.fuzz(target, INPUTS, seconds=60)
+            assert result.tried == INPUTS
+            assert result.crashes == {}, target.name
 
 
 def test_large_topologies_are_read_soon(targets: dict[str, Any], tmp_path: Path) -> None:
     """The fuzzer's find: 3,200 GPUs in 168 bytes took 2 s. And as many GPUs as there may be."""
     target = targets["topology 2x8"]
-    name, found = fuzz.case(target, 6, 61065)
+    name, found = case(target, 6, 61065)
     assert found.startswith(b'{"nodes": 400, "gpus_per_node": 8, ')
     for content in (found, found.replace(b"400", b"512", 1)):
         (tmp_path / name).write_bytes(content)
@@ -119,12 +125,13 @@ def _fails(folder: Path) -> None:
 def test_the_fuzzer_sees(
     read: Callable[[Path], None], crash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.1)
-    monkeypatch.setattr(fuzz, "WALL_SECONDS", 0.2)
-    target = fuzz.Target("broken", {"file": b"[1]"}, ("file",), read)
-    result = fuzz.fuzz(target, tmp_path / "scratch", seed=0, inputs=2, seconds=60)
+    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.1)
+    monkeypatch.setattr(fuzzing, "WALL_SECONDS", 0.2)
+    target = Target("broken", {"file": b"[1]"}, ("file",), read)
+    with Pool([target], tmp_path / "scratch", seed=0) as pool:
+        result = pool.fuzz(target, inputs=2, seconds=60)
     assert result.crashes == {crash: [0, 1]}
-    fuzz.keep(target, 0, result, tmp_path / "kept")
+    keep(target, 0, result, tmp_path / "kept")
     assert [path.name[:2] for path in (tmp_path / "kept" / "broken").iterdir()] == ["0-"]
 
 
@@ -134,20 +141,36 @@ def _fails_at_times(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("inputs", [2, 29])
-def test_lanes_share_the_inputs(inputs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz, "BATCH", 4)
-    target = fuzz.Target("broken", {"file": b"[1, 2, 3]"}, ("file",), _fails_at_times)
-    alone = fuzz.fuzz(target, tmp_path / "alone", seed=0, inputs=inputs, seconds=60)
-    assert (alone.tried, len(alone.crashes)) == (inputs, 1)
-    (tmp_path / "lanes").mkdir()
-    assert fuzz.fuzz_in_lanes(target, tmp_path / "lanes", 0, inputs, 60, lanes=3) == alone
+def test_cores_share_the_inputs(inputs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzzing, "BATCH", 4)
+    target = Target("broken", {"file": b"[1, 2, 3]"}, ("file",), _fails_at_times)
+    results = []
+    for cores in (1, 3):
+        with Pool([target], tmp_path / str(cores), seed=0, cores=cores) as pool:
+            results.append(pool.fuzz(target, inputs, seconds=60))
+    assert (results[0].tried, len(results[0].crashes)) == (inputs, 1)
+    assert results[0] == results[1]
+
+
+def _dies_at_times(folder: Path) -> None:
+    if (folder / "file").read_bytes().startswith(b"1"):
+        _aborts(folder)
+
+
+def test_of_a_batch_each_input_that_kills_is_found(tmp_path: Path) -> None:
+    target = Target("broken", {"file": b"1"}, ("file",), _dies_at_times)
+    with Pool([target], tmp_path, seed=0) as pool:
+        result = pool.fuzz(target, inputs=12)
+    killing = [number for number in range(12) if case(target, 0, number)[1].startswith(b"1")]
+    assert 0 < len(killing) < 12
+    assert (result.tried, result.crashes) == (12, {"killed by SIGKILL": killing})
 
 
 def test_inputs_follow_from_the_seed(targets: dict[str, Any]) -> None:
     target = targets["plan"]
-    inputs = [fuzz.case(target, 3, number) for number in range(20)]
-    assert inputs == [fuzz.case(target, 3, number) for number in range(20)]
-    assert inputs != [fuzz.case(target, 4, number) for number in range(20)]
+    inputs = [case(target, 3, number) for number in range(20)]
+    assert inputs == [case(target, 3, number) for number in range(20)]
+    assert inputs != [case(target, 4, number) for number in range(20)]
 
 
 # Attacks by name.
@@ -224,7 +247,7 @@ def test_a_trace_index_leads_to_no_other_folder(
     (tmp_path / shard).write_bytes(target.files[shard])  # where ../ leads
     for file in (f"../{shard}", f"{tmp_path}/{shard}", f"./../{shard}", "..", f"{shard}\n", f"{shard}\0"):
         index["shards"][0]["file"] = file
-        assert "shards.0.file" in refusal("trace index", {"index.json": json.dumps(index).encode()})
+        assert "shards[0].file" in refusal("trace index", {"index.json": json.dumps(index).encode()})
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
@@ -273,9 +296,9 @@ def test_arrays_that_declare_100_gigabytes(refusal: Refusal) -> None:
     "key", ["num_hidden_layers", "num_experts", "hidden_size", "max_position_embeddings"]
 )
 def test_configurations_that_declare_a_model_without_end(key: str, refusal: Refusal) -> None:
-    for family in fuzz.FAMILIES:
+    for family in FAMILIES:
         for number in (10**12, 10**30):
-            config = fuzz.THEIRS | {"model_type": family, key: number}
+            config = THEIRS | {"model_type": family, key: number}
             refusal(f"config {family}", {"config.json": json.dumps(config).encode()})
 
 

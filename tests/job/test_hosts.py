@@ -14,7 +14,7 @@ from exflow.model.tokenizer import load_tokenizer
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.all, pytest.mark.slow, pytest.mark.distributed]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
     contiguous_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=1)).save(plan)
     generate = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--json", "--ignore-end"]
     generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "2"]
+    generate += ["--strategy", "coherent"]
     done = subprocess.run(
         [*generate, "--plan", str(plan), "--trace", str(tmp_path / "trace"), "--verify"],
         capture_output=True,
@@ -43,7 +44,7 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
     result = json.loads(done.stdout)
     prompts = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind and"])]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
-    assert (result["strategy"], result["ranks"]) == ("coherent", 2)
+    assert (result["strategy"], result["dtype"], result["ranks"]) == ("coherent", "float32", 2)
     assert result["verified"]["choices"] == 2 * 6
     assert result["verified"]["largest_difference"] < result["verified"]["tolerance"] == 1e-4
     assert result["decode"]["dispatch_intra"] > 0 == result["decode"]["dispatch_inter"]

@@ -26,6 +26,7 @@ from exflow.runtime.request import Request
 WORDS = ("Rain", "Storm")
 
 
+@pytest.mark.all
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_commands_at_once(
@@ -41,8 +42,8 @@ def test_commands_at_once(
     for word in WORDS:
         text = tmp_path / f"{word}.txt"
         text.write_text(f"{word} and more of it. " * 60)
-        generating = f"--prompt {word} --max-new-tokens 12 --ignore-end --nproc 2 --plan {plan}"
-        commands["generate", word] = f"generate {model} {generating} --json"
+        generating = f"--prompt {word} --max-new-tokens 12 --ignore-end --nproc 2 --strategy coherent"
+        commands["generate", word] = f"generate {model} {generating} --plan {plan} --json"
         commands["profile", word] = f"profile {model} --text {text} -o {tmp_path / word} --json"
         commands["evaluate", word] = f"evaluate {plan} {routing} --json"
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}

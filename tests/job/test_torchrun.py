@@ -24,7 +24,7 @@ def free_port() -> int:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["coherent", "node-coherent"])
+@pytest.mark.parametrize("strategy", ["node-coherent", pytest.param("coherent", marks=pytest.mark.all)])
 def test_two_nodes_generate_what_one_process_does(
     strategy: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:

@@ -18,7 +18,7 @@ from test_decode_step import SimulatedAllToAll, job, plan_of
 
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, initialise
-from exflow.runtime import decode_step
+from exflow.runtime import step_buffers
 from exflow.runtime.request import Request
 
 BASE = {
@@ -60,7 +60,7 @@ class NoDevice:
 def compile_step(shape: str, ranks: int = 1, many_rows: int = 96, nodes: int = 1) -> None:
     decoder = Decoder(ModelConfig.model_validate(BASE | SHAPES[shape]))
     initialise(decoder, torch.Generator().manual_seed(0))
-    decode_step.MANY_ROWS = many_rows
+    step_buffers.MANY_ROWS = many_rows
     exchange = torch.distributed.all_to_all_single = SimulatedAllToAll() if nodes > 1 else None
     plan = plan_of(decoder.config, ranks, False, nodes)
     request = Request([[1] * 200, [2]], 4)
@@ -76,7 +76,7 @@ def main() -> None:
         return launch(kernel, *values, grid=grid, warmup=True, **options)
 
     JITFunction.run = only_compile
-    decode_step._programmatic_launch = lambda device: {"PDL": True, "launch_pdl": True}
+    step_buffers.programmatic_launch = lambda device: {"PDL": True, "launch_pdl": True}
     for shape in SHAPES:
         compile_step(shape)
     compile_step("sinks", many_rows=0)

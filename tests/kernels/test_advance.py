@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.kernels.advance import advance
+from exflow.kernels.advance import NONFINITE_TOKEN, advance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -29,21 +28,21 @@ def test_tokens_of_the_owned_are_noted(
     owned = torch.randint(0, 2, (rows,), generator=generator, dtype=torch.int32)
     state = [torch.full((4, rows), -1), torch.zeros(rows, dtype=torch.int64), position.clone(), owned.clone()]
     state += [torch.tensor([done]), torch.tensor([41])]
-    chosen, token, at, left, line, step = here = [each.to(DEVICE) for each in state]
-    advance[(1,)](
-        best.to(DEVICE),
-        score.to(DEVICE),
-        torch.tensor([*ends, -1], device=DEVICE),
-        *here,
-        rows,
-        ENDS=len(ends),
-        NOT_FINITE=-2,
-        BLOCK=triton.next_power_of_2(rows),
-        PDL=False,
-        num_warps=1,
+    chosen, token, at, left, line, step = (each.to(DEVICE) for each in state)
+    advance(
+        best=best.to(DEVICE),
+        score=score.to(DEVICE),
+        ends=torch.tensor([*ends, -1], device=DEVICE),
+        chosen=chosen,
+        token=token,
+        position=at,
+        owned=left,
+        done=line,
+        step=step,
+        launch={"PDL": False},
     )
     expected = torch.full((4, rows), -1)
-    expected[done] = best.where(score.isfinite(), -2).where(owned != 0, -1)
+    expected[done] = best.where(score.isfinite(), NONFINITE_TOKEN).where(owned != 0, -1)
     assert torch.equal(chosen.cpu(), expected)
     assert torch.equal(token.cpu(), best)
     assert torch.equal(at.cpu(), position + 1)

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 KERNELS = [
-    "activate",
-    "advance",
-    "decode_attention",
-    "expert_down",
-    "expert_up",
-    "gate_and_put",
-    "line_up",
-    "merge_splits",
-    "pass_on",
-    "prepare_heads",
-    "put_back",
-    "put_partials",
-    "receive",
-    "send_sums",
-    "settle",
+    "activate_kernel",
+    "advance_kernel",
+    "combine_kernel",
+    "decode_attention_kernel",
+    "expert_down_kernel",
+    "expert_up_kernel",
+    "gate_and_dispatch_kernel",
+    "merge_splits_kernel",
+    "permute_kernel",
+    "prepare_heads_kernel",
+    "receive_kernel",
+    "relay_sums_kernel",
+    "relay_tokens_kernel",
+    "send_partials_kernel",
+    "unpermute_kernel",
 ]
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.kernels.decode_attention import decode_attention, merge_splits
+from exflow.kernels.decode_attention import decode_attention
 from exflow.model.attention import scaled_dot_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,43 +70,27 @@ def run(
     splits: int,
     num_kv: int,
 ) -> None:
-    """The kernels as a decode step launches them, for layer 1 of two."""
+    """Attention of layer 1 of two."""
     rows, heads, width = out.shape
     sums = torch.zeros(rows, heads, splits, width, device=DEVICE)
     peaks = torch.zeros(rows, heads, splits, 2, device=DEVICE)
     attended = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
-    decode_attention[(rows, num_kv, splits)](
-        qkv.to(DEVICE),
-        owned := owned.to(DEVICE),
-        past.to(DEVICE),
-        torch.tensor([cache.data_ptr()], device=DEVICE),
-        out,
-        sums,
-        peaks,
-        attended,
-        out,
-        owned,
-        peaks if sink is None else sink.to(DEVICE),
+    decode_attention(
         1,
-        rows,
-        positions,
-        window or positions,
-        width**-0.5,
-        HEADS=heads,
-        KV_HEADS=num_kv,
-        WIDTH=width,
-        MEMBER=0,
-        MEMBERS=1,
-        SPLITS=splits,
-        BORN=False,
-        SINKS=sink is not None,
-        BLOCK_P=16,
-        BLOCK_Q=16,
-        BLOCK_C=16,
-        PDL=False,
+        qkv=qkv.flatten(1).to(DEVICE),
+        owned=(owned := owned.to(DEVICE)),
+        position=past.to(DEVICE),
+        caches=torch.tensor([cache.data_ptr()], device=DEVICE),
+        member=0,
+        positions=positions,
+        window=window,
+        sinks=None if sink is None else sink.to(DEVICE),
+        out=out,
+        sums=sums,
+        peaks=peaks,
+        attended=attended,
+        new_kv=torch.zeros(0, rows, 2 * num_kv * width, device=DEVICE),
+        new_kv_owned=torch.zeros(0, rows, dtype=torch.int32, device=DEVICE),
+        launch={"PDL": False},
     )
-    if splits > 1:
-        merge_splits[(rows, heads)](
-            owned, sums, peaks, out, HEADS=heads, WIDTH=width, SPLITS=splits, BLOCK_C=16, PDL=False
-        )
     assert torch.equal(attended, owned)

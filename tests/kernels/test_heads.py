@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,28 +63,20 @@ def test_heads_are_those_of_the_decoder(
     qkv = attention.qkv(attention.norm(hidden))
     expected = torch.where(owned[:, None] != 0, seen.qkv, qkv)
     ours = qkv.to(DEVICE)
-    norms = [
-        each
-        for layer in (attention.q_norm, attention.k_norm)
-        for each in ((ours, ours) if layer is None else (layer.weight, getattr(layer, "bias", layer.weight)))
-    ]
-    turns = Rotary(Rope(theta=100.0), width).turns(torch.arange(64))
-    prepare_heads[(5, 3)](
+    cos_sin = Rotary(Rope(theta=100.0), width).turns(torch.arange(64, device=DEVICE))
+    attention.to(DEVICE)
+    prepare_heads(
         ours,
-        owned.to(DEVICE),
-        position.to(DEVICE),
-        *(each.to(DEVICE) for each in (*norms, *turns)),
-        clip or 0.0,
-        HEADS=num_heads,
-        KV_HEADS=num_kv,
-        WIDTH=width,
-        NORM=qk_norm or "none",
-        RMS=norm == "rmsnorm",
-        EPS=config.norm_eps,
-        CLIP=clip is not None,
-        ROTARY=rotary,
-        BLOCK_H=triton.next_power_of_2(num_heads),
-        BLOCK_P=triton.next_power_of_2(-(-width // 2)),
-        PDL=False,
+        owned=owned.to(DEVICE),
+        position=position.to(DEVICE),
+        heads=num_heads,
+        kv_heads=num_kv,
+        width=width,
+        q_norm=attention.q_norm,
+        k_norm=attention.k_norm,
+        norm_over=qk_norm,
+        clip=clip,
+        cos_sin=cos_sin if rotary else None,
+        launch={"PDL": False},
     )
     torch.testing.assert_close(ours.cpu(), expected, atol=2e-5, rtol=1e-5)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.kernels.share import take_born
+from exflow.kernels.share import scatter_new_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,19 +35,14 @@ def test_what_others_made_is_written_and_nothing_else(
             who = int(owner[layer, row])
             if who not in (-1, member):
                 expected[layer, :, row, :, position[row]] = everyone[who, layer, row].view(2, heads, width)
-    take_born[(rows, layers)](
-        everyone,
-        owners,
-        position.to(DEVICE),
-        torch.tensor([cache.data_ptr()], device=DEVICE),
-        rows,
-        positions,
-        LAYERS=layers,
-        MEMBERS=members,
-        MEMBER=member,
-        KV_HEADS=heads,
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(2 * heads * width),
-        PDL=False,
+    scatter_new_kv(
+        everyone=everyone,
+        owners=owners,
+        position=position.to(DEVICE),
+        cache=torch.tensor([cache.data_ptr()], device=DEVICE),
+        positions=positions,
+        member=member,
+        width=width,
+        launch={"PDL": False},
     )
     assert torch.equal(cache, expected)

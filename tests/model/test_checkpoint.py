@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from exflow.errors import InputError
 from exflow.model import checkpoint
-from exflow.model.checkpoint import load_decoder, save_checkpoint
+from exflow.model.checkpoint import default_dtype, load_decoder, save_checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
 from exflow.model.tokenizer import end_tokens, load_tokenizer, read_tokenizer, train_tokenizer
@@ -79,6 +79,22 @@ def test_a_model_of_a_published_shape_loads_the_same(
 def test_the_weights_take_the_type_asked_for(folder: Path) -> None:
     decoder = load_decoder(folder, torch.device("cpu"), torch.bfloat16)
     assert {value.dtype for value in decoder.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("stored", "chosen"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.uint8, torch.bfloat16),  # quantised, beside others as they are
+    ],
+)
+def test_the_type_where_nobody_asks_for_one(tmp_path: Path, stored: torch.dtype, chosen: torch.dtype) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(2).to(stored)}, tmp_path / "model.safetensors")
+    assert default_dtype(tmp_path, torch.device("cuda")) == chosen
+    assert default_dtype(tmp_path, torch.device("cpu")) == torch.float32
 
 
 def save(folder: Path, decoder: Decoder, tokenizer: Tokenizer, max_shard_bytes: int = 1 << 20) -> None:

@@ -19,11 +19,11 @@ def test_cuda_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, avail
         with pytest.raises(InputError) as error:
             choose_device("cuda")
         assert str(error.value) == (
-            "--device cuda: torch sees no CUDA GPU; give cpu, or install a CUDA build of torch"
+            "device cuda: torch sees no CUDA GPU; give cpu, or install a CUDA build of torch"
         )
 
 
 def test_another_name_is_refused() -> None:
     with pytest.raises(InputError) as error:
         choose_device("tpu")
-    assert str(error.value) == "--device tpu: no such device; give cpu or cuda"
+    assert str(error.value) == "device 'tpu' is unknown; give cpu or cuda"

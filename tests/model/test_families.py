@@ -357,7 +357,7 @@ def test_published_configurations(family: str, tmp_path: Path) -> None:
         (
             "gpt_oss",
             {"layer_types": ["chunked_attention"] * 3},
-            "layer_types.0 = 'chunked_attention': Input should be 'sliding_attention' or 'full_attention'",
+            "layer_types[0] = 'chunked_attention': Input should be 'sliding_attention' or 'full_attention'",
         ),
         (
             "qwen3_moe",

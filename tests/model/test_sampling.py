@@ -155,14 +155,14 @@ def test_sampling_stays_inside_the_kept_set() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"temperature": -1.0}, "--temperature -1.0: cannot be used; give 0 (greedy) or more"),
-        ({"temperature": math.nan}, "--temperature nan: cannot be used; give 0 (greedy) or more"),
-        ({"temperature": math.inf}, "--temperature inf: cannot be used; give 0 (greedy) or more"),
-        ({"top_p": 0.0}, "--top-p 0.0: is not a probability; give more than 0, at most 1"),
-        ({"top_p": 1.5}, "--top-p 1.5: is not a probability; give more than 0, at most 1"),
-        ({"top_p": math.nan}, "--top-p nan: is not a probability; give more than 0, at most 1"),
-        ({"seed": -1}, "--seed -1: is out of range; give 0 to 9223372036854775807"),
-        ({"seed": 2**63}, "--seed 9223372036854775808: is out of range; give 0 to 9223372036854775807"),
+        ({"temperature": -1.0}, "temperature is -1.0; give 0 (greedy) or more"),
+        ({"temperature": math.nan}, "temperature is nan; give 0 (greedy) or more"),
+        ({"temperature": math.inf}, "temperature is inf; give 0 (greedy) or more"),
+        ({"top_p": 0.0}, "top_p is 0.0, no probability; give more than 0, at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5, no probability; give more than 0, at most 1"),
+        ({"top_p": math.nan}, "top_p is nan, no probability; give more than 0, at most 1"),
+        ({"seed": -1}, "seed is -1; give 0 to 9223372036854775807"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; give 0 to 9223372036854775807"),
     ],
 )
 def test_settings_out_of_range(sampling: dict[str, float], message: str) -> None:

@@ -77,7 +77,7 @@ def test_layers_of_unequal_size(format: str, tmp_path: Path) -> None:
 
 
 def test_replicas_in_the_csv(tmp_path: Path) -> None:
-    message = r"^the plan has 2 slots a layer for replicas, .*; place again without --redundant-experts$"
+    message = r"^the plan has 2 slots a layer for replicas, .*; place again without redundant experts$"
     with pytest.raises(InputError, match=message):
         export_plan(WITH_REPLICAS, "exflow", tmp_path / "a.csv")
 

@@ -475,8 +475,11 @@ def test_dear_links_are_spared() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Solving("magic"), r"--method magic: no such method; give one of auto, .*, load-only"),
-        (lambda: place(planted(tokens=60)[0], FOUR, redundant_experts=-1), r"--redundant-experts -1: choose"),
+        (lambda: Solving("magic"), r"method 'magic' is unknown; give one of auto, .*, load-only"),
+        (
+            lambda: place(planted(tokens=60)[0], FOUR, redundant_experts=-1),
+            "redundant experts are -1; choose",
+        ),
         (lambda: place(planted(tokens=60)[0], FOUR, solving=Solving(time_limit=-1.0)), "time limit -1"),
         (
             lambda: place(planted(tokens=60)[0], FOUR, solving=Solving("exact")),

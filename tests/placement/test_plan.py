@@ -215,28 +215,28 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
         (put("format", "exflow-trace"), f'is not a plan (no "format": "exflow-plan"); {AGAIN}'),
         (put("version", 1), f"version is 1, this exflow reads version 2; {AGAIN}"),
         (lambda document: document.pop("version"), f"version is None, this exflow reads version 2; {AGAIN}"),
-        (lambda document: document.pop("method"), f"key 'method' is missing; {AGAIN}"),
+        (lambda document: document.pop("method"), f"the key 'method' is missing; {AGAIN}"),
         (
             lambda document: document["topology"].pop("link_cost"),
-            f"key 'topology.link_cost' is missing; {AGAIN}",
+            f"the key 'topology.link_cost' is missing; {AGAIN}",
         ),
         (put("colour", "red"), f"unknown key 'colour'; {AGAIN}"),
         (put("topology", "racks", 2), f"unknown key 'topology.racks'; {AGAIN}"),
         (
             put("topology", "gpus_per_node", 0),
-            f"topology.gpus_per_node: input should be greater than or equal to 1 (found 0); {AGAIN}",
+            f"topology.gpus_per_node = 0: Input should be greater than or equal to 1; {AGAIN}",
         ),
-        (put("num_experts", 4.0), f"num_experts: input should be a valid integer (found 4.0); {AGAIN}"),
-        (put("optimal", 1), f"optimal: input should be a valid boolean (found 1); {AGAIN}"),
-        (put("objective", float("nan")), f"objective: input should be a finite number (found nan); {AGAIN}"),
+        (put("num_experts", 4.0), f"num_experts = 4.0: Input should be a valid integer; {AGAIN}"),
+        (put("optimal", 1), f"optimal = 1: Input should be a valid boolean; {AGAIN}"),
+        (put("objective", float("nan")), f"objective = nan: Input should be a finite number; {AGAIN}"),
         (
             put("strategy", "replicated"),
-            "strategy: input should be 'coherent', 'node-coherent' or 'dispatch-combine' "
-            f"(found 'replicated'); {AGAIN}",
+            "strategy = 'replicated': Input should be 'coherent', 'node-coherent' or 'dispatch-combine'; "
+            f"{AGAIN}",
         ),
         (
             put("topology", "link_cost", [[0, "1"], [1, 0]]),
-            f"topology.link_cost[0][1]: input should be a valid number (found '1'); {AGAIN}",
+            f"topology.link_cost[0][1] = '1': Input should be a valid number; {AGAIN}",
         ),
         (
             put("topology", "link_cost", [[0, 1, 1]] * 2),
@@ -250,12 +250,12 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
         (put("experts_per_layer", []), f"experts_per_layer: has 0 entries instead of 2; {AGAIN}"),
         (
             put("experts_per_layer", 1, 0),
-            f"experts_per_layer[1]: input should be greater than or equal to 1 (found 0); {AGAIN}",
+            f"experts_per_layer[1] = 0: Input should be greater than or equal to 1; {AGAIN}",
         ),
         (
             put("experts_per_layer", 1, 1 << 64),
-            "experts_per_layer[1]: input should be less than 9223372036854775808 "
-            f"(found 18446744073709551616); {AGAIN}",
+            "experts_per_layer[1] = 18446744073709551616: Input should be less than 9223372036854775808; "
+            f"{AGAIN}",
         ),
         (
             put("experts_per_layer", [4, 5]),
@@ -271,10 +271,10 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
             put("experts_per_layer", [3, 4]),
             "physical_to_logical_map[0]: holds expert 3, but the layer has 3; place 0..2",
         ),
-        (put("model", None), f"model: input should be a valid string (found None); {AGAIN}"),
+        (put("model", None), f"model = None: Input should be a valid string; {AGAIN}"),
         (
             put("moe_layer_ids", 1, "2"),
-            f"moe_layer_ids[1]: input should be a valid integer (found '2'); {AGAIN}",
+            f"moe_layer_ids[1] = '2': Input should be a valid integer; {AGAIN}",
         ),
         (put("topology", "num_nodes", 2), f"next_owner[0][0]: has 2 entries instead of 4; {AGAIN}"),
         (
@@ -316,7 +316,7 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
         (put("next_owner", 0, 1, [1000]), f"next_owner[0][1]: has 1 entries instead of 2; {AGAIN}"),
         (
             put("next_owner", 0, 1, 1, 1001),
-            f"next_owner[0][1][1]: input should be less than or equal to 1000 (found 1001); {AGAIN}",
+            f"next_owner[0][1][1] = 1001: Input should be less than or equal to 1000; {AGAIN}",
         ),
     ],
 )

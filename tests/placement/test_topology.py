@@ -116,4 +116,4 @@ def test_gpus_are_spread_evenly_over_nodes() -> None:
     assert topology_of(gpus=6, nodes=2) == Topology(num_nodes=2, gpus_per_node=3)
     with pytest.raises(InputError) as error:
         topology_of(gpus=6, nodes=4)
-    assert str(error.value) == "--gpus 6: cannot be spread evenly over 4 nodes; give a multiple of 4"
+    assert str(error.value) == "6 GPUs cannot be spread evenly over 4 nodes; give a multiple of 4"

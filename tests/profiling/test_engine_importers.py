@@ -309,7 +309,7 @@ def test_layers_are_chosen(tmp_path: Path) -> None:
     trace = read_trace([tmp_path / "a.npz"], hints=Hints(moe_layers=(1,), hidden_layers=9))
     assert (trace.moe_layer_ids, trace.num_hidden_layers, trace.experts_per_layer) == ((1,), 9, (8,))
     assert trace.weights is not None and trace.weights.tolist() == (IDS[:, 1:] / 8).tolist()
-    with pytest.raises(InputError, match=r"a\.npz: layer 2 of --moe-layers was not recorded, these were: \["):
+    with pytest.raises(InputError, match=r"a\.npz: layer 2 of moe_layers was not recorded, these were: \["):
         read_trace([tmp_path / "a.npz"], hints=Hints(moe_layers=(1, 2)))
 
 
@@ -436,7 +436,7 @@ MALFORMED = [
     ("responses", vllm_text(7), r"line 1: routed_experts: is 7; give the base64 text"),
     ("responses", vllm_text("AAA"), r"line 1: routed_experts: is not base64 \(.*\); give the text"),
     ("responses", vllm_text("é"), r"line 1: routed_experts: is not base64"),
-    ("responses", vllm_text("AAAA"), r"is SGLang's, which says no shape; give --hidden-layers and --top-k"),
+    ("responses", vllm_text("AAAA"), r"is SGLang's, which says no shape; give hidden_layers and top_k"),
     ("responses", vllm_text(npy_text(IDS)[:40]), r"is no \.npy file \(.*\); give the response whole"),
     ("responses", vllm_text(npy_text(IDS * 1.0)), r"is float64 \(4, 2, 2\); give integers \[tokens, hidden"),
     ("responses", vllm_text(npy_text(IDS[0])), r"is int64 \(2, 2\); give integers \[tokens, hidden"),
@@ -455,7 +455,7 @@ MALFORMED = [
     (
         "responses",
         vllm_text(npy_text(np.array([[[0, 0], [1, 2]], [[1, 2], [0, 0]]]))),
-        r"layer 0 holds no routing of token 0, other layers do; record it again, or give --moe-layers",
+        r"layer 0 holds no routing of token 0, other layers do; record it again, or give moe_layers",
     ),
     (
         "responses",
@@ -465,7 +465,7 @@ MALFORMED = [
     (
         "responses",
         json_file(vllm_response(IDS, 1), {"routed_experts": npy_text(np.full((1, 2, 2), [1, 2]))}),
-        r"has 2 layers, layer 3 is not among them; give --moe-layers below",
+        r"has 2 layers, layer 3 is not among them; give moe_layers below",
     ),
     (
         "responses",
@@ -475,7 +475,7 @@ MALFORMED = [
                 | {"routed_experts": npy_text(all_layers(IDS, 0, np.uint8))}
             }
         ),
-        r"has rows for 4 tokens, the response has 2; give the right --hidden-layers and --top-k",
+        r"has rows for 4 tokens, the response has 2; give the right hidden_layers and top_k",
     ),
     (
         "responses",
@@ -533,7 +533,7 @@ MALFORMED = [
     (
         "trtllm",
         tensors_file({"1_2": tensor([1, 2], 0, 8), "2_3": tensor([1, 2], 8, 16)}, bytes(16)),
-        r"a: holds layers \[3\] after \[2\]; record it again, or give --moe-layers with those that are alw",
+        r"a: holds layers \[3\] after \[2\]; record it again, or give moe_layers with those that are alw",
     ),
     (
         "megatron",
@@ -653,7 +653,7 @@ def test_malformed(format: str, make: Make, message: str, tmp_path: Path) -> Non
         ),
         (
             Hints(EXPERTS, None, 2, 1),
-            r"has rows for 16 tokens, the response has 5; give the right --hidden-la",
+            r"has rows for 16 tokens, the response has 5; give the right hidden_la",
         ),
         (Hints(2, None, 4, 2), r"experts: holds 3; values must be from 0 to 1"),
         (Hints(EXPERTS, (1, 7), 4, 2), r"has 4 layers, layer 7 is not among them"),
@@ -664,7 +664,7 @@ def test_hints_that_do_not_fit(hints: Hints, message: str, tmp_path: Path) -> No
     with pytest.raises(InputError, match=message):
         read_trace([path], hints=hints)
     np.save(tmp_path / "a.npy", all_layers(IDS, 0, np.uint8))
-    with pytest.raises(InputError, match=r"has 4 hidden layers, --hidden-layers says 9; leave it out"):
+    with pytest.raises(InputError, match=r"has 4 hidden layers, hidden_layers says 9; leave it out"):
         read_trace([tmp_path / "a.npy"], hints=Hints(hidden_layers=9))
 
 

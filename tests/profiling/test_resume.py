@@ -70,7 +70,7 @@ def test_another_recording_is_not_gone_on_with(
     with writer(tmp_path / "t", resume=False) as first:
         first.append(rows())
     before = RoutingTrace.load(tmp_path / "t").digest()
-    with pytest.raises(InputError, match=r"t: was recorded from another model or text.* leave out --resume"):
+    with pytest.raises(InputError, match=r"t: was recorded from another model or text.* without resuming"):
         writer(tmp_path / "t", source, layout=layout)
     assert RoutingTrace.load(tmp_path / "t").digest() == before
 

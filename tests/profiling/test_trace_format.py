@@ -170,13 +170,21 @@ DAMAGED = "; the file is damaged: restore the trace from a copy, or record it ag
         (lambda f: (f / "index.json").write_text("[]"), "index.json", ": is not a trace index"),
         (edit_index(format="other"), "index.json", ': is not a trace index (no "format": "exflow-trace")'),
         (edit_index(version=2), "index.json", ": is of trace version 2, this program reads version 1; "),
-        (edit_index(extra=1), "index.json", ": extra: Extra inputs are not permitted" + RECORD_AGAIN),
-        (edit_index(top_k="2"), "index.json", ": top_k: Input should be a valid integer"),
+        (edit_index(extra=1), "index.json", ": unknown key 'extra'" + RECORD_AGAIN),
+        (edit_index(top_k="2"), "index.json", ": top_k = '2': Input should be a valid integer"),
         (edit_index(top_k=0), "index.json", ": top_k: is 0; give 1 or more"),
         (edit_index(num_experts=300), "index.json", ": dtype: is uint8, but 300 experts take uint16"),
-        (edit_index(experts_per_layer=4), "index.json", ": experts_per_layer: Input should be a valid list"),
+        (
+            edit_index(experts_per_layer=4),
+            "index.json",
+            ": experts_per_layer = 4: Input should be a valid list",
+        ),
         (edit_index(experts_per_layer=[4]), "index.json", ": experts_per_layer: has 1 entries for 2 MoE"),
-        (edit_index(experts_per_layer=[4, 2.0]), "index.json", ": experts_per_layer.1: Input should be a"),
+        (
+            edit_index(experts_per_layer=[4, 2.0]),
+            "index.json",
+            ": experts_per_layer[1] = 2.0: Input should be a",
+        ),
         (
             edit_index(experts_per_layer=[4, 2]),
             None,
@@ -186,7 +194,7 @@ DAMAGED = "; the file is damaged: restore the trace from a copy, or record it ag
         (
             edit_index(shards=[{"file": "../secret", "num_tokens": 3}]),
             "index.json",
-            ": shards.0.file: String should match pattern",
+            ": shards[0].file = '../secret': String should match pattern",
         ),
         (edit_index(shards=[]), "", ": the trace holds no tokens; record it again"),
         (

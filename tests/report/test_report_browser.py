@@ -24,6 +24,7 @@ from exflow.profiling.trace import RoutingTrace
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
+    pytest.mark.all,
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the page cannot be opened"),
 ]

@@ -57,7 +57,7 @@ def run_case(job: dict[str, Any], case: dict[str, Any], cluster: Cluster) -> dic
 def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     if job["dies_at"]:
-        exflow.runtime.decode_step.PATIENCE = 2_000_000
+        exflow.runtime.decode_step.FLAG_TIMEOUT_POLLS = 2_000_000
     torch.set_num_threads(1)
     with join_cluster(job["device"]) as joined:
         cluster = replace(joined, ranks_per_node=joined.num_ranks // job["nodes"])

@@ -1,11 +1,9 @@
-"""Jobs of 2 and 4 ranks against one process: the same tokens, logits and routing, and the traffic foretold.
+"""Jobs of 2, 4 and 8 ranks against one process: the same tokens, logits, routing, and the traffic foretold.
 
 One job a number of ranks runs all its cases (rank_job.py); the tests look at what the ranks wrote.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, product
@@ -58,6 +56,9 @@ NEW = 8
 Made = TypeVar("Made")
 MIXED = Request(PROMPTS, max_new_tokens=NEW)
 SAMPLED = Request(PROMPTS, NEW, Sampling(temperature=0.8, top_p=0.9, seed=3))
+MANY = Request(
+    [[1 + (7 * row + at) % 250 for at in range(1 + row % 5)] for row in range(11)], max_new_tokens=6
+)
 LONE = Request(PROMPTS[1:2], max_new_tokens=NEW)
 TRIPLE = Request([PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[2], PROMPTS[0]], max_new_tokens=NEW)
 
@@ -110,6 +111,8 @@ def cases() -> list[Case]:
         *product([4], ["top2"], grouped, ["affinity"], ["sampled"]),
         *product([4], ["top1"], ["coherent"], ["random"], ["replayed"]),
         *product([4], ["top2"], four, ["random"], ["replayed"]),
+        *product([8], ["top2"], four, ["contiguous"], ["many"]),
+        *product([8], ["top2"], ["coherent"], ["contiguous"], ["many-sampled"]),
     ]
     return [Case(*values) for values in each]
 
@@ -184,6 +187,10 @@ class Bench:
                 return [MIXED]
             case "sampled":
                 return [SAMPLED]
+            case "many":
+                return [MANY]
+            case "many-sampled":
+                return [replace(MANY, sampling=Sampling(temperature=0.9, top_p=0.95, seed=5))]
             case "lone":
                 return [LONE]
             case "second":
@@ -270,17 +277,6 @@ class Job:
         return [(each[f"{case.name}/places"], each[f"{case.name}/logits"]) for each in self.arrays]
 
 
-def start(num_ranks: int, folder: Path, cases: list[dict[str, Any]]) -> Job:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-    worker = str(Path(__file__).with_name("rank_job.py"))
-    done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    ranks = range(num_ranks)
-    seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in ranks]
-    return Job(folder, seen, [np.load(folder / f"rank-{rank}.npz") for rank in ranks])
-
-
 @pytest.fixture(scope="module")
 def bench(
     tmp_path_factory: pytest.TempPathFactory,
@@ -306,26 +302,43 @@ def stored(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def job_of_2(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    cases = [stored(case, bench) for case in CASES if case.ranks == 2]
-    return start(2, tmp_path_factory.mktemp("job"), cases)
+def jobs(
+    bench: Bench,
+    byte_tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_jobs: Callable[[str, dict[Path, int]], None],
+) -> dict[int, Job]:
+    """The job of each number of ranks."""
+    folders = {ranks: tmp_path_factory.mktemp("job") for ranks in sorted({case.ranks for case in CASES})}
+    for ranks, folder in folders.items():
+        cases = [stored(case, bench) for case in CASES if case.ranks == ranks]
+        if ranks == 4:
+            cases += damaged_cases(bench, folder, byte_tokenizer)
+        again = cases[0] | {"name": f"{cases[0]['name']}-again"}
+        (folder / "cases.json").write_text(json.dumps([*cases, again]))
+    run_jobs("rank_job", {folder: ranks for ranks, folder in folders.items()})
+    return {ranks: read_job(folder, ranks) for ranks, folder in folders.items()}
 
 
-@pytest.fixture(scope="module")
-def job_of_4(bench: Bench, byte_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("job")
-    cases = [stored(case, bench) for case in CASES if case.ranks == 4]
+def read_job(folder: Path, num_ranks: int) -> Job:
+    seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+    return Job(folder, seen, [np.load(folder / f"rank-{rank}.npz") for rank in range(num_ranks)])
+
+
+def damaged_cases(bench: Bench, folder: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Of 4 ranks: what a rank does not host is NaN where it reads; and one expert is NaN for all."""
+    cases = []
     for case in (PLAIN, REPLICAS):
         hosts = Plan.load(bench.plan(case)).hosts
         own = [folder / f"{case.placement}-{rank}" for rank in range(4)]
         for rank in range(4):
-            damage_experts(bench.model(case.model), own[rank], ~hosts[:, :, rank], byte_tokenizer)
+            damage_experts(bench.model(case.model), own[rank], ~hosts[:, :, rank], tokenizer)
         cases.append(stored(case, bench) | {"name": f"{case.name}-own", "models": [*map(str, own)]})
     one = np.zeros_like(hosts[:, :, 0])
     one[2, 5] = True
-    damage_experts(bench.model(PLAIN.model), folder / "one", one, byte_tokenizer)
+    damage_experts(bench.model(PLAIN.model), folder / "one", one, tokenizer)
     cases.append(stored(PLAIN, bench) | {"name": "one-damaged", "models": [str(folder / "one")]})
-    return start(4, folder, cases)
+    return cases
 
 
 def damage_experts(model: Path, copy: Path, chosen: npt.NDArray[np.bool_], tokenizer: Tokenizer) -> None:
@@ -338,9 +351,9 @@ def damage_experts(model: Path, copy: Path, chosen: npt.NDArray[np.bool_], token
 
 
 @pytest.fixture
-def job(case: Case, request: pytest.FixtureRequest) -> Any:
+def job(case: Case, jobs: dict[int, Job]) -> Job:
     """The job that has run the case."""
-    return request.getfixturevalue(f"job_of_{case.ranks}")
+    return jobs[case.ranks]
 
 
 def test_the_cases_are_what_they_claim_to_be(bench: Bench) -> None:
@@ -386,6 +399,14 @@ def test_a_job_generates_what_one_process_does(case: Case, bench: Bench, job: Jo
     assert chosen_on.keys() == reference.logits.keys()
     choosers = case.ranks if case.strategy == "replicated" else 1
     assert {len(ranks) for ranks in chosen_on.values()} == {choosers}
+
+
+@pytest.mark.parametrize("ranks", sorted({case.ranks for case in CASES}))
+def test_a_job_does_the_same_again(ranks: int, jobs: dict[int, Job]) -> None:
+    first = next(case for case in CASES if case.ranks == ranks).name
+    for seen in jobs[ranks].seen:
+        once, again = (without_times(seen[name]["generation"]) for name in (first, f"{first}-again"))
+        assert once == again
 
 
 @every_case
@@ -528,18 +549,16 @@ def test_the_bytes_on_the_wire_are_those_torch_was_given(case: Case, job: Job) -
 
 
 @pytest.mark.parametrize(("case", "held"), [(PLAIN, 2), (REPLICAS, 3)])
-def test_a_rank_reads_and_holds_its_own_experts_alone(
-    case: Case, held: int, bench: Bench, job_of_4: Job
-) -> None:
+def test_a_rank_reads_and_holds_its_own_experts_alone(case: Case, held: int, bench: Bench, job: Job) -> None:
     """In the checkpoint that each rank reads, all experts that it does not host are NaN."""
-    for seen in (each[f"{case.name}-own"] for each in job_of_4.seen):
+    for seen in (each[f"{case.name}-own"] for each in job.seen):
         assert seen["generation"]["tokens"] == bench.reference(case).generation.tokens
         assert seen["experts_held"] == [held] * 4
 
 
-def test_what_one_rank_finds_wrong_ends_all_of_them_alike(job_of_4: Job) -> None:
-    (fault,) = {seen["one-damaged"]["fault"] for seen in job_of_4.seen}
-    weights = job_of_4.folder / "one" / "model.safetensors"
+def test_what_one_rank_finds_wrong_ends_all_of_them_alike(jobs: dict[int, Job]) -> None:
+    (fault,) = {seen["one-damaged"]["fault"] for seen in jobs[4].seen}
+    weights = jobs[4].folder / "one" / "model.safetensors"
     assert fault.startswith(f"{weights}: the weights 'blocks.2.mlp.experts.w_in' hold NaN")
 
 

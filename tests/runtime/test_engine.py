@@ -120,7 +120,7 @@ def test_logits_that_are_not_finite_are_named(
 BAD_REQUESTS = {
     "nothing": (Request([], 4), "no prompt was given"),
     "no tokens": (Request([[1], []], 4), "prompt 1 is empty; give at least one token"),
-    "no new tokens": (Request([[1]], 0), "--max-new-tokens 0: nothing to generate; give 1 or more"),
+    "no new tokens": (Request([[1]], 0), "max_new_tokens is 0; give 1 or more"),
     "too long": (
         Request([[1], [1] * 60], 5),
         "prompt 1 has 60 tokens: with 5 new ones it exceeds the model's 64 positions; shorten it",

@@ -43,7 +43,7 @@ def test_published_models_have_the_scores_of_eager_steps(
 ) -> None:
     """With grouped products too; the past is longer than a window, and in two parts."""
     if many_rows:
-        monkeypatch.setattr("exflow.runtime.decode_step.MANY_ROWS", 0)
+        monkeypatch.setattr("exflow.runtime.step_buffers.MANY_ROWS", 0)
     decoder = load_model(hugging_face_model(family).folder).decoder
     request = Request([[65, 66, 67, 68, 69, 70, 71], [42]], 3)
     found: list[dict[tuple[int, int], Tensor]] = []

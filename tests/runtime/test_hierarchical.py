@@ -1,8 +1,6 @@
 """Tokens that travel by relays: two nodes of two ranks against one process, and the traffic foretold."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -64,6 +62,7 @@ def outcome(
     tiny_checkpoint: Callable[..., Path],
     tiny_config: Callable[..., ModelConfig],
     tiny_decoder: Callable[..., Decoder],
+    run_jobs: Callable[..., None],
 ) -> Outcome:
     config = tiny_config(top_k=3, moe_every=2)
     folder, model = tmp_path_factory.mktemp("job"), tiny_checkpoint(config)
@@ -78,10 +77,7 @@ def outcome(
     ]
     job = {"model": str(model), "cases": cases, "requests": REQUESTS, "new": NEW, "dies_at": 0}
     (folder / "job.json").write_text(json.dumps(job | {"device": "cpu", "nodes": 2}))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-    worker = str(Path(__file__).with_name("cases_job.py"))
-    done = subprocess.run([*torchrun, worker, str(folder)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_jobs("cases_job", {folder: 4})
     alone = load_model(model)
     tokens = [alone.generate(Request(prompts, NEW)).tokens for prompts in REQUESTS[:-1]]
     recorder = JobRecorder(alone)
@@ -124,25 +120,23 @@ def test_fewer_messages_cross_between_nodes(outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "top_k", "strategy", "transport", "message"),
+    ("topology", "top_k", "strategy", "device", "message"),
     [
-        (
-            Topology(gpus_per_node=4),
-            2,
-            "coherent",
-            "auto",
-            r"4 ranks \(1 node of 4\) have no nodes of several",
-        ),
-        (Topology(num_nodes=4, gpus_per_node=1), 2, "coherent", "auto", "have no nodes of several ranks"),
-        (TOPOLOGY, 1, "coherent", "auto", "one expert sends one message anyway"),
-        (TOPOLOGY, 2, "replicated", "auto", "does not go with --strategy replicated"),
-        (TOPOLOGY, 2, "coherent", "one-sided", "does not go with --transport one-sided; give relayed"),
+        (Topology(gpus_per_node=4), 2, "auto", "cuda", r"4 ranks \(1 node of 4\) have no nodes of several"),
+        (Topology(num_nodes=4, gpus_per_node=1), 2, "coherent", "cpu", "have no nodes of several ranks"),
+        (TOPOLOGY, 1, "coherent", "cpu", "one expert sends one message anyway"),
+        (TOPOLOGY, 2, "replicated", "cuda", "strategy replicated has nothing to relay"),
     ],
 )
 def test_where_there_is_nothing_to_relay(
-    topology: Topology, top_k: int, strategy: Name, transport: str, message: str
+    topology: Topology, top_k: int, strategy: Name, device: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        check_relays(topology, top_k, strategy, transport)
-    for goes_with in ("auto", "relayed", "eager"):
-        check_relays(TOPOLOGY, 2, "coherent", goes_with)
+        check_relays(topology, top_k, strategy, device)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "strategy", "device"), [(2, "coherent", "cpu"), (2, "auto", "cuda"), (1, "coherent", "cuda")]
+)
+def test_where_there_is(top_k: int, strategy: Name, device: str) -> None:
+    check_relays(TOPOLOGY, top_k, strategy, device)

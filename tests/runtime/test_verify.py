@@ -18,7 +18,8 @@ from exflow.runtime.deploy import contiguous_plan
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request
 from exflow.runtime.strategies import single_process
-from exflow.runtime.verify import MOST, Sample, Witness, Witnessed, check_choices, check_counters
+from exflow.runtime.verify import MOST, Sample, Witness, Witnessed, check_choices
+from exflow.runtime.verify_counters import check_counters
 
 PROMPTS = [[65, 66, 67], [72, 69, 76, 76, 79], [42]]
 REQUEST = Request(PROMPTS, 6)

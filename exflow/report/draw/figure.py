@@ -1,8 +1,7 @@
 """A figure of the page: a drawing, what it shows in words, and its numbers as a table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from exflow.report.draw.heatmap import in_own_colours
 from exflow.report.draw.svg import standing_alone
@@ -11,31 +10,28 @@ MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
+class Table:
+    """The first `texts` columns hold names, the others numbers; `caption` is for screen readers."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    caption: str
+    texts: int = 1
+
+
+@dataclass(frozen=True)
 class Figure:
-    """`slug` names it in files and links; `svg` may be left out, then the table is all there is."""
+    """`slug` names it in files and links."""
 
     slug: str
     title: str
     svg: str
-    table: str
+    table: Table
     caption: str = ""
 
     def file(self) -> str:
         """The drawing as the content of an SVG file."""
         return standing_alone(in_own_colours(self.svg))
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]], caption: str, texts: int = 1) -> str:
-    """The first `texts` columns hold names, the others numbers; `caption` is for screen readers."""
-    head = "".join(
-        f'<th scope="col"{" class=name" if place < texts else ""}>{escape(heading)}</th>'
-        for place, heading in enumerate(headings)
-    )
-    body = "".join(f"<tr>{_cells(row, texts)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 def number(value: float) -> str:
@@ -49,14 +45,8 @@ def percent(share: float) -> str:
     return f"{share:+.0%}".replace("-", MINUS)
 
 
-def _cells(row: Sequence[object], texts: int) -> str:
-    return "".join(
-        f'<th scope="row">{escape(_shown(cell))}</th>'
-        if place < texts
-        else f"<td>{escape(_shown(cell))}</td>"
-        for place, cell in enumerate(row)
+def cell(value: object) -> str:
+    """As tables show it."""
+    return (
+        number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )
-
-
-def _shown(cell: object) -> str:
-    return number(cell) if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)

@@ -6,31 +6,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from exflow.report.draw.colours import LIGHT
+from exflow.report.static import content
 
 WIDTH = 960  # of every drawing, in its own units; the page scales it
 
 # What drawings need; the page has it once, a drawing in a file of its own carries it along.
-STYLE = """\
-svg text{font:12px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--ink-2)}
-svg .strong{font-weight:600;fill:var(--ink)}
-svg .small{font-size:11px;fill:var(--muted)}
-svg .grid{stroke:var(--grid)} svg .axis{stroke:var(--axis)}
-svg .cut{stroke:var(--surface);stroke-width:1.5;fill:none}
-svg .cut,svg .hot,svg .cold,svg .frame{pointer-events:none}
-svg .frame{fill:none;stroke:var(--axis)}
-svg .intra{fill:var(--intra)} svg .inter{fill:var(--inter)} svg .stay{fill:var(--stay)}
-svg .compute{fill:var(--axis)} svg .exchange{fill:var(--intra)} svg .background{fill:var(--inter)}
-svg .gpu{fill:var(--ink-2)}
-svg .flow{fill:none;stroke-opacity:.55}
-svg .flow .stay{stroke:var(--stay)}
-svg .flow .intra{stroke:var(--intra)} svg .flow .inter{stroke:var(--inter)}
-svg .flow g{fill:none}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round}
-svg .band{fill-opacity:.16}
-svg .mean{stroke:var(--ink);stroke-dasharray:4 3}
-svg .hot{fill:var(--surface)} svg .cold{fill:var(--ink)}
-svg .cells{image-rendering:pixelated}
-""" + "".join(f"svg .f{i}{{fill:var(--plan-{i})}} svg .s{i}{{stroke:var(--plan-{i})}}\n" for i in range(5))
+STYLE = content("drawing.css")
 
 
 def drawing(height: float, label: str, body: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ def write_exflow(plan: Plan) -> bytes:
     if redundant:
         raise InputError(
             f"the plan has {redundant} slots a layer for replicas, the CSV of the original ExFlow knows one "
-            "place for each expert; place again without --redundant-experts"
+            "place for each expert; place again without redundant experts"
         )
     ranks = plan.rank_of_expert.ravel().tolist()
     return "".join(["Expert,Node\r\n", *(f"{item},{rank}\r\n" for item, rank in enumerate(ranks))]).encode()

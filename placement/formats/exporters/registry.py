@@ -15,15 +15,23 @@ from exflow.placement.formats.exporters.trtllm import trtllm_usage, write_trtllm
 from exflow.placement.formats.exporters.vllm import vllm_usage, write_vllm
 from exflow.placement.formats.exporters.vllm_ascend import vllm_ascend_usage, write_vllm_ascend
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """How a plan becomes a file's bytes, how its engine is told of the file, and the ending it insists on."""
+    """A format of an engine.
+
+    write     turns a plan into the bytes of a file
+    usage     says how to give the file to the engine
+    ending    that the engine insists on in the file's name
+    strategy  that the engine runs
+    """
 
     write: Callable[[Plan], bytes]
     usage: Callable[[Plan, Path], Usage]
     ending: str = ""
+    strategy: Strategy = "dispatch-combine"
 
 
 FORMATS = {
@@ -32,18 +40,23 @@ FORMATS = {
     "vllm-ascend": ExportFormat(write_vllm_ascend, vllm_ascend_usage, ".json"),
     "vllm": ExportFormat(write_vllm, vllm_usage),
     "eplb": ExportFormat(write_eplb, eplb_usage),
-    "exflow": ExportFormat(write_exflow, exflow_usage),
+    "exflow": ExportFormat(write_exflow, exflow_usage, strategy="coherent"),
 }
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The files that were written, and how to use the first."""
+    """The files that were written, and how to use the first.
+
+    strategy: that the engine runs. warning: what is wrong with a plan for another one, else None.
+    """
 
     format: str
     path: Path
     sidecar: Path
     usage: Usage
+    strategy: Strategy
+    warning: str | None
 
 
 def export_plan(plan: Plan, format: str, path: Path) -> Exported:
@@ -63,4 +76,7 @@ def export_plan(plan: Plan, format: str, path: Path) -> Exported:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     write_sidecar(path, plan)
-    return Exported(format, path, sidecar_path(path), chosen.usage(plan, path))
+    runs, warning = chosen.strategy, None
+    if plan.strategy != runs:
+        warning = f"the plan was made for strategy {plan.strategy}, but the engine of {format} runs {runs}"
+    return Exported(format, path, sidecar_path(path), chosen.usage(plan, path), runs, warning)

@@ -1,12 +1,11 @@
 """FILE.meta.json beside an exported placement: model and topology, which no engine's format holds."""
 
 import json
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
@@ -15,8 +14,9 @@ from exflow.placement.plan.plan_file import Count, Index, TopologyDocument
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.layout import RoutingLayout
+from exflow.validation import validated
 
-_REMEDY = "export the plan again, or remove the file and import with --trace"
+_REMEDY = "export the plan again, or remove the file and import with a trace of the model"
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,8 @@ def read_sidecar(path: Path) -> Sidecar | None:
     sidecar = sidecar_path(path)
     if not sidecar.exists():
         return None
-    content = read_json(sidecar, "sidecar file", _REMEDY)
+    document = validated(_Document, read_json(sidecar, "sidecar file", _REMEDY), sidecar, _REMEDY)
     try:
-        document = _Document.model_validate(content)
         topology = document.topology.topology()
         model = ModelShape(
             document.model,
@@ -123,11 +122,6 @@ def read_sidecar(path: Path) -> Sidecar | None:
             document.num_experts,
             tuple(document.experts_per_layer),
         )
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or "the file"
-        found = reprlib.repr(fault["input"])
-        raise InputError(f"{sidecar}: {place}: {fault['msg']} (found {found}); {_REMEDY}") from error
     except InputError as error:
         raise InputError(f"{sidecar}: {error}") from error
     return Sidecar(model, topology, document.strategy, document.method)

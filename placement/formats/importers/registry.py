@@ -116,7 +116,9 @@ def _format_of(content: bytes) -> str:
         if candidate.matches(content):
             return name
     start = reprlib.repr(decoded(content)[:40])
-    raise InputError(f"begins with {start}, no format known here; give --format, one of {', '.join(FORMATS)}")
+    raise InputError(
+        f"begins with {start}, no format known here; give the format, one of {', '.join(FORMATS)}"
+    )
 
 
 def _model(path: Path, trace: RoutingTrace | None, sidecar: Sidecar | None) -> ModelShape:
@@ -126,7 +128,7 @@ def _model(path: Path, trace: RoutingTrace | None, sidecar: Sidecar | None) -> M
         return sidecar.model
     raise InputError(
         f"does not say the model's layers and experts, and there is no {sidecar_path(path).name} beside it; "
-        "give --trace, a trace of the model"
+        "give a trace of the model"
     )
 
 
@@ -136,7 +138,7 @@ def _topology(path: Path, found: ForeignMap, given: Topology | None, sidecar: Si
         if found.num_ranks is None:
             raise InputError(
                 f"does not say the number of GPUs, and there is no {sidecar_path(path).name} beside it; give "
-                "--gpus (and --nodes), or --topology"
+                "it, or the topology"
             )
         return Topology(gpus_per_node=found.num_ranks)
     if found.num_ranks is not None and topology.num_ranks != found.num_ranks:

@@ -5,9 +5,12 @@ another. Every sender has a chunk of its own there, so sums are made in order an
 relays (relay.py) it goes to the token's relay in this node, whose sum goes to the next owner.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from exflow.kernels.operands import Geometry, Mailbox, Norm, Progress, Received, expect, norm_operands
 from exflow.kernels.wire import (
     after_earlier_kernels,
     normalise,
@@ -59,7 +62,7 @@ def put_sum(chunk, sums_at, place, number, value, d, in_row, D: tl.constexpr):
 
 
 @triton.jit
-def put_partials(
+def send_partials_kernel(
     partials,
     weights,
     owner_of,
@@ -117,7 +120,7 @@ def put_partials(
 
 
 @triton.jit
-def settle(
+def combine_kernel(
     partials,
     weights,
     residual_at,
@@ -128,7 +131,7 @@ def settle(
     flags,
     flag_addresses,
     failed,
-    patience,
+    most_polls,
     step,
     norm_weight,
     norm_bias,
@@ -174,7 +177,7 @@ def settle(
     if RETURNS and WAIT:
         if row == 0:
             signal(flag_addresses, number, PEERS, BLOCK_G)
-        wait_for_all(flags, number, failed, patience, PEERS)
+        wait_for_all(flags, number, failed, most_polls, PEERS)
     sequence = sequence_of(row, RANK, RANKS, GROUP)
     mine = tl.load(owner_of + sequence) == RANK
     tl.store(owned + row, mine.to(tl.int32))
@@ -201,3 +204,92 @@ def settle(
         wide = tl.where(in_row, rounded.to(tl.float32), 0.0)
         out = normalise(wide, in_row, w, b, D, EPS, RMS)
         tl.store(normed + row * D + d, out.to(normed.dtype.element_ty), mask=in_row)
+
+
+def send_partials(
+    geometry: Geometry,
+    layer: int,
+    *,
+    partials: Tensor,
+    received: Received,
+    like: Tensor,
+    mailbox: Mailbox,
+    step: Tensor,
+    sent: Tensor,
+) -> None:
+    """Launch `send_partials_kernel`: what this rank's experts made goes to its owner or relay."""
+    splits = len(partials)
+    expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)
+    expect(torch.int32, (geometry.sequences, 2), sent=sent)
+    send_partials_kernel[(geometry.sequences,)](
+        partials=partials,
+        weights=received.weights,
+        owner_of=received.owner_of,
+        relay_of=received.relay_of,
+        like=like,
+        buffers=mailbox.to,
+        step=step,
+        sent=sent,
+        layer=layer,
+        layers=geometry.layers,
+        sequences=geometry.sequences,
+        SUMS_AT=mailbox.payload_at,
+        RELAYED=geometry.relayed,
+        REPLICATED=geometry.replicated,
+        SPLITS=splits,
+        **geometry.constants,
+    )
+
+
+def combine(
+    geometry: Geometry,
+    layer: int,
+    *,
+    partials: Tensor,
+    received: Received,
+    mailbox: Mailbox,
+    returns: bool,
+    norm: Norm,
+    hidden: Tensor,
+    normed: Tensor,
+    owned: Tensor,
+    progress: Progress,
+    most_polls: int,
+) -> None:
+    """Launch `combine_kernel`. returns: partial sums arrive in `mailbox`, which is not read otherwise.
+
+    A token that comes home to a group of one was its owner's to relay: its sums have been waited for.
+    """
+    rows, splits = geometry.rows, len(partials)
+    expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)
+    expect(hidden.dtype, (rows, geometry.hidden_size), hidden=hidden, normed=normed)
+    expect(torch.int32, (rows,), owned=owned)
+    combine_kernel[(rows,)](
+        partials=partials,
+        weights=received.weights,
+        residual_at=received.residual_at,
+        owner_of=received.owner_of,
+        relay_of=received.relay_of,
+        buffers=mailbox.at,
+        arrived=mailbox.far.at if mailbox.far else mailbox.at,
+        flags=mailbox.flags,
+        flag_addresses=mailbox.flag_addresses,
+        failed=progress.failed,
+        most_polls=most_polls,
+        step=progress.step,
+        **norm_operands(norm),
+        hidden=hidden,
+        normed=normed,
+        owned=owned,
+        layer=layer,
+        layers=geometry.layers,
+        sequences=geometry.sequences,
+        CHUNK=mailbox.chunk,
+        SUMS_AT=mailbox.payload_at,
+        FAR_SUMS_AT=mailbox.far.payload_at if mailbox.far else 0,
+        RELAYED=geometry.relayed,
+        RETURNS=returns,
+        WAIT=geometry.one_sided and not (geometry.relayed and geometry.group_size == 1),
+        SPLITS=splits,
+        **geometry.constants,
+    )

@@ -1,13 +1,22 @@
-"""Around torch's grouped products, for many rows a slot: rows in the order of slots, activated, and back.
+"""The experts by torch's grouped GEMM, for many rows a slot: rows are permuted into slot order, and back.
 
 The three kernels skip what is beyond the rows that came; the products' shapes do not depend on how many did.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from exflow.kernels.grouped_mlp import activation
-from exflow.kernels.wire import after_earlier_kernels
+from exflow.kernels.operands import ExpertWeights, Received, expect, or_unread, power_of_2
+from exflow.kernels.wire import after_earlier_kernels, is_sm90
+
+INNER_BLOCK = 1024  # inner widths that a program activates
 
 
 @triton.jit
@@ -18,7 +27,7 @@ def slot_of(row, ends, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def line_up(
+def permute_kernel(
     normed,
     pairs,
     counts,
@@ -35,7 +44,7 @@ def line_up(
 ):
     """Grid (pairs,). rows[i] = normed[pair // TOP_K] for the pairs of slot 0, then of slot 1, ...
 
-    pairs [slots, pairs] int32 and counts [slots] int32 as `receive` writes them. order [pairs] int32: the
+    pairs [slots, pairs] int32 and counts [slots] int32 as in `operands.Received`. order [pairs] int32: the
     pair of each row; ends [slots] int32: where each slot's rows end.
     """
     after_earlier_kernels(PDL)
@@ -56,7 +65,7 @@ def line_up(
 
 
 @triton.jit
-def activate(
+def activate_kernel(
     products,
     b_in,
     inner,
@@ -72,7 +81,7 @@ def activate(
     PDL: tl.constexpr,
 ):
     """Grid (pairs, F / BLOCK_F). inner [pairs, F] from products [pairs, F], or [pairs, 2 F], and biases as in
-    `expert_up`."""
+    `expert_up_kernel`."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(ends + SLOTS - 1):
@@ -89,7 +98,7 @@ def activate(
 
 
 @triton.jit
-def put_back(
+def unpermute_kernel(
     outputs,
     order,
     ends,
@@ -115,3 +124,76 @@ def put_back(
             bias = b_out + slot_of(row, ends, SLOTS, BLOCK_S) * D + d
             out += tl.load(bias, mask=d < D, other=0.0).to(tl.float32)
         tl.store(partials + pair * D + d, out * tl.load(weight_of + pair), mask=d < D)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """The rows of all slots in slot order.
+
+    rows [pairs, D]; order [pairs] int32: the pair of each row; ends [slots] int32: where a slot's rows end.
+    """
+
+    rows: Tensor
+    order: Tensor
+    ends: Tensor
+
+
+def has_grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped products run without reading sizes on the host."""
+    return device.type == "cpu" or (dtype == torch.bfloat16 and is_sm90(device))
+
+
+def permuted_mlp(
+    received: Received,
+    experts: ExpertWeights,
+    *,
+    permuted: Permuted,
+    inner: Tensor,
+    partials: Tensor,
+    launch: dict[str, Any],
+) -> None:
+    """Launch the three kernels and two grouped GEMMs between them: what `grouped_mlp` does, to one split."""
+    (slots, pairs), top_k = received.pairs.shape, received.weights.shape[1]
+    hidden_size, width = received.normed.shape[1], experts.width
+    expect(received.normed.dtype, (pairs, hidden_size), rows=permuted.rows)
+    expect(torch.int32, (pairs,), order=permuted.order)
+    expect(torch.int32, (slots,), ends=permuted.ends)
+    expect(inner.dtype, (pairs, width), inner=inner)
+    expect(torch.float32, (1, pairs, hidden_size), partials=partials)
+    over_slots = {"SLOTS": slots, "BLOCK_S": power_of_2(slots), **launch}
+    block_d = power_of_2(hidden_size)
+    permute_kernel[(pairs,)](
+        normed=received.normed,
+        pairs=received.pairs,
+        counts=received.counts,
+        rows=permuted.rows,
+        order=permuted.order,
+        ends=permuted.ends,
+        pairs_per_slot=pairs,
+        D=hidden_size,
+        TOP_K=top_k,
+        BLOCK_D=block_d,
+        **over_slots,
+    )
+    activate_kernel[(pairs, triton.cdiv(width, INNER_BLOCK))](
+        products=grouped_mm(permuted.rows, experts.w_in.mT, offs=permuted.ends),
+        b_in=or_unread(experts.b_in, experts.w_in),
+        inner=inner,
+        ends=permuted.ends,
+        F=width,
+        **experts.up_constants,
+        BLOCK_F=INNER_BLOCK,
+        **over_slots,
+    )
+    unpermute_kernel[(pairs,)](
+        outputs=grouped_mm(inner, experts.w_out.mT, offs=permuted.ends),
+        order=permuted.order,
+        ends=permuted.ends,
+        weight_of=received.weights,
+        b_out=or_unread(experts.b_out, experts.w_out),
+        partials=partials,
+        D=hidden_size,
+        BIASED=experts.b_out is not None,
+        BLOCK_D=block_d,
+        **over_slots,
+    )

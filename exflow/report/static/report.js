@@ -1,9 +1,5 @@
-"""The page's script: choosers, the affinity's images, and what a heat map's cell holds.
-
-It asks no one for anything. Without it the page shows all panels, and of the affinities the first.
-"""
-
-SCRIPT = """\
+// Choosers, the affinity's images, and what a heat map's cell holds. It asks no one for anything.
+// Without it the page shows all panels, and of the affinities the first.
 (() => {
 "use strict";
 const $ = (selector, from = document) => from.querySelector(selector);
@@ -94,4 +90,3 @@ document.addEventListener("pointermove", async (event) => {
   tip.style.top = `${Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)}px`;
 });
 })();
-"""

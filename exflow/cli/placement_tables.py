@@ -1,0 +1,108 @@
+"""Results of place and evaluate: figures of a plan, and tables of its traffic."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exflow.cli.tables import print_figures, print_json, print_table
+
+if TYPE_CHECKING:
+    from exflow.commands.place import Placement
+    from exflow.placement.plan.plan import Plan
+
+
+def print_placement(result: "Placement", output: Path | None, as_json: bool) -> None:
+    """Print what was solved and how well, then the tables that were asked for."""
+    figures = {} if output is None else {"plan": str(output), **plan_figures(result.plan)}
+    tables = {
+        "pareto": result.pareto,
+        "learning_curve": result.learning_curve,
+        "verdict": result.verdict,
+        "messages_by_trace": result.by_trace,
+    }
+    if as_json:
+        print_json(figures | {name: table for name, table in tables.items() if table is not None})
+        return
+    if figures:
+        print_figures(figures | (result.by_trace or {}), as_json=False)
+    for rows, columns in ((result.pareto, _PARETO_COLUMNS), (result.learning_curve, _CURVE_COLUMNS)):
+        if rows is not None:
+            print_table([], columns, rows)
+    if result.verdict is not None:
+        print(result.verdict)
+
+
+def plan_figures(plan: "Plan") -> dict[str, Any]:
+    """Figures of a plan: how it was solved, how well, and the traffic of every strategy."""
+    messages = {
+        f"messages_{name}": figures["messages_per_token_layer"]
+        for name, figures in plan.expected["strategies"].items()
+        if name != "replicated"
+    }
+    held_out = plan.expected.get("held_out", {})
+    return {
+        "strategy": plan.strategy,
+        "method": plan.method,
+        "slots": plan.num_slots,
+        "objective": plan.objective,
+        "lower_bound": plan.lower_bound,
+        "gap": plan.gap,
+        "optimal": plan.optimal,
+        **messages,
+        "local_fraction": plan.expected["local_fraction"],
+        "imbalance_mean": plan.expected["imbalance"]["mean"],
+        "imbalance_max": plan.expected["imbalance"]["max"],
+        **{f"held_out_{name}": figure for name, figure in held_out.items()},
+    }
+
+
+_PARETO_COLUMNS = {
+    "price": "balance_price",
+    "messages": "messages_per_token_layer",
+    "imbalance": "imbalance_mean",
+    "worst layer": "imbalance_max",
+}
+
+
+_CURVE_COLUMNS = {
+    "tokens": "tokens",
+    "on its own": "on_its_own",
+    "held out": "held_out",
+    "from": "low",
+    "to": "high",
+}
+
+
+def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
+    """Print a line for each strategy, then locality and balance."""
+    if as_json:
+        print_json(result)
+        return
+    print(f"{result['tokens']:,} tokens on {result['ranks']} ranks; messages per token and MoE layer")
+    print_table(
+        ["strategy"],
+        _EVALUATION_COLUMNS,
+        [
+            {"strategy": name.replace("_", "-"), **each, "owners": each["owner_imbalance"]["mean"]}
+            for name, each in result["strategies"].items()
+        ],
+    )
+    imbalance = result["imbalance"]
+    print(f"local fraction {result['local_fraction']:.3f} of adjacent-layer transitions stay on a rank")
+    print(
+        f"imbalance      {imbalance['mean']:.3f} busiest rank over mean, worst layer {imbalance['max']:.3f}"
+    )
+    reduced = result["strategies"]["replicated"]["all_reduce_copies"]
+    print("owners         tokens of the rank that owns most over the mean, averaged over layers")
+    print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
+
+
+_EVALUATION_COLUMNS = {
+    "messages": "messages_per_token_layer",
+    "dispatch": "dispatch",
+    "return": "return",
+    "in node": "intra_node",
+    "between": "inter_node",
+    "K/V": "kv_copies",
+    "owners": "owners",
+    "exchanges": "exchanges_per_step",
+}

@@ -1,0 +1,207 @@
+"""One class a transport: the rows that it moves in a decode step, its latencies and its padding.
+
+`StepCost` has what transports share. Rows are those of one rank in one layer, unless said otherwise. Pairs
+are (inside the node, between nodes).
+"""
+
+import math
+from dataclasses import dataclass
+
+from exflow.comm.capacity import deviations
+from exflow.comm.transport import Transport
+from exflow.cost.machine import Machine
+from exflow.cost.workload import StepTraffic, Workload, imbalance_of_batch
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A decode step over one transport. This class sends only the rows that move, and pads nothing."""
+
+    workload: Workload
+    traffic: StepTraffic
+    machine: Machine
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Choices that the busiest rank serves in this batch, over the mean."""
+        work = self.workload
+        return imbalance_of_batch(self.traffic.expert_imbalance, work.padded_batch * work.top_k, work.ranks)
+
+    @property
+    def attention_imbalance(self) -> float:
+        """Tokens that the busiest rank owns in this batch, over the mean; 1 where that does not matter."""
+        if self.machine.shared or self.traffic.group_size == 1:
+            return 1.0
+        return imbalance_of_batch(
+            self.traffic.attention_imbalance, self.workload.padded_batch, self.workload.ranks
+        )
+
+    @property
+    def owned_tokens(self) -> float:
+        """Tokens whose attention the busiest rank computes."""
+        if self.traffic.all_reduces:
+            return self.workload.batch
+        return self.workload.tokens_per_rank * self.attention_imbalance
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that a rank may own: those that its coherence group admitted."""
+        return self.workload.tokens_per_rank * self.traffic.group_size
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Size of a row in a dispatch, with slots, weights and sender, and in a combine."""
+        hidden = self.workload.hidden_bytes
+        return hidden + 4 * (2 * self.workload.top_k + 3), hidden + 8
+
+    @property
+    def combines(self) -> bool:
+        """Whether results travel in exchanges of their own, besides the dispatches."""
+        return self.traffic.exchanges > self.workload.moe_layers
+
+    def latency_s(self) -> float:
+        """Time of an empty exchange; none for a single rank."""
+        peers, (inside, between) = self.workload.peers, (self.machine.inside, self.machine.between)
+        if self.workload.ranks == 1:
+            return 0.0
+        if self.workload.other_nodes:
+            return between.latency_s + between.peer_s * peers[1]
+        return inside.latency_s + inside.peer_s * peers[0]
+
+    def wait(self) -> float:
+        """How much longer than the mean rank the slowest one exchanges."""
+        return 1.0 if self.machine.shared else max(self.expert_imbalance, self.attention_imbalance)
+
+    def dispatch_rows(self) -> Pair:
+        return _times(self.workload.tokens_per_rank, self.traffic.dispatch)
+
+    def combine_rows(self) -> Pair:
+        return _times(self.workload.tokens_per_rank, self.traffic.combine)
+
+    def kv_rows(self) -> Pair:
+        """Copies of a token's keys and values that a rank sends, in all layers together."""
+        tokens = self.workload.tokens_per_rank * self.traffic.attention_imbalance * self.workload.layers
+        return _times(tokens, self.traffic.kv)
+
+    def padded_kv_rows(self) -> Pair:
+        """`kv_rows` by a collective, which has room for each token that a rank may own."""
+        tokens = self.group_tokens * self.workload.layers
+        return _times(tokens, self.traffic.kv)
+
+    def all_reduce(self) -> tuple[int, float]:
+        """Exchanges of one all-reduce, and rows that a rank sends in it: each token to every other rank."""
+        return 1, (self.workload.ranks - 1) * self.workload.batch
+
+    def dense_rows(self) -> float:
+        """Rows that dense products have: a captured step computes every token that the rank may own."""
+        return self.owned_tokens if self.traffic.all_reduces else self.group_tokens
+
+    def positions_read(self) -> float:
+        """Positions whose keys and values attention reads."""
+        return self.workload.context if self.workload.seen is None else self.workload.seen
+
+
+class OneSided(StepCost):
+    """Captured steps that store rows into the receivers' memory."""
+
+    def all_reduce(self) -> tuple[int, float]:
+        """Only the ranks that serve a token tell the others."""
+        work = self.workload
+        served = 1 - (1 - 1 / work.ranks) ** work.top_k
+        return 1, (work.ranks - 1) * work.batch * served
+
+
+class Eager(StepCost):
+    """Steps launched one kernel at a time; buffers have room for the expected rows, and some more."""
+
+    def dispatch_rows(self) -> Pair:
+        tokens = self.workload.tokens_per_rank
+        spare = deviations(self.row_bytes[0], self.machine.round_bytes)
+        inside, between = (
+            peers * _capacity(tokens, rows / max(peers, 1), spare)
+            for rows, peers in zip(self.traffic.dispatch, self.workload.peers, strict=True)
+        )
+        return inside, between
+
+    def all_reduce(self) -> tuple[int, float]:
+        """A ring: every rank passes each part of the rows on, once to be summed and once to be known."""
+        return 2, 2 * (self.workload.ranks - 1) / self.workload.ranks * self.workload.batch
+
+    def dense_rows(self) -> float:
+        return self.owned_tokens
+
+    def positions_read(self) -> float:
+        return self.workload.context
+
+
+class Collective(StepCost):
+    """Captured collectives: every chunk has room for each token that its receiver may own, however few go."""
+
+    def wait(self) -> float:
+        return 1.0
+
+    def dispatch_rows(self) -> Pair:
+        return _times(float(self.group_tokens), self.workload.peers)
+
+    def combine_rows(self) -> Pair:
+        return self.dispatch_rows() if self.combines else (0.0, 0.0)
+
+    def kv_rows(self) -> Pair:
+        return self.padded_kv_rows()
+
+
+class Relayed(StepCost):
+    """Captured steps whose rows cross to a relay in each other node, in chunks of fixed capacity.
+
+    Between nodes a chunk has room for each token that a rank may own. The relay passes rows on inside its
+    node, which adds what crosses to what moves inside.
+    """
+
+    def latency_s(self) -> float:
+        inside, between = self.machine.inside, self.machine.between
+        if self.workload.ranks == 1:
+            return 0.0
+        inside_s = inside.latency_s + inside.peer_s * self.workload.peers[0]
+        if not self.workload.other_nodes:
+            return inside_s
+        return inside_s + between.latency_s + between.peer_s * self.workload.other_nodes
+
+    def wait(self) -> float:
+        return 1.0
+
+    def dispatch_rows(self) -> Pair:
+        inside = self.workload.tokens_per_rank * sum(self.traffic.dispatch)
+        return inside, self.workload.other_nodes * float(self.group_tokens)
+
+    def combine_rows(self) -> Pair:
+        """To the relays where tokens go home; to every rank that may own a token otherwise."""
+        if not self.combines:
+            return 0.0, 0.0
+        chunks = self.workload.other_nodes if self.traffic.group_size == 1 else self.workload.peers[1]
+        inside = self.workload.tokens_per_rank * sum(self.traffic.combine)
+        return inside, chunks * float(self.group_tokens)
+
+    def kv_rows(self) -> Pair:
+        """Groups of several nodes gather keys and values by a collective, with its padding."""
+        several_nodes = self.traffic.group_size > self.workload.ranks_per_node
+        return self.padded_kv_rows() if several_nodes else super().kv_rows()
+
+
+COSTS: dict[Transport, type[StepCost]] = {
+    "eager": Eager,
+    "one-sided": OneSided,
+    "relayed": Relayed,
+    "collective": Collective,
+}
+
+
+def _times(tokens: float, rows: Pair) -> Pair:
+    return tokens * rows[0], tokens * rows[1]
+
+
+def _capacity(tokens: float, share: float, spare: float) -> float:
+    """Rows that a buffer has room for, on average, where each of `tokens` goes there with chance `share`."""
+    share = min(share, 1.0)
+    return min(tokens, tokens * share + spare * math.sqrt(tokens * share * (1 - share)))

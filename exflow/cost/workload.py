@@ -1,0 +1,146 @@
+"""What a decode step has to do: its sequences and weights (Workload), and what it moves (StepTraffic)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from exflow.model.config import ModelConfig
+from exflow.placement.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A decode step of the whole job.
+
+    batch           sequences of all ranks together
+    context         positions that each sequence has
+    ranks           GPUs of the job; ranks_per_node of them on each node
+    layers          hidden layers; moe_layers of them have experts
+    experts, top_k  experts of an MoE layer, and how many a token chooses
+    slots_per_rank  experts that a rank holds in an MoE layer, replicas included
+    hidden_bytes    size of a hidden state
+    kv_bytes        size of a token's keys and values in one layer
+    expert_bytes    size of one expert's weights
+    dense_bytes     size of all weights outside experts
+    itemsize        bytes of one number
+    experts_read    experts that the rank with most reads in an MoE layer; None: computed as if every expert
+                    were equally likely
+    seen            positions of `context` that attention reads, mean over layers; None: all. Eager steps read
+                    all positions in any case, and mask
+    """
+
+    batch: int
+    context: int
+    ranks: int
+    ranks_per_node: int
+    layers: int
+    moe_layers: int
+    experts: int
+    slots_per_rank: int
+    top_k: int
+    hidden_bytes: int
+    kv_bytes: int
+    expert_bytes: int
+    dense_bytes: int
+    itemsize: int = 2
+    experts_read: float | None = None
+    seen: float | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
+        """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
+        hidden, moe_layers = config.hidden_size, len(config.moe_layer_ids)
+        attention = hidden * (2 * config.attention_width + config.kv_width)
+        dense_mlps = (config.num_hidden_layers - moe_layers) * config.dense_mlp_weights
+        dense = config.num_hidden_layers * attention + dense_mlps + moe_layers * hidden * config.num_experts
+        return cls(
+            batch=batch,
+            context=context,
+            ranks=plan.num_ranks,
+            ranks_per_node=plan.topology.gpus_per_node,
+            layers=config.num_hidden_layers,
+            moe_layers=moe_layers,
+            experts=config.num_experts,
+            slots_per_rank=plan.slots_per_rank,
+            top_k=config.top_k,
+            hidden_bytes=hidden * itemsize,
+            kv_bytes=config.kv_width * itemsize,
+            expert_bytes=config.expert_weights * itemsize,
+            dense_bytes=(dense + config.vocab_size * hidden) * itemsize,
+            itemsize=itemsize,
+            seen=config.positions_seen(context),
+        )
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of the rank that admitted most sequences."""
+        return math.ceil(self.batch / self.ranks)
+
+    @property
+    def padded_batch(self) -> int:
+        """The batch if every rank had as many tokens as the one with most."""
+        return self.tokens_per_rank * self.ranks
+
+    @property
+    def peers(self) -> tuple[int, int]:
+        """Other ranks, as seen from one: in its node, and in other nodes."""
+        return self.ranks_per_node - 1, self.ranks - self.ranks_per_node
+
+    @property
+    def other_nodes(self) -> int:
+        return self.ranks // self.ranks_per_node - 1
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """What a strategy moves in a decode step, as placement counts it.
+
+    Pairs are (inside a node, between nodes).
+
+    group_size           ranks of a coherence group: those that may own a token
+    exchanges            synchronous all-to-alls in a step
+    dispatch, combine    messages per token and MoE layer, to the experts and back
+    kv                   copies of keys and values per token and layer
+    expert_imbalance     choices that the busiest rank serves, over the mean
+    attention_imbalance  tokens that the busiest rank owns, over the mean
+    all_reduces          all-reduces in a step, which only `replicated` has
+
+    Both imbalances are those of many tokens; a batch adds chance (`imbalance_of_batch`).
+    """
+
+    group_size: int
+    exchanges: int
+    dispatch: tuple[float, float]
+    combine: tuple[float, float]
+    kv: tuple[float, float]
+    expert_imbalance: float
+    attention_imbalance: float
+    all_reduces: int = 0
+
+    @classmethod
+    def of(cls, figures: dict[str, Any], group_size: int) -> Self:
+        """Read one strategy's entry of placement.evaluate."""
+        totals, messages = figures["totals"], figures["messages_per_token_layer"]
+        # the means are not split by both purpose and link, the totals are
+        scale = messages / totals["messages"] if totals["messages"] else 0.0
+        return cls(
+            group_size=group_size,
+            exchanges=figures["exchanges_per_step"] if "all_reduces_per_step" not in figures else 0,
+            dispatch=(totals["dispatch_intra"] * scale, totals["dispatch_inter"] * scale),
+            combine=(totals["return_intra"] * scale, totals["return_inter"] * scale),
+            kv=(figures["kv_intra_node"], figures["kv_inter_node"]),
+            expert_imbalance=figures["imbalance"]["mean"],
+            # a rank that owns only the sequences it admitted has as many as every other rank
+            attention_imbalance=figures["owner_imbalance"]["mean"] if group_size > 1 else 1.0,
+            all_reduces=figures.get("all_reduces_per_step", 0),
+        )
+
+
+def imbalance_of_batch(imbalance: float, tokens: int, ranks: int) -> float:
+    """The busiest rank over the mean in a batch of `tokens`, where it is `imbalance` over many tokens.
+
+    By chance alone the busiest rank has about 0.7 sqrt(2 ln ranks) deviations more than the mean: 0.82, 1.17
+    and 1.43 for 2, 4 and 8 ranks.
+    """
+    chance = 0.7 * math.sqrt(2 * math.log(ranks) * (ranks - 1) / tokens)
+    return min(float(ranks), 1 + math.hypot(imbalance - 1, chance))
