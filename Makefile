@@ -38,7 +38,7 @@ test-oldest: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-oldest/numba
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	grep -v '^torch==' constraints-oldest.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TORCH) pytest pytest-xdist hypothesis setuptools
+	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TORCH) pytest pytest-xdist hypothesis pebble setuptools
 	.venv-oldest/bin/pytest $(TOGETHER) -p no:warnings
 
 test-newest: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-newest/numba

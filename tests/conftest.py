@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tokenizers import Tokenizer
 
 from exflow.model.checkpoint import save_checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, initialise
 from exflow.model.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
+
+# how long an example takes says nothing where cores are busy
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 runpy.run_path(str(Path(__file__).with_name("no_network.py")))
 torch.set_num_threads(1)  # for tensors this small more threads only wait for each other

@@ -62,7 +62,7 @@ def skewed(tokens: int = 240, top_k: int = 2) -> RoutingTrace:
 @pytest.fixture(scope="module")
 def choice() -> list[Variant]:
     trace = skewed()
-    return variants(trace, trace, NODES, 0.2, lambda what: None)
+    return variants(trace, trace, NODES, 2.0, lambda what: None)
 
 
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 64), st.none() | st.integers(1, 64))

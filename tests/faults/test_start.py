@@ -234,7 +234,7 @@ def test_generating_needs_no_temporary_folder(model: Path, tmp_path: Path, job: 
         line = generate(model, *(more or ["--quiet"]))
         with job([*no_files, *line], cwd=tmp_path) as started:
             check_ran(started, 2 if more else 1)
-    with job([*no_files, str(EXFLOW), "demo"], cwd=Path(exflow.__file__).parents[0]) as demo:
+    with job([*no_files, str(EXFLOW), "demo"], cwd=Path(exflow.__file__).parents[1]) as demo:
         code, out, err = demo.end()
     assert (code, out) == (2, ""), err
     assert err == "exflow: no temporary folder can be written; make room there, or name another in TMPDIR\n"
