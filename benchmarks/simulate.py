@@ -245,7 +245,7 @@ def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
 
 
 def _machine_of_hosts(figures: dict[str, float]) -> Machine:
-    """As hosts_rank.measure_here made it."""
+    """A machine as `measure_here` of benchmarks/hosts/rank.py wrote it."""
     machine = load_machine(MACHINES / "hosts-1gbit.yaml")
     link = replace(
         machine.between,

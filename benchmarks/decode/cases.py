@@ -1,4 +1,4 @@
-"""What benchmarks/decode/run.py runs: routing to replay and plans, made from recorded traces on any machine.
+"""Makes the cases of benchmarks/decode/run.py from recorded traces: routing to replay, and plans.
 
     python -m benchmarks.decode.cases TRACES -o CASES [--ranks 2]
 

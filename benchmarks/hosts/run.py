@@ -141,7 +141,7 @@ class Job:
 
 
 def run_job(network: list[Host], folder: Path, job: Job) -> None:
-    """Run hosts_rank.py on every host. Raises RuntimeError if a rank fails or takes far too long."""
+    """Run rank.py on every host. Raises RuntimeError if a rank fails or takes far too long."""
     (folder / "job.json").write_text(json.dumps(vars(job)))
     environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": str(job.threads)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(network))]

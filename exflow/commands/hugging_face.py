@@ -19,11 +19,10 @@ from exflow.errors import InputError, out_of_memory
 from exflow.files import read_json
 from exflow.model.checkpoint import INDEX, WEIGHTS, StoredWeights
 from exflow.model.config_file import CONFIG
-from exflow.model.tokenizer import TOKENIZER, read_tokenizer
+from exflow.model.tokenizer import TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 from exflow.profiling.hugging_face import HuggingFaceRouting
 
 PREFIX = "hf:"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "*spiece*", "*.tiktoken", "tiktoken.model", "tekken.json")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}  # None would ask whether to run foreign code
 _LONGEST_REASON = 300
