@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exflow.kernels.operands import Geometry, Mailbox, Norm, Progress, Received, expect, norm_operands
+from exflow.kernels.operands import ExchangeBuffer, Geometry, Norm, Progress, Received, expect, norm_operands
 from exflow.kernels.wire import (
     after_earlier_kernels,
     normalise,
@@ -213,7 +213,7 @@ def send_partials(
     partials: Tensor,
     received: Received,
     like: Tensor,
-    mailbox: Mailbox,
+    buffer: ExchangeBuffer,
     step: Tensor,
     sent: Tensor,
 ) -> None:
@@ -227,13 +227,13 @@ def send_partials(
         owner_of=received.owner_of,
         relay_of=received.relay_of,
         like=like,
-        buffers=mailbox.to,
+        buffers=buffer.to,
         step=step,
         sent=sent,
         layer=layer,
         layers=geometry.layers,
         sequences=geometry.sequences,
-        SUMS_AT=mailbox.payload_at,
+        SUMS_AT=buffer.payload_at,
         RELAYED=geometry.relayed,
         REPLICATED=geometry.replicated,
         SPLITS=splits,
@@ -247,7 +247,7 @@ def combine(
     *,
     partials: Tensor,
     received: Received,
-    mailbox: Mailbox,
+    buffer: ExchangeBuffer,
     returns: bool,
     norm: Norm,
     hidden: Tensor,
@@ -256,7 +256,7 @@ def combine(
     progress: Progress,
     most_polls: int,
 ) -> None:
-    """Launch `combine_kernel`. returns: partial sums arrive in `mailbox`, which is not read otherwise.
+    """Launch `combine_kernel`. returns: partial sums arrive in `buffer`, which is not read otherwise.
 
     A token that comes home to a group of one was its owner's to relay: its sums have been waited for.
     """
@@ -270,10 +270,10 @@ def combine(
         residual_at=received.residual_at,
         owner_of=received.owner_of,
         relay_of=received.relay_of,
-        buffers=mailbox.at,
-        arrived=mailbox.far.at if mailbox.far else mailbox.at,
-        flags=mailbox.flags,
-        flag_addresses=mailbox.flag_addresses,
+        buffers=buffer.at,
+        arrived=buffer.off_node.at if buffer.off_node else buffer.at,
+        flags=buffer.flags,
+        flag_addresses=buffer.flag_addresses,
         failed=progress.failed,
         most_polls=most_polls,
         step=progress.step,
@@ -284,9 +284,9 @@ def combine(
         layer=layer,
         layers=geometry.layers,
         sequences=geometry.sequences,
-        CHUNK=mailbox.chunk,
-        SUMS_AT=mailbox.payload_at,
-        FAR_SUMS_AT=mailbox.far.payload_at if mailbox.far else 0,
+        CHUNK=buffer.chunk,
+        SUMS_AT=buffer.payload_at,
+        FAR_SUMS_AT=buffer.off_node.payload_at if buffer.off_node else 0,
         RELAYED=geometry.relayed,
         RETURNS=returns,
         WAIT=geometry.one_sided and not (geometry.relayed and geometry.group_size == 1),

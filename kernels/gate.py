@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from exflow.kernels.operands import (
+    ExchangeBuffer,
     Geometry,
-    Mailbox,
     Norm,
     expect,
     norm_operands,
@@ -221,7 +221,7 @@ def gate_and_dispatch(
     dictated_row: Tensor,
     routing: Tensor,
     routing_weight: Tensor,
-    mailbox: Mailbox,
+    buffer: ExchangeBuffer,
     step: Tensor,
     sent: Tensor,
 ) -> None:
@@ -249,7 +249,7 @@ def gate_and_dispatch(
         dictated_row=dictated_row,
         routing=routing,
         routing_weight=routing_weight,
-        buffers=mailbox.to,
+        buffers=buffer.to,
         step=step,
         sent=sent,
         layer=layer,
@@ -257,9 +257,9 @@ def gate_and_dispatch(
         EXPERTS=experts,
         SLOTS_PER_RANK=geometry.slots_per_rank,
         WORDS=geometry.words,
-        HIDDEN_AT=mailbox.payload_at,
-        FAR_HIDDEN_AT=mailbox.far.payload_at if mailbox.far else 0,
-        BY_SEQUENCE=mailbox.shared,
+        HIDDEN_AT=buffer.payload_at,
+        FAR_HIDDEN_AT=buffer.off_node.payload_at if buffer.off_node else 0,
+        BY_SEQUENCE=buffer.shared,
         RELAYED=geometry.relayed,
         REPLICATED=geometry.replicated,
         REPLAY=dictated is not None,

@@ -11,11 +11,11 @@ Norm = nn.LayerNorm | nn.RMSNorm
 
 
 @dataclass(frozen=True)
-class Far:
-    """Of a mailbox that relays use, what is for ranks of other nodes: a chunk for each, rows numbered by row.
+class OffNodeBuffer:
+    """The part of an exchange buffer for ranks of other nodes, which relays use: a chunk for each rank.
 
-    at [ranks] int64: where a rank's rows arrive, 0 for ranks that send nothing here. `payload_at`: as of a
-    mailbox. `wire_bytes`: what `move` carries off this rank, full or not.
+    at [ranks] int64: where a rank's rows arrive, 0 for ranks that send nothing here. `payload_at`: see
+    ExchangeBuffer. `wire_bytes`: bytes that `move` sends from this rank, full or not.
     """
 
     at: Tensor
@@ -24,14 +24,14 @@ class Far:
 
 
 @dataclass(frozen=True)
-class Mailbox:
+class ExchangeBuffer:
     """One exchange of an MoE layer as this rank sees it.
 
     to [2, ranks] int64: where to write for each rank, by its number's parity; at [2] int64: where rows
     arrive. Each sender has `chunk` bytes there, or all write into one (`shared`). flags [peers] int32 are
     raised by the others and flag_addresses [peers] int64 are mine in their memory. `move` carries what was
     written, where it does not arrive by itself. `payload_at`: bytes from a chunk's beginning, where numbers
-    are, to its hidden states. `far`: what goes to other nodes by relays.
+    are, to its hidden states. `off_node`: the part that goes to other nodes by relays.
     """
 
     to: Tensor
@@ -42,7 +42,7 @@ class Mailbox:
     flags: Tensor
     flag_addresses: Tensor
     move: Callable[[], None]
-    far: Far | None = None
+    off_node: OffNodeBuffer | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from exflow.kernels.gate import OWNER, SLOTS, STAMP
 from exflow.kernels.operands import (
+    ExchangeBuffer,
     Geometry,
-    Mailbox,
     Norm,
     Progress,
     Received,
@@ -172,7 +172,7 @@ def receive(
     geometry: Geometry,
     layer: int,
     *,
-    mailbox: Mailbox,
+    buffer: ExchangeBuffer,
     norm: Norm,
     received: Received,
     progress: Progress,
@@ -187,9 +187,9 @@ def receive(
     expect(torch.int32, (slots, geometry.pairs), pairs=received.pairs)
     expect(torch.int32, (slots,), counts=received.counts)
     receive_kernel[(sequences + slots,)](
-        buffers=mailbox.at,
-        flags=mailbox.flags,
-        flag_addresses=mailbox.flag_addresses,
+        buffers=buffer.at,
+        flags=buffer.flags,
+        flag_addresses=buffer.flag_addresses,
         failed=progress.failed,
         most_polls=most_polls,
         step=progress.step,
@@ -206,9 +206,9 @@ def receive(
         sequences=sequences,
         SLOTS_PER_RANK=slots,
         WORDS=geometry.words,
-        HIDDEN_AT=mailbox.payload_at,
-        CHUNK=mailbox.chunk,
-        BY_SEQUENCE=mailbox.shared,
+        HIDDEN_AT=buffer.payload_at,
+        CHUNK=buffer.chunk,
+        BY_SEQUENCE=buffer.shared,
         RELAYED=geometry.relayed,
         WAIT=geometry.one_sided and not geometry.replicated,
         BLOCK_B=power_of_2(sequences),

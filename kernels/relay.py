@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exflow.kernels.combine import add_sums, put_sum, sum_here
 from exflow.kernels.gate import SLOTS, STAMP, put_row
-from exflow.kernels.operands import Far, Geometry, Mailbox, Progress, Received, expect
+from exflow.kernels.operands import ExchangeBuffer, Geometry, OffNodeBuffer, Progress, Received, expect
 from exflow.kernels.wire import (
     after_earlier_kernels,
     number_of,
@@ -155,17 +155,17 @@ def relay_tokens(
     geometry: Geometry,
     layer: int,
     *,
-    mailbox: Mailbox,
-    far: Far,
+    buffer: ExchangeBuffer,
+    off_node: OffNodeBuffer,
     like: Tensor,
     step: Tensor,
     passed: Tensor,
 ) -> None:
-    """Launch `relay_tokens_kernel`. far: where the rows of other nodes arrive; mailbox: where they go."""
+    """Launch `relay_tokens_kernel`. far: where the rows of other nodes arrive; buffer: where they go."""
     expect(torch.int32, (geometry.sequences,), passed=passed)
     relay_tokens_kernel[(geometry.rows, geometry.nodes)](
-        arrived=far.at,
-        buffers=mailbox.to,
+        arrived=off_node.at,
+        buffers=buffer.to,
         like=like,
         step=step,
         passed=passed,
@@ -173,8 +173,8 @@ def relay_tokens(
         layers=geometry.layers,
         SLOTS_PER_RANK=geometry.slots_per_rank,
         WORDS=geometry.words,
-        HIDDEN_AT=mailbox.payload_at,
-        FAR_HIDDEN_AT=far.payload_at,
+        HIDDEN_AT=buffer.payload_at,
+        FAR_HIDDEN_AT=off_node.payload_at,
         **geometry.constants,
     )
 
@@ -186,9 +186,9 @@ def relay_sums(
     partials: Tensor,
     received: Received,
     like: Tensor,
-    returns: Mailbox,
-    sums: Mailbox,
-    far: Far,
+    returns: ExchangeBuffer,
+    sums: ExchangeBuffer,
+    off_node: OffNodeBuffer,
     progress: Progress,
     most_polls: int,
     sent: Tensor,
@@ -216,7 +216,7 @@ def relay_sums(
         sequences=geometry.sequences,
         CHUNK=returns.chunk,
         SUMS_AT=returns.payload_at,
-        FAR_SUMS_AT=far.payload_at,
+        FAR_SUMS_AT=off_node.payload_at,
         SPLITS=splits,
         **geometry.constants,
     )

@@ -16,10 +16,10 @@ from exflow.placement.solve.descent import Stop
 from exflow.placement.solve.load_only import load_only, replica_counts
 from exflow.placement.solve.objective import Objective, items_of, make_problem
 from exflow.placement.solve.problem import Assignment, PlacementProblem
-from exflow.placement.solve.refine import refine, thinned
+from exflow.placement.solve.refine import refine, subsampled
 from exflow.placement.solve.solve import METHODS, Progress, Refine, Solution, solve
+from exflow.placement.traffic.balance_owners import balance_owners
 from exflow.placement.traffic.evaluate import evaluate
-from exflow.placement.traffic.level_owners import level_owners
 from exflow.placement.traffic.traffic import follow, imbalance, imbalance_of, total
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import RoutingTrace
@@ -126,7 +126,7 @@ def place(
         if in_use is None and weights is None and _may_be_beaten(problem, solution):
             plan = _or_contiguous(plan, objective, trace, replicas)
     if objective.owner_price:
-        plan = level_owners(plan, trace, objective.owner_price)
+        plan = balance_owners(plan, trace, objective.owner_price)
     return replace(plan, expected=evaluate(plan, trace))
 
 
@@ -146,7 +146,7 @@ def _or_contiguous(
     It can be where routing is as good as random: pairs are not messages, and no pair knows of a sequence's
     next token.
     """
-    judged = thinned(trace, _JUDGES / trace.num_tokens)
+    judged = subsampled(trace, _JUDGES / trace.num_tokens)
     slots = contiguous_slots(trace.experts_per_layer, int(replicas[0].sum()))
     rival = Plan.of_slots(slots, plan.topology, trace, method="contiguous", strategy=plan.strategy)
     (theirs, layers), (ours, _) = (_true_cost(each, objective, judged) for each in (rival, plan))

@@ -28,7 +28,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.decode.host_synced import HostSyncedDecode
-from exflow.bench.timing import WARM_UP, StepTimes, begin_stand_in, stand_in_decode, step_bytes, time_steps
+from exflow.bench.timing import (
+    WARM_UP,
+    StepTimes,
+    begin_synthetic_batch,
+    decode_synthetic_batch,
+    step_bytes,
+    time_steps,
+)
 from exflow.comm.buffers import symmetric_memory, tensor_at
 from exflow.comm.transport import Transport
 from exflow.cost.auto import predictions
@@ -128,10 +135,10 @@ def captured_rows(
     capture = Capture(
         case.decoder, case.tables["contiguous"], cluster, group, strategy == "replicated", transport
     )
-    captured = stand_in_decode(capture, batch, context, len(PLACEMENTS) * (STEPS + WARM_UP + 1))
+    captured = decode_synthetic_batch(capture, batch, context, len(PLACEMENTS) * (STEPS + WARM_UP + 1))
     for placement in PLACEMENTS:
         captured.use_tables(case.tables[placement])
-        begin_stand_in(captured, batch, context)
+        begin_synthetic_batch(captured, batch, context)
         times = time_steps(captured, STEPS)
         moved = step_bytes(captured, STEPS + WARM_UP)
         floor = moved.floor_us(hardware["copy_gb_s"], hardware["link_gb_s"])
@@ -201,13 +208,15 @@ def exchange_us(case: Case, cluster: Cluster, batch: int, context: int) -> dict[
     alone = Cluster(0, 1, 1, cluster.device)
     one = PlanTables.of(contiguous_plan(case.config, Topology(gpus_per_node=1)), cluster.device)
     lonely = Capture(case.decoder, one, alone, 1, False, "one-sided")
-    captured = stand_in_decode(lonely, batch // cluster.num_ranks, context, STEPS + WARM_UP, ExchangeOnly)
+    captured = decode_synthetic_batch(
+        lonely, batch // cluster.num_ranks, context, STEPS + WARM_UP, ExchangeOnly
+    )
     figures = {"none": time_steps(captured, STEPS).median_us / layers}
     for transport in TRANSPORTS:
         capture = Capture(
             case.decoder, case.tables["contiguous"], cluster, cluster.num_ranks, False, transport
         )
-        captured = stand_in_decode(capture, batch, context, STEPS + WARM_UP, ExchangeOnly)
+        captured = decode_synthetic_batch(capture, batch, context, STEPS + WARM_UP, ExchangeOnly)
         figures[transport] = time_steps(captured, STEPS).median_us / layers - figures["none"]
     return figures
 

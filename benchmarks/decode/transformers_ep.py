@@ -51,7 +51,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from exflow.bench.job import CONTEXT, WARM_UP
 from exflow.files import atomic_path
-from exflow.job.cluster import Cluster, join_cluster, of_all
+from exflow.job.cluster import Cluster, all_gather_object, join_cluster
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
 from exflow.model.device import choose_device
@@ -235,7 +235,7 @@ def median_us(cluster: Cluster, step: Callable[[], Tensor], rewind: Callable[[],
     if on_gpu:
         torch.cuda.synchronize()
     taken = [1000 * start.elapsed_time(end) for start, end in marks[WARM_UP:]]
-    return float(statistics.median(map(max, zip(*of_all(cluster, taken), strict=True))))
+    return float(statistics.median(map(max, zip(*all_gather_object(cluster, taken), strict=True))))
 
 
 class Clock:
@@ -276,15 +276,15 @@ def exflow_model(bench: Bench, shape: ModelConfig, code: str, depth: int) -> Any
 def exflow_step(bench: Bench, model: Any, how: str, batch: int) -> dict[str, Any]:
     """Time of ExFlow's captured step. Collective."""
     from exflow.bench.decode import fill_with_noise
-    from exflow.bench.timing import begin_stand_in, stand_in_decode, time_steps
+    from exflow.bench.timing import begin_synthetic_batch, decode_synthetic_batch, time_steps
     from exflow.runtime.graph_runner import Capture
 
     decoder, plan = model
     tables = PlanTables.of(plan, bench.cluster.device)
     capture = Capture(decoder, tables, bench.cluster, 1, how == "replicated", "one-sided")
-    stepping = stand_in_decode(capture, batch, bench.context, STEPS + WARM_UP)
+    stepping = decode_synthetic_batch(capture, batch, bench.context, STEPS + WARM_UP)
     fill_with_noise(stepping.cache, stepping.shape.sequence_of_rows(), bench.context)
-    begin_stand_in(stepping, batch, bench.context)
+    begin_synthetic_batch(stepping, batch, bench.context)
     return {"us": time_steps(stepping, STEPS).median_us}
 
 
@@ -296,7 +296,7 @@ def attempted(cluster: Cluster, work: Callable[[], Any]) -> tuple[Any, str]:
     except Exception as error:
         traceback.print_exc()
         fault = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    faults = [each for each in of_all(cluster, fault) if each]
+    faults = [each for each in all_gather_object(cluster, fault) if each]
     return (None, faults[0]) if faults else (result, "")
 
 
@@ -378,7 +378,7 @@ def run(arguments: argparse.Namespace, cluster: Cluster) -> None:
     deadline = time.monotonic() + arguments.seconds
 
     def late() -> bool:
-        return any(of_all(cluster, time.monotonic() > deadline))
+        return any(all_gather_object(cluster, time.monotonic() > deadline))
 
     bench = Bench.of(cluster, getattr(torch, arguments.dtype), arguments.context)
     document = setting(bench)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exflow.comm.collectives import Exchange
-from exflow.comm.pairwise import Rounds
+from exflow.comm.pairwise import PairwiseExchange
 from exflow.cost.machine import Machine
 from exflow.cost.probe import link_of
 from exflow.job.cluster import Cluster, join_cluster
@@ -88,7 +88,7 @@ def measure_here(
         taken = []
         for _ in range(31):
             start = time.perf_counter()
-            exchange.give_back(sent, to, come, row_bytes)
+            exchange.combine(sent, to, come, row_bytes)
             taken.append(time.perf_counter() - start)
         return slowest(sum(taken[1:]) / 30)
 
@@ -128,7 +128,7 @@ def compute_seconds(
     alone = NoWire(Cluster(0, 1, 1, CPU))
     engine = engine_of(local, plan, routing, 0)
     engine.strategy = strategy_of("1", alone, plan, local)
-    engine.of_all_ranks = lambda mine: [mine]  # type: ignore[method-assign]
+    engine.all_gather_object = lambda mine: [mine]  # type: ignore[method-assign]
     few, many = max(1, tokens // 4), tokens
     engine.generate(Request([[1]] * few, 2))
     taken = [slowest(step_seconds(engine, batch, steps)[0]) for batch in (few, many)]
@@ -163,9 +163,9 @@ def main(folder: Path) -> None:
     config = ModelConfig.model_validate_json((folder / "config.json").read_text())
     trace = RoutingTrace.load(folder / "replayed")
     with join_cluster("cpu") as cluster, torch.inference_mode():
-        rounds = Rounds.between(cluster)
+        pairwise = PairwiseExchange.between(cluster)
         tokens = job["batch"] // cluster.num_ranks
-        exchange = Exchange(cluster, rounds=rounds)
+        exchange = Exchange(cluster, pairwise=pairwise)
         machine = measure_here(exchange, config, trace, tokens, job["steps"])
         machine = replace(machine, shared=not alone)
         if cluster.rank == 0:
@@ -176,7 +176,7 @@ def main(folder: Path) -> None:
         }
         engines = {
             (name, placement): Engine(
-                decoders[placement], strategy_of(name, Exchange(cluster, rounds=rounds), plan, config)
+                decoders[placement], strategy_of(name, Exchange(cluster, pairwise=pairwise), plan, config)
             )
             for name in job["strategies"]
             for placement, plan in plans.items()

@@ -234,7 +234,7 @@ def check_counters(
     counted = sum(counters[name] for name in counters if name.startswith(("dispatch_", "return_")))
     if counted != messages:
         raise RuntimeError(
-            f"{variant['strategy']}: the ranks sent {counted} messages, {messages} are foretold"
+            f"{variant['strategy']}: the ranks sent {counted} messages, {messages} are predicted"
         )
 
 

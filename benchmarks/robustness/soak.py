@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from exflow.files import write_json
-from exflow.job.cluster import join_cluster, of_all
+from exflow.job.cluster import all_gather_object, join_cluster
 from exflow.job.launch import torchrun_place
 from exflow.model.config_file import load_model_config
 from exflow.model.decoder import Rows
@@ -98,11 +98,13 @@ def run_rank(model: Path, load: Load, folder: Path) -> None:
         plan = contiguous_plan(load_model_config(model), Topology(gpus_per_node=cluster.num_ranks))
         engines = [deploy(Deployment(model, strategy, plan), cluster) for strategy in STRATEGIES]
         log = files.enter_context((folder / f"rank-{cluster.rank}.jsonl").open("w"))
-        of_all(cluster, None)
+        all_gather_object(cluster, None)
         start, admitted, number = time.monotonic(), 0, 0
         while admitted < len(arrivals):
             here = int(np.searchsorted(arrivals, time.monotonic() - start))
-            until = of_all(cluster, min(here, admitted + MAX_BATCH))[0]  # by the first rank's clock
+            until = all_gather_object(cluster, min(here, admitted + MAX_BATCH))[
+                0
+            ]  # by the first rank's clock
             if until == admitted:
                 time.sleep(0.005)
                 continue

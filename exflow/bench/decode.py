@@ -18,7 +18,7 @@ from torch import Tensor
 from exflow.bench.job import WARM_UP, BenchJob, Setting
 from exflow.bench.table import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
 from exflow.comm.collectives import Counters, Exchange
-from exflow.comm.pairwise import Rounds
+from exflow.comm.pairwise import PairwiseExchange
 from exflow.comm.transport import Transport, alone, choose_transport
 from exflow.console import Work, note
 from exflow.cost.machine import Machine
@@ -26,7 +26,7 @@ from exflow.cost.predict import memory_bytes
 from exflow.cost.probe import free_bytes, measure
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
-from exflow.job.cluster import Cluster, alike_on_all_ranks, join_cluster, of_all
+from exflow.job.cluster import Cluster, all_gather_object, join_cluster, raise_on_all_ranks
 from exflow.job.launch import torchrun_place
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.device import choose_device
@@ -49,7 +49,7 @@ def bench_decode(job: BenchJob) -> dict[str, Any] | None:
         return run(job, Setting.of(job, None), alone(device))
     with join_cluster(device.type, job.patience_s) as cluster:
         topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
-        setting = alike_on_all_ranks(cluster, lambda: Setting.of(job, topology))
+        setting = raise_on_all_ranks(cluster, lambda: Setting.of(job, topology))
         return run(job, setting, cluster)
 
 
@@ -61,7 +61,7 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
         note(line)
     setting = replace(setting, transports=working_transports(setting, cluster))
     with Work("measuring memory and links", shown=first):
-        free = min(of_all(cluster, free_bytes(cluster)))
+        free = min(all_gather_object(cluster, free_bytes(cluster)))
         measured = setting.transports if setting.topology is not None else []
         machines = {transport: measure(cluster, transport) for transport in measured}
         report = Report(about(job, setting, cluster, machines), cases_of(setting), job.output)
@@ -69,7 +69,7 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
             report.predicted = predicted(setting, machines)
             report.taken_by_auto = taken_by_auto(report.predicted, machines)
     with Work("timing", "cases", shown=first) as work:
-        bench = Bench(setting, cluster, Rounds.between(cluster), free, machines, work.tell)
+        bench = Bench(setting, cluster, PairwiseExchange.between(cluster), free, machines, work.tell)
         for case, result in results(bench):
             if first:
                 report.add(case, result)
@@ -105,7 +105,7 @@ class Bench:
 
     setting: Setting
     cluster: Cluster
-    rounds: Rounds | None
+    pairwise: PairwiseExchange | None
     free: float
     machines: dict[Transport, Machine]
     tell: Callable[[str], object] = lambda what: None
@@ -215,7 +215,7 @@ def _strategy(bench: Bench, case: Case) -> Strategy:
     config, cluster = bench.setting.config, bench.cluster
     return make_strategy(
         strategy_named(case.strategy, cluster.num_nodes),
-        Exchange(cluster, rounds=bench.rounds),
+        Exchange(cluster, pairwise=bench.pairwise),
         PlanTables.of(bench.setting.plans[case.placement], cluster.device),
         config.moe_layer_ids,
         config.num_hidden_layers,
@@ -225,7 +225,7 @@ def _strategy(bench: Bench, case: Case) -> Strategy:
 def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
     """Of cases that differ in their placement alone: one captured step, and other tables in its memory.
     Collective."""
-    from exflow.bench.timing import begin_stand_in, stand_in_decode, time_steps
+    from exflow.bench.timing import begin_synthetic_batch, decode_synthetic_batch, time_steps
     from exflow.runtime.graph_runner import Capture
 
     setting, cluster = bench.setting, bench.cluster
@@ -236,7 +236,9 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
     bench.tell(f"{cases[0]}: capturing")
     if cluster.device.type == "cuda":
         torch.cuda.empty_cache()  # a graph that is gone leaves its memory in a pool that no other uses
-    captured = allocated(cluster, lambda: stand_in_decode(capture, batch, setting.context, setting.counted))
+    captured = allocated(
+        cluster, lambda: decode_synthetic_batch(capture, batch, setting.context, setting.counted)
+    )
     if isinstance(captured, str):
         yield from ((case, captured) for case in cases)
         return
@@ -244,7 +246,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
     for case, table in zip(cases, tables, strict=True):
         bench.tell(str(case))
         captured.use_tables(table)
-        begin_stand_in(captured, batch, setting.context)
+        begin_synthetic_batch(captured, batch, setting.context)
         times = time_steps(captured, setting.steps)
         sent = bytes_per_step(cluster, captured.counters(setting.counted), setting.counted)
         floor = floor_ms(bench, captured)
@@ -316,8 +318,8 @@ def allocated(cluster: Cluster, make: Callable[[], Item]) -> Item | str:
             fault = f"does not fit: {str(error).splitlines()[0]}"
             return None
 
-    made = attempt() if cluster.num_ranks == 1 else alike_on_all_ranks(cluster, attempt)
-    faults = [each for each in of_all(cluster, fault) if each]
+    made = attempt() if cluster.num_ranks == 1 else raise_on_all_ranks(cluster, attempt)
+    faults = [each for each in all_gather_object(cluster, fault) if each]
     if made is not None and not faults:
         return made
     made = None

@@ -35,18 +35,18 @@ class StepTimes:
 
 
 @torch.inference_mode()
-def stand_in_decode(
+def decode_synthetic_batch(
     capture: Capture, batch: int, context: int, steps: int, kind: type[DecodeStep] = DecodeStep
 ) -> CapturedDecode:
     """A captured step with `batch` sequences that have `context` tokens each. Collective."""
     captured = capture.make(batch, context + steps + 1, GREEDY, (), kind)
     captured.cache.normal_()
-    begin_stand_in(captured, batch, context)
+    begin_synthetic_batch(captured, batch, context)
     return captured
 
 
 @torch.inference_mode()
-def begin_stand_in(captured: CapturedDecode, batch: int, context: int) -> None:
+def begin_synthetic_batch(captured: CapturedDecode, batch: int, context: int) -> None:
     """Put `batch` sequences of `context` tokens before their next step. Collective."""
     shape, device = captured.shape, captured.cache.device
     here = torch.arange(batch, device=device)

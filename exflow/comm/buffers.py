@@ -1,9 +1,10 @@
-"""Where ranks put rows for each other in a decode step of static shape: addresses that are known beforehand.
+"""Buffers through which ranks exchange rows in a captured decode step.
 
-An exchange has a mailbox on every rank. One-sided, it is memory that the other ranks write into, and a flag
-for each sender says that all it had to say is there. Collective, it is a pair of buffers that one all-to-all
-of fixed capacity moves. The kernels are the same: they write to addresses, and read what bears the
-exchange's number. With relays both: memory inside a node, a collective between nodes.
+Their addresses are fixed, so a CUDA graph can contain them. A one-sided exchange uses symmetric memory: peers
+write rows into it, and each sender raises a flag once all its rows are there. A collective exchange uses a
+pair of buffers that one all-to-all of fixed capacity moves. The kernels are the same for both: they write to
+addresses, and read the rows that bear the exchange's number. With relays, ranks write into each other's
+memory inside a node, and a collective moves rows between nodes.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from exflow.job.cluster import Cluster, coherence_group
-from exflow.kernels.operands import Far, Mailbox
+from exflow.kernels.operands import ExchangeBuffer, OffNodeBuffer
 
 _ALIGNMENT = 128  # bytes; of every region, so that rows are stored in whole lines
 
@@ -65,8 +66,7 @@ class StepShape:
 @dataclass(frozen=True)
 class PeerMemory:
     """Bytes of this rank that the other ranks of its node can write to, and where each rank's lie in this
-    rank's addresses, 0 for ranks of other nodes; `meet` waits, on the GPU, until the node's ranks have come
-    so far."""
+    rank's addresses, 0 for ranks of other nodes; `meet` is a barrier of the node's ranks on the GPU."""
 
     own: Tensor
     bases: list[int]
@@ -120,7 +120,7 @@ def tensor_at(address: int, like: Tensor) -> Tensor:
 
 
 def local_memory(device: torch.device, num_ranks: int = 1) -> Allocate:
-    """Memory that this rank alone writes to: whatever rank is meant, it is its own."""
+    """Memory of this rank alone: every rank's address leads to it."""
 
     def allocate(size: int) -> PeerMemory:
         own = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -134,20 +134,21 @@ def rounded(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Mail:
-    """The exchanges of a layer. `returns` is None where no partial sums ever travel.
+class LayerBuffers:
+    """The buffers of one layer's exchanges: dispatch and combine. `returns` is None where no partial sums
+    travel.
 
-    With relays `returns` brings partial sums to a token's relay in this node, and `sums` those of relays to
+    With relays, `returns` brings partial sums to a token's relay in this node, and `sums` those of relays to
     its next owner, into the same chunks: no sender has both for one token and receiver.
     """
 
-    dispatch: Mailbox
-    returns: Mailbox | None
-    sums: Mailbox | None = None
+    dispatch: ExchangeBuffer
+    returns: ExchangeBuffer | None
+    sums: ExchangeBuffer | None = None
 
     @property
-    def boxes(self) -> list[Mailbox]:
-        return [box for box in (self.dispatch, self.returns, self.sums) if box is not None]
+    def exchanges(self) -> list[ExchangeBuffer]:
+        return [buffer for buffer in (self.dispatch, self.returns, self.sums) if buffer is not None]
 
 
 def words_of(top_k: int) -> int:
@@ -155,10 +156,10 @@ def words_of(top_k: int) -> int:
     return 1 << (2 + 2 * top_k - 1).bit_length()
 
 
-def one_sided_mail(
+def one_sided_buffers(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
-) -> Mail:
-    """Mailboxes in memory that the peers write to. hidden_bytes: of one row."""
+) -> LayerBuffers:
+    """Buffers in memory that the peers write to. hidden_bytes: the size of one hidden state."""
     peers, summed = len(shape.peers), shape.sequences if shape.relayed else shape.rows
     place = shape.rank - shape.peers.start
     words_at = rounded(4 * words_of(top_k) * shape.sequences)
@@ -168,10 +169,12 @@ def one_sided_mail(
     flags = rounded(4 * peers)
     memory = allocate(3 * flags + 2 * dispatch + (2 * peers * chunk if returns else 0))
 
-    def mailbox(flags_at: int, at: int, size: int, chunk: int, payload_at: int, shared: bool) -> Mailbox:
+    def buffer(
+        flags_at: int, at: int, size: int, chunk: int, payload_at: int, shared: bool
+    ) -> ExchangeBuffer:
         mine = 0 if shared else place * chunk
         device = memory.own.device
-        return Mailbox(
+        return ExchangeBuffer(
             to=torch.tensor(
                 [[base + at + parity * size + mine for base in memory.bases] for parity in (0, 1)],
                 device=device,
@@ -190,61 +193,62 @@ def one_sided_mail(
         )
 
     first, second = 3 * flags, 3 * flags + 2 * dispatch
-    gated = mailbox(0, first, dispatch, dispatch, words_at, True)
+    gated = buffer(0, first, dispatch, dispatch, words_at, True)
     if not returns:
-        return Mail(gated, None)
+        return LayerBuffers(gated, None)
     returned, sums = (
-        mailbox(flags_at, second, peers * chunk, chunk, numbers_at, False) for flags_at in (flags, 2 * flags)
+        buffer(flags_at, second, peers * chunk, chunk, numbers_at, False) for flags_at in (flags, 2 * flags)
     )
-    return Mail(gated, returned, sums if shape.relayed else None)
+    return LayerBuffers(gated, returned, sums if shape.relayed else None)
 
 
-def relayed_mail(shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate) -> Mail:
-    """Mailboxes in memory that the node's ranks write to, with chunks for other nodes that an all-to-all
-    moves.
+def relayed_buffers(
+    shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
+) -> LayerBuffers:
+    """Buffers in memory that the node's ranks write to, with chunks for other nodes that an all-to-all moves.
 
     Tokens go to the ranks of this rank's place in other nodes, sums to any rank there that may own a token
     that this one relays. Who sends to whom is symmetric.
     """
-    mail = one_sided_mail(shape, top_k, hidden_bytes, returns, allocate)
+    buffers = one_sided_buffers(shape, top_k, hidden_bytes, returns, allocate)
     elsewhere = [rank for rank in range(shape.num_ranks) if rank not in shape.peers]
     relays = [rank for rank in elsewhere if (rank - shape.rank) % shape.ranks_per_node == 0]
     owners = relays if shape.group_size == 1 else elsewhere  # a token that comes home has its relays' place
     words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
     size = hidden_bytes * shape.rows
     return replace(
-        mail,
-        dispatch=_reaching(mail.dispatch, relays, rounded(words_at + size), words_at),
-        sums=mail.sums and _reaching(mail.sums, owners, rounded(numbers_at + size), numbers_at),
+        buffers,
+        dispatch=_reaching(buffers.dispatch, relays, rounded(words_at + size), words_at),
+        sums=buffers.sums and _reaching(buffers.sums, owners, rounded(numbers_at + size), numbers_at),
     )
 
 
-def _reaching(box: Mailbox, reached: list[int], chunk: int, payload_at: int) -> Mailbox:
-    """The mailbox with chunks to and from the ranks `reached` of other nodes, which reach this one too."""
-    num_ranks, device = box.to.shape[1], box.to.device
+def _reaching(buffer: ExchangeBuffer, reached: list[int], chunk: int, payload_at: int) -> ExchangeBuffer:
+    """The buffer with chunks to and from the ranks `reached` of other nodes, which reach this one too."""
+    num_ranks, device = buffer.to.shape[1], buffer.to.device
     outgoing, incoming = torch.zeros(2, len(reached) * chunk, dtype=torch.uint8, device=device)
     sizes = [chunk if rank in reached else 0 for rank in range(num_ranks)]
-    to, at = box.to.clone(), torch.zeros(num_ranks, dtype=torch.int64, device=device)
+    to, at = buffer.to.clone(), torch.zeros(num_ranks, dtype=torch.int64, device=device)
     for place, rank in enumerate(reached):
         to[:, rank] = outgoing.data_ptr() + place * chunk
         at[rank] = incoming.data_ptr() + place * chunk
     return replace(
-        box,
+        buffer,
         to=to,
         move=lambda: dist.all_to_all_single(incoming, outgoing, sizes, sizes),
-        far=Far(at, payload_at, outgoing.nbytes),
+        off_node=OffNodeBuffer(at, payload_at, outgoing.nbytes),
     )
 
 
-def collective_mail(
+def collective_buffers(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, device: torch.device
-) -> Mail:
-    """Mailboxes that an all-to-all moves: a chunk for every row that a receiver may own, full or not."""
+) -> LayerBuffers:
+    """Buffers that an all-to-all moves: a chunk has space for every row that its receiver may own."""
 
-    def mailbox(chunk: int, payload_at: int) -> Mailbox:
+    def buffer(chunk: int, payload_at: int) -> ExchangeBuffer:
         outgoing, incoming = torch.zeros(2, shape.num_ranks * chunk, dtype=torch.uint8, device=device)
         each = range(shape.num_ranks)
-        return Mailbox(
+        return ExchangeBuffer(
             to=torch.tensor([[outgoing.data_ptr() + rank * chunk for rank in each]] * 2, device=device),
             at=torch.tensor([incoming.data_ptr()] * 2, device=device),
             chunk=chunk,
@@ -258,12 +262,12 @@ def collective_mail(
     words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
     size = hidden_bytes * shape.rows
     if shape.replicated:  # every rank gates every token: what it finds goes to itself
-        gated = one_sided_mail(
+        gated = one_sided_buffers(
             shape, top_k, hidden_bytes, False, local_memory(device, shape.num_ranks)
         ).dispatch
     else:
-        gated = mailbox(rounded(words_at + size), words_at)
-    return Mail(
+        gated = buffer(rounded(words_at + size), words_at)
+    return LayerBuffers(
         gated,
-        mailbox(rounded(numbers_at + size), numbers_at) if returns else None,
+        buffer(rounded(numbers_at + size), numbers_at) if returns else None,
     )

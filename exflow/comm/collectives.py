@@ -1,10 +1,10 @@
-"""The collectives of a decode step behind one face, over gloo and NCCL alike, each of them counted.
+"""The collectives of a decode step, over gloo and NCCL alike, each of them counted.
 
-The bytes on the wire follow the rows that move, and no counts are exchanged first. Where both ends of a pair
-know how many rows will come, in a return and in a gather, just those are sent. In a dispatch a chunk has room
-for as many as both ends expect (expectation.py); a pair that has more sends the rest point to point. A row is
-a run of bytes; a dispatch's chunk is a header of int32 (the number of rows, then the sender's note), the
-rows, and what is left of the room.
+The bytes on the wire follow the rows that move, and no counts are exchanged first. In a combine and in a
+gather both ends of a pair know how many rows will come, and exactly these are sent. In a dispatch, a chunk
+has the capacity that both ends predict (capacity.py); a pair with more rows sends the rest point to point. A
+row is a run of bytes. A dispatch's chunk is a header of int32 (the number of rows, then the sender's note),
+the rows, and zeros up to the capacity.
 
 Shapes: N rows to send, M rows received, B bytes a row, G ranks.
 """
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.comm.capacity import Room
-from exflow.comm.pairwise import Parcels, Rounds
-from exflow.job.cluster import Cluster, CoherenceGroup, during
+from exflow.comm.capacity import Capacity
+from exflow.comm.pairwise import Chunks, PairwiseExchange
+from exflow.job.cluster import Cluster, CoherenceGroup, annotate_errors
 
 Purpose = Literal["dispatch", "return"]
 
@@ -30,8 +30,8 @@ class Counters:
 
     Messages and K/V copies are rows that left for another rank of the same node (intra) or of another one
     (inter), as placement.traffic predicts them. hidden_bytes and kv_bytes are their size; wire_bytes is what
-    the collectives carried off the rank, padding and headers included. `late` counts the chunks that had no
-    room for all their rows.
+    the collectives carried off the rank, padding and headers included. `late` counts the chunks whose
+    rows exceeded their capacity.
     """
 
     all_to_alls: int = 0
@@ -62,7 +62,7 @@ def total(counters: list[Counters]) -> Counters:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What a dispatch brought: rows [M, B] uint8 of other ranks, ordered by sender, and every rank's note.
+    """The result of a dispatch: rows [M, B] uint8 of other ranks, ordered by sender, and every rank's note.
 
     sent, came: how many rows went to each rank, and came from each.
     """
@@ -80,7 +80,7 @@ class PendingGather:
     finish: Callable[[], object]
     rows_MB: Tensor
 
-    @during("a gather of keys and values")
+    @annotate_errors("a gather of keys and values")
     def wait(self) -> Tensor:
         self.finish()
         return self.rows_MB
@@ -91,46 +91,46 @@ class Exchange:
     """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase.
 
     group: whose members the ranks of `cluster` are, in order; without it the whole job's.
-    rounds: how all-to-alls of the whole job run, where the backend's own are slow.
+    pairwise: runs the all-to-alls of the whole job where the backend's own are slow.
     """
 
     cluster: Cluster
     counters: Counters = field(default_factory=Counters)
     group: CoherenceGroup | None = None
-    rounds: Rounds | None = None
+    pairwise: PairwiseExchange | None = None
 
-    @during("a dispatch")
+    @annotate_errors("a dispatch")
     def dispatch(
-        self, rows_NB: Tensor, dest_N: Tensor, note: list[int], room: Room, hidden_bytes: int
+        self, rows_NB: Tensor, dest_N: Tensor, note: list[int], capacity: Capacity, hidden_bytes: int
     ) -> Dispatched:
-        """Send each row to its rank (never this one); hear every other rank's rows and note.
+        """Send each row to its rank (never this one); receive every other rank's rows and note.
 
-        room: what one rank has for another must be what the other has from it.
+        capacity: the capacity from one rank to another must be the same on both.
         hidden_bytes: the part of a row that is hidden state, for the count.
         """
         rank, row_bytes = self.cluster.rank, rows_NB.shape[1]
         rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
         sent = [len(rows) for rows in rows_to]
         header_GH = _as_headers([[count, *note] for count in sent], rows_NB.device)
-        pieces = [_pieces(*each) for each in zip(header_GH, rows_to, room.to, strict=True)]
+        pieces = [_pieces(*each) for each in zip(header_GH, rows_to, capacity.to, strict=True)]
         sizes_to, sizes_from = (
-            [0 if other == rank else len(header_GH[0]) + rows * row_bytes for other, rows in enumerate(rooms)]
-            for rooms in (room.to, room.come)
+            [0 if other == rank else len(header_GH[0]) + rows * row_bytes for other, rows in enumerate(each)]
+            for each in (capacity.to, capacity.come)
         )
         flat = [piece for to, chunk in enumerate(pieces) if to != rank for piece in chunk]
         chunks = list(self._swap(_joined(flat, rows_NB), sizes_to, sizes_from).split(sizes_from))
         chunks[rank] = header_GH[rank]
         came, notes = _read_headers(chunks, 1 + len(note))
         bodies = [chunk[len(header_GH[0]) :].view(-1, row_bytes) for chunk in chunks]
-        late = self._swap_late(rows_to, room, came)
+        late = self._swap_late(rows_to, capacity, came)
         rows_of = [
             torch.cat([body[:count], rest]) for body, count, rest in zip(bodies, came, late, strict=True)
         ]
         self._count(sent, "dispatch", hidden_bytes)
         return Dispatched(torch.cat(rows_of), notes, sent, came)
 
-    @during("a return")
-    def give_back(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
+    @annotate_errors("a combine")
+    def combine(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
         """Send each row to its rank (never this one); the rows of others [M, B], ordered by sender.
 
         come: how many rows each rank has for this one, which it must know.
@@ -147,21 +147,21 @@ class Exchange:
     def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
         """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
         arrived = chunks.new_empty(sum(sizes_from))
-        if self.rounds is None:
+        if self.pairwise is None:
             options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
             dist.all_to_all_single(arrived, chunks, sizes_from, sizes_to, **options)
         else:
-            self.rounds.swap(Parcels(list(chunks.split(sizes_to)), list(arrived.split(sizes_from))))
+            self.pairwise.swap(Chunks(list(chunks.split(sizes_to)), list(arrived.split(sizes_from))))
         self.counters.all_to_alls += 1
         self.counters.wire_bytes += len(chunks)
         return arrived
 
-    def _swap_late(self, rows_to: list[Tensor], room: Room, came: list[int]) -> list[Tensor]:
-        """The rows from each rank that its chunk had no room for; mine are sent to the others meanwhile."""
-        late_to = [rows[most:] for rows, most in zip(rows_to, room.to, strict=True)]
+    def _swap_late(self, rows_to: list[Tensor], capacity: Capacity, came: list[int]) -> list[Tensor]:
+        """Exchange the rows beyond the chunks' capacity; returns those from each rank."""
+        late_to = [rows[most:] for rows, most in zip(rows_to, capacity.to, strict=True)]
         late_from = [
             rows_to[0].new_empty(max(0, count - most), rows_to[0].shape[1])
-            for count, most in zip(came, room.come, strict=True)
+            for count, most in zip(came, capacity.come, strict=True)
         ]
         operations = [
             self._point_to_point(send_or_receive, rows, other)
@@ -215,11 +215,11 @@ class Exchange:
     def _share(
         self, mine: Tensor, arrived: Tensor, sizes_from: list[int], group: CoherenceGroup
     ) -> Callable[[], object]:
-        """Begin to give what is mine to all other members, and to put what is theirs into `arrived`.
+        """Begin to send `mine` to all other members, and to receive theirs into `arrived`.
 
-        Returns what waits for it: on GPUs the stream, not the host.
+        Returns a function that waits for it: on GPUs the stream waits, not the host.
         """
-        if self.rounds is None:
+        if self.pairwise is None:
             me = group.ranks.index(self.cluster.rank)
             # an all-gather wants equal parts, on gloo
             sizes_to = [0 if member == me else len(mine) for member in range(group.size)]
@@ -232,10 +232,10 @@ class Exchange:
         for rank, part in zip(group.ranks, arrived.split(sizes_from), strict=True):
             if rank != self.cluster.rank:
                 to[rank], come[rank] = mine, part
-        self.rounds.defer(Parcels(to, come))
-        return self.rounds.finish
+        self.pairwise.defer(Chunks(to, come))
+        return self.pairwise.finish
 
-    @during("an all-reduce")
+    @annotate_errors("an all-reduce")
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         dist.all_reduce(values)
@@ -274,17 +274,17 @@ def _as_headers(values: list[list[int]], device: torch.device) -> Tensor:
 
 
 def _read_headers(chunks: list[Tensor], fields: int) -> tuple[list[int], list[list[int]]]:
-    """How many rows each chunk was to have, and the note in it."""
+    """The number of rows that each sender announces, and its note."""
     headers: list[list[int]] = (
         torch.stack([chunk[: 4 * fields] for chunk in chunks]).view(torch.int32).tolist()
     )
     return [header[0] for header in headers], [header[1:] for header in headers]
 
 
-def _pieces(header_H: Tensor, rows_NB: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chunk consists of: header, rows, and zeros where there are fewer than it has room for."""
-    spare = max(0, room - len(rows_NB)) * rows_NB.shape[1]
-    return header_H, rows_NB[:room].flatten(), rows_NB.new_zeros(spare)
+def _pieces(header_H: Tensor, rows_NB: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of a chunk: header, rows, and zeros up to its capacity."""
+    spare = max(0, capacity - len(rows_NB)) * rows_NB.shape[1]
+    return header_H, rows_NB[:capacity].flatten(), rows_NB.new_zeros(spare)
 
 
 def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""All-to-alls between hosts over gloo: a connection for each direction, and one sender to a host at a time.
+"""Pairwise exchange: all-to-alls between hosts over gloo, one sender to a host at a time.
 
-gloo's own all-to-all has one connection for each pair of ranks, where what goes one way waits for what goes
-the other, and starts all sends at once: what a host's port has no room for is lost, and TCP sends it again
-after 200 ms. docs/decode.md has the figures.
+gloo's own all-to-all has one connection for each pair of ranks, where the two directions wait for each other.
+It starts all sends at once: packets that a host's port has no room for are lost, and TCP repeats them after
+200 ms. Here each direction has a connection of its own. docs/decode.md has the figures.
 """
 
 from collections.abc import Iterator
@@ -15,28 +15,28 @@ from torch import Tensor
 
 from exflow.job.cluster import Cluster, coherence_group
 
-FEW_BYTES = 65536  # for all others: any port has room for as many of every rank, and rounds would take longer
+FEW_BYTES = 65536  # to all ranks together: a port buffers this much from everyone, and rounds take longer
 
 
 @dataclass(frozen=True)
-class Parcels:
-    """What one rank gives to each, and gets from each: both by rank, uint8; what is empty is not sent."""
+class Chunks:
+    """Bytes that one rank sends to each rank, and receives from each (uint8); empty ones are not sent."""
 
     to: list[Tensor]
     come: list[Tensor]
 
 
 @dataclass(frozen=True)
-class Rounds:
+class PairwiseExchange:
     """This rank's connections to the others: to ranks above it, and to ranks below.
 
-    deferred: parcels that go with those of the next exchange.
+    deferred: chunks that go with those of the next exchange.
     """
 
     cluster: Cluster
     up: dist.ProcessGroup
     down: dist.ProcessGroup
-    deferred: list[Parcels] = field(default_factory=list)
+    deferred: list[Chunks] = field(default_factory=list)
 
     @classmethod
     def between(cls, cluster: Cluster) -> Self | None:
@@ -46,23 +46,24 @@ class Rounds:
         assert dist.group.WORLD is not None
         return cls(cluster, dist.group.WORLD, coherence_group(cluster, cluster.num_ranks).processes)
 
-    def swap(self, parcels: Parcels) -> None:
-        """Exchange these parcels, and the deferred ones. Collective."""
-        self._exchange([parcels, *self.deferred])
+    def swap(self, chunks: Chunks) -> None:
+        """Exchange these chunks, and the deferred ones. Collective."""
+        self._exchange([chunks, *self.deferred])
 
-    def defer(self, parcels: Parcels) -> None:
-        """Exchange them when there is occasion: nobody needs them yet. Collective."""
-        self.deferred.append(parcels)
+    def defer(self, chunks: Chunks) -> None:
+        """Exchange them together with the next chunks: nobody needs them yet. Collective."""
+        self.deferred.append(chunks)
 
     def finish(self) -> None:
-        """Exchange what is still deferred. Collective."""
+        """Exchange the chunks that are still deferred. Collective."""
         if self.deferred:
             self._exchange(list(self.deferred))
 
-    def _exchange(self, every: list[Parcels]) -> None:
-        """In round d all send to the rank d above and hear the one d below, so that each port has one sender.
+    def _exchange(self, every: list[Chunks]) -> None:
+        """In round d each rank sends to the rank d above it and receives from the rank d below: one sender a
+        port.
 
-        Who has little to send and to hear does not wait for a round's end.
+        A rank with few bytes does not wait for a round's end.
         """
         self.deferred.clear()
         sent = sum(len(part) for each in every for part in each.to)
@@ -72,15 +73,15 @@ class Rounds:
             for work in list(together):
                 work.wait()
 
-    def _start_round(self, distance: int, every: list[Parcels]) -> Iterator[dist.Work]:
-        """Begins each send and receipt as it is asked for."""
+    def _start_round(self, distance: int, every: list[Chunks]) -> Iterator[dist.Work]:
+        """Begin each send and receive when it is asked for."""
         rank, ranks = self.cluster.rank, self.cluster.num_ranks
         above, below = (rank + distance) % ranks, (rank - distance) % ranks
-        for parcels in every:
-            if len(parcels.to[above]):
-                yield self._way(rank, above).send([parcels.to[above]], above, 0)
-            if len(parcels.come[below]):
-                yield self._way(below, rank).recv([parcels.come[below]], below, 0)
+        for chunks in every:
+            if len(chunks.to[above]):
+                yield self._way(rank, above).send([chunks.to[above]], above, 0)
+            if len(chunks.come[below]):
+                yield self._way(below, rank).recv([chunks.come[below]], below, 0)
 
     def _way(self, sender: int, receiver: int) -> dist.ProcessGroup:
         return self.up if receiver > sender else self.down

@@ -9,7 +9,7 @@ import torch
 
 from exflow.console import note
 from exflow.errors import InputError
-from exflow.job.cluster import Cluster, of_all
+from exflow.job.cluster import Cluster, all_gather_object
 
 Transport = Literal["one-sided", "relayed", "collective", "eager"]
 NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
@@ -95,7 +95,7 @@ def _fault_of_symmetric_memory(cluster: Cluster) -> str:
         symmetric_memory(cluster)(4096)
     except (RuntimeError, ImportError) as error:
         mine = str(error).splitlines()[0]
-    return next((fault for fault in of_all(cluster, mine) if fault), "")
+    return next((fault for fault in all_gather_object(cluster, mine) if fault), "")
 
 
 def alone(device: torch.device) -> Cluster:

@@ -13,7 +13,7 @@ from exflow.console import Work, note
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.files import check_writable
-from exflow.job.cluster import Cluster, alike_on_all_ranks, join_cluster
+from exflow.job.cluster import Cluster, join_cluster, raise_on_all_ranks
 from exflow.job.launch import PATIENCE_S, torchrun_place
 from exflow.model.checkpoint import default_dtype, load_decoder
 from exflow.model.config_file import load_model_config
@@ -29,7 +29,7 @@ from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request, check_request
 from exflow.runtime.strategies import check_relays, group_size, strategy_named
 from exflow.runtime.trace_recorder import JobRecorder
-from exflow.runtime.verify import Witness, Witnessed, check_choices
+from exflow.runtime.verify import RunRecord, RunRecorder, check_choices
 from exflow.runtime.verify_counters import check_counters
 from exflow.texts import read_text
 
@@ -136,7 +136,7 @@ def generate(job: GenerateJob) -> dict[str, Any] | None:
         return run(job, engine, job.request())
     with join_cluster(device.type, job.patience_s) as cluster:
         topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
-        deployment, request, replay = alike_on_all_ranks(
+        deployment, request, replay = raise_on_all_ranks(
             cluster, lambda: (job.deployment(topology), job.request(), job.replayed(cluster.device))
         )
         if cluster.rank == 0 and deployment.plan.topology != topology:
@@ -188,30 +188,30 @@ def run(
 ) -> dict[str, Any] | None:
     """Generate on this rank of a job, or alone. Raises WrongResult if a check is asked for and fails."""
     recorder = JobRecorder(engine) if job.trace else None
-    witness = Witness(engine, request) if job.verify else None
+    run_recorder = RunRecorder(engine, request) if job.verify else None
     with Work("generating", "tokens", shown=cluster is None or cluster.rank == 0) as work:
-        generation = engine.generate(request, witness.observe if witness else None, work.advance)
+        generation = engine.generate(request, run_recorder.observe if run_recorder else None, work.advance)
     trace = recorder.trace() if recorder else None
-    witnessed = witness.of_all_ranks() if witness else None
+    recorded = run_recorder.gather() if run_recorder else None
     if cluster is not None and cluster.rank != 0:
         return None
     if trace is not None and job.trace is not None:
         trace.save(job.trace)
     ranks = 1 if cluster is None else cluster.num_ranks
     result = describe(job, generation, ranks, _dtype(engine))
-    if witnessed is not None:
+    if recorded is not None:
         reference = load_decoder(job.model, engine.device, _dtype(engine))
         reference.replay = job.replayed(engine.device)
         if cluster is not None and deployment is not None:
             by_relays = engine.capture is not None and engine.capture.transport == "relayed"
-            check_traffic(generation, witnessed, deployment, cluster, reference, by_relays)
-        result["verified"] = asdict(check_choices(witnessed, generation, reference))
+            check_traffic(generation, recorded, deployment, cluster, reference, by_relays)
+        result["verified"] = asdict(check_choices(recorded, generation, reference))
     return result
 
 
 def check_traffic(
     generation: Generation,
-    witnessed: Witnessed,
+    recorded: RunRecord,
     deployment: Deployment,
     cluster: Cluster,
     reference: Decoder,
@@ -222,7 +222,7 @@ def check_traffic(
     plan = replace(deployment.plan, topology=here)
     group = 0 if deployment.strategy == "replicated" else group_size(deployment.strategy, cluster)
     relays = deployment.hierarchical
-    check_counters(generation, witnessed.trace, plan, group, reference, (relays, relays or by_relays))
+    check_counters(generation, recorded.trace, plan, group, reference, (relays, relays or by_relays))
 
 
 def _dtype(engine: Engine) -> torch.dtype:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from exflow.comm.buffers import symmetric_memory, tensor_at
 from exflow.comm.capacity import ROUND_BYTES
-from exflow.comm.pairwise import Parcels, Rounds
+from exflow.comm.pairwise import Chunks, PairwiseExchange
 from exflow.comm.transport import Transport
 from exflow.cost.machine import Link, Machine
-from exflow.job.cluster import Cluster, coherence_group, of_all
+from exflow.job.cluster import Cluster, all_gather_object, coherence_group
 
 SMALL = 64  # bytes from each rank to each other one
 LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -41,7 +41,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
         LAUNCHES[transport] * timer(cluster, lambda: [launched.add_(1) for _ in range(64)]) / 64,
         -free_bytes(cluster),
     )
-    read_s, layer_s, memory = (max(each) for each in zip(*of_all(cluster, mine), strict=True))
+    read_s, layer_s, memory = (max(each) for each in zip(*all_gather_object(cluster, mine), strict=True))
     return Machine(
         inside,
         between,
@@ -63,7 +63,7 @@ def _flops_per_s(cluster: Cluster) -> float:
     a, b = torch.randn(2, side, side, device=cluster.device, dtype=torch.bfloat16)
     out = torch.empty_like(a)
     seconds = _captured_s(cluster, lambda: torch.mm(a, b, out=out))
-    (slowest,) = (max(each) for each in zip(*of_all(cluster, (seconds,)), strict=True))
+    (slowest,) = (max(each) for each in zip(*all_gather_object(cluster, (seconds,)), strict=True))
     return float(2 * side**3 / slowest)
 
 
@@ -83,8 +83,8 @@ def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, 
         between = _link(cluster, _among_relays(cluster), cluster.num_nodes - 1, timer)
         return _link(cluster, _one_sided(cluster), near - 1, timer), between
     inside = _link(cluster, _all_to_all(cluster, node.processes, near), near - 1, timer)
-    rounds = Rounds.between(cluster)
-    exchange = _all_to_all(cluster, everyone.processes, ranks) if rounds is None else _in_rounds(rounds)
+    pairwise = PairwiseExchange.between(cluster)
+    exchange = _all_to_all(cluster, everyone.processes, ranks) if pairwise is None else _pairwise(pairwise)
     return inside, _link(cluster, exchange, ranks - near, timer)
 
 
@@ -93,7 +93,7 @@ def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
     if far < 1:
         return Link(0.0, float("inf"))
     large = LARGE[cluster.device.type]
-    times = of_all(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
+    times = all_gather_object(cluster, (timer(cluster, exchange(SMALL)), timer(cluster, exchange(large))))
     small_s, large_s = (max(each) for each in zip(*times, strict=True))
     return link_of(small_s, large_s, far * SMALL, far * large)
 
@@ -107,10 +107,10 @@ def _all_to_all(cluster: Cluster, group: dist.ProcessGroup, ranks: int) -> Excha
     return exchange
 
 
-def _in_rounds(rounds: Rounds) -> Exchange:
+def _pairwise(pairwise: PairwiseExchange) -> Exchange:
     def exchange(size: int) -> Callable[[], object]:
-        sent, received = torch.zeros(2, rounds.cluster.num_ranks, size, dtype=torch.uint8)
-        return lambda: rounds.swap(Parcels(list(sent), list(received)))
+        sent, received = torch.zeros(2, pairwise.cluster.num_ranks, size, dtype=torch.uint8)
+        return lambda: pairwise.swap(Chunks(list(sent), list(received)))
 
     return exchange
 

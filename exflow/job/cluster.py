@@ -13,7 +13,7 @@ import torch.distributed as dist
 from exflow.errors import InputError, WrongResult
 from exflow.job.environment import Place, need_no_names, place_in
 from exflow.job.launch import PATIENCE_S, LostContact
-from exflow.job.liveness import RollCall, tells_of_a_lost_rank
+from exflow.job.liveness import LivenessMonitor, tells_of_a_lost_rank
 from exflow.job.signals import leave_signals
 
 Result = TypeVar("Result")
@@ -57,20 +57,20 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
     if place.ranks_per_node == place.num_ranks:
         need_no_names()
     leave_signals()  # torch waits for other ranks in C++, where Python answers none
-    patience, roll_call = timedelta(seconds=patience_s), RollCall(place, patience_s)
+    patience, monitor = timedelta(seconds=patience_s), LivenessMonitor(place, patience_s)
     try:
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
-            store=roll_call.open(),
+            store=monitor.open(),
             rank=place.rank,
             world_size=place.num_ranks,
             timeout=patience,
             device_id=device if device_type == "cuda" else None,
         )
-        roll_call.joined = True
+        monitor.joined = True
         yield Cluster(place.rank, place.num_ranks, place.ranks_per_node, device, patience_s)
     except WrongResult as error:
-        if roll_call.is_told():
+        if monitor.is_told():
             raise LostContact(str(error), told=True) from error
         raise
     except Exception as error:
@@ -85,15 +85,15 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
                 f"MASTER_PORT={port}: is taken, by another job or another process with RANK=0; choose another"
             ) from error
         if isinstance(error, RuntimeError) and tells_of_a_lost_rank(error):
-            raise roll_call.lost(error) from error
+            raise monitor.lost(error) from error
         error.add_note(f"on rank {place.rank} of {place.num_ranks}")  # for the traceback
         raise
     dist.destroy_process_group()  # but after an error it would wait for a rank that may be gone
 
 
 @contextmanager
-def during(what: str) -> Iterator[None]:
-    """Name what is done inside, for the message of a LostContact."""
+def annotate_errors(what: str) -> Iterator[None]:
+    """Add `what` is done inside to a RuntimeError, for the message of a LostContact."""
     try:
         yield
     except RuntimeError as error:
@@ -114,10 +114,10 @@ def _device_of(place: Place, device_type: str) -> torch.device:
     return device
 
 
-def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
-    """Do `work`; if any rank finds the input at fault, every rank raises that rank's InputError.
+def raise_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
+    """Do `work`; if it raises an InputError on any rank, every rank raises that error. Collective.
 
-    Without it one rank would stop while the others wait for it in the next collective.
+    Otherwise one rank would stop while the others wait for it in the next collective.
     """
     result: list[Result] = []
     fault = None
@@ -125,14 +125,14 @@ def alike_on_all_ranks(cluster: Cluster, work: Callable[[], Result]) -> Result:
         result.append(work())
     except InputError as error:
         fault = str(error)
-    for message in of_all(cluster, fault):
+    for message in all_gather_object(cluster, fault):
         if message is not None:
             raise InputError(message)
     return result[0]
 
 
-@during("a word of all ranks")
-def of_all(cluster: Cluster, mine: Result) -> list[Result]:
+@annotate_errors("a gather of objects")
+def all_gather_object(cluster: Cluster, mine: Result) -> list[Result]:
     """Every rank's `mine`, by rank. Collective."""
     if cluster.num_ranks == 1:
         return [mine]
@@ -153,7 +153,7 @@ class CoherenceGroup:
         return len(self.ranks)
 
 
-@during("the making of groups")
+@annotate_errors("the making of groups")
 def coherence_group(cluster: Cluster, size: int) -> CoherenceGroup:
     """The block of `size` consecutive ranks that this rank lies in; every rank of the job must call it."""
     blocks = [range(first, first + size) for first in range(0, cluster.num_ranks, size)]

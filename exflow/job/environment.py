@@ -47,8 +47,8 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
         if given.get("WORLD_SIZE") == "1" and given.get("RANK", "0") == "0":
             return None  # a job of one, as some clusters describe it
         if given.get("MASTER_ADDR") in _LOOPBACK:  # all ranks are on this host
-            for here, of_all in zip(_HERE, _JOB, strict=False):
-                given.setdefault(here, given.get(of_all, ""))
+            for here, of_job in zip(_HERE, _JOB, strict=False):
+                given.setdefault(here, given.get(of_job, ""))
     missing = [name for name in (*_JOB, *_HERE) if not given.get(name)]
     if missing:
         raise InputError(f"{_named(environment)} without {', '.join(missing)}{_remedy(given)}")

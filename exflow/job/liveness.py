@@ -1,7 +1,7 @@
-"""Who of a job is there: what ranks leave word of in a store, to name the ones that fail it.
+"""Liveness monitor: ranks post their state in a store, so that a lost rank can be named.
 
-The store lives in what starts the ranks of the first node (torchrun, or --nproc), or in the first rank where
-nothing did; it may be out of reach itself.
+The store lives in the process that starts the ranks of the first node (torchrun, or --nproc), or else in rank
+0. It may be out of reach itself.
 """
 
 import os
@@ -30,13 +30,13 @@ _PATIENCE_WITH_STORE_S = 3.0
 
 
 def tells_of_a_lost_rank(error: RuntimeError) -> bool:
-    """Whether `error` came about because another rank is gone, silent or out of reach."""
+    """True if `error` was caused by a rank that is gone, silent or out of reach."""
     known = isinstance(error, LostContact | dist.DistNetworkError | dist.DistStoreError)
     return known or any(sign in str(error) for sign in (*_GONE, *_SILENT))
 
 
 @dataclass
-class RollCall:
+class LivenessMonitor:
     """This rank's view of the job; `joined` once all ranks were there."""
 
     place: Place
@@ -45,16 +45,17 @@ class RollCall:
     joined: bool = False
 
     def open(self) -> Store:
-        """Come to the store, and leave word of it."""
+        """Connect to the store, and post that this rank has come."""
         patience = timedelta(seconds=self.patience_s)
         store: Store = next(rendezvous("env://", timeout=patience))[0]
         store.set_timeout(patience)
         self.store = store
-        self._leave_word("came")
+        self._post("came")
         return store
 
     def lost(self, error: RuntimeError) -> LostContact:
-        """What to say of an error that tells of a lost rank. Takes seconds, for the others to be heard."""
+        """The error to raise when `error` tells of a lost rank. Takes seconds, since other ranks may post
+        late."""
         if self.store is None:
             return LostContact(
                 f"rank {self.place.rank}: no answer from {_store_keeper()} within {self.patience_s:g} s"
@@ -67,7 +68,7 @@ class RollCall:
         )
 
     def is_told(self) -> bool:
-        """Whether another rank of this node has told why the job ends; from now on, this one has."""
+        """True if another rank of this node has already reported why the job ends; marks it as reported."""
         return bool(_asked(self._others_have_told, _PATIENCE_WITH_STORE_S))
 
     def _others_have_told(self) -> bool:
@@ -76,7 +77,7 @@ class RollCall:
         return told > 1
 
     def _answer(self, error: RuntimeError) -> LostContact:
-        self._leave_word("alive")
+        self._post("alive")
         time.sleep(_GRACE_S)
         told = self._others_have_told()
         return LostContact(self._who(error), told)
@@ -94,7 +95,7 @@ class RollCall:
         return self._what(error, self._named(self._without("alive"))) + remedy
 
     def _what(self, error: RuntimeError, who: str) -> str:
-        """What happened, and in the middle of what: the notes of the error, the innermost first."""
+        """Describe the event and where it happened, from the notes of the error, the innermost first."""
         notes = getattr(error, "__notes__", ())
         where = f" in {', '.join(notes)}" if notes else ""
         if isinstance(error, LostContact):
@@ -103,7 +104,7 @@ class RollCall:
             return f"no sign of life from {who} for {self.patience_s:g} s{where}"
         return f"lost the connection to {who}{where}"
 
-    def _leave_word(self, word: str) -> None:
+    def _post(self, word: str) -> None:
         assert self.store is not None
         self.store.set(f"exflow/{word}/{self.place.rank}", "")
 
@@ -121,7 +122,7 @@ _ALIKE = "; start torchrun alike on every node, or give more --patience"
 
 
 def _asked(ask: Callable[[], Answer], seconds: float) -> Answer | None:
-    """What `ask` finds in the store; None where that is out of reach: it fails then, or never returns."""
+    """The answer of `ask`; None if the store is out of reach, where it fails or never returns."""
     answers: list[Answer] = []
 
     def run() -> None:

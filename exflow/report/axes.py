@@ -41,7 +41,7 @@ class Axis:
 
 
 def axis_of(values: Sequence[float], start: float, end: float) -> Axis:
-    """Room for all the values, and a little more."""
+    """Capacity for all the values, and a little more."""
     spare = 0.06 * (max(values) - min(values)) or 0.1
     low, high = max(0.0, min(values) - spare), max(values) + spare
     return Axis(low, high, start, end, ticks(low, high))

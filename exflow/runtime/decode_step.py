@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from exflow.comm.buffers import Mail, StepShape
+from exflow.comm.buffers import LayerBuffers, StepShape
 from exflow.kernels.advance import advance
 from exflow.kernels.combine import combine, send_partials
 from exflow.kernels.decode_attention import decode_attention
@@ -43,7 +43,7 @@ class DecodeStep:
         decoder: Decoder,
         shape: StepShape,
         tables: PlanTables,
-        mail: Mail,
+        buffers: LayerBuffers,
         caches: list[int],
         sampling: Sampling,
         end_tokens: tuple[int, ...],
@@ -51,7 +51,7 @@ class DecodeStep:
         one_sided: bool = True,
         share: "Callable[[DecodeStep], None] | None" = None,
     ) -> None:
-        self.decoder, self.shape, self.mail, self.share = decoder, shape, mail, share
+        self.decoder, self.shape, self.buffers, self.share = decoder, shape, buffers, share
         self.sampling, self.end_tokens, self.replay = sampling, end_tokens, replay
         self.flag_timeout_polls = FLAG_TIMEOUT_POLLS
         config, weight = decoder.config, decoder.embedding.weight
@@ -149,7 +149,7 @@ class DecodeStep:
 
     def _dispatch(self, layer: MoE) -> Iterator[None]:
         """Gate the owned rows, send each to where it is served, and receive what came here."""
-        mailbox, index, state, outputs = self.mail.dispatch, layer.index, self.state, self.outputs
+        buffer, index, state, outputs = self.buffers.dispatch, layer.index, self.state, self.outputs
         gate_and_dispatch(
             self.geometry,
             index,
@@ -164,19 +164,19 @@ class DecodeStep:
             dictated_row=state.dictated_row,
             routing=outputs.routing[index],
             routing_weight=outputs.routing_weight[index],
-            mailbox=mailbox,
+            buffer=buffer,
             step=state.progress.step,
             sent=outputs.dispatched,
         )
         if not self.shape.replicated:
             yield
-            mailbox.move()
-        if mailbox.far is not None:
+            buffer.move()
+        if buffer.off_node is not None:
             relay_tokens(
                 self.geometry,
                 index,
-                mailbox=mailbox,
-                far=mailbox.far,
+                buffer=buffer,
+                off_node=buffer.off_node,
                 like=self.work.hidden,
                 step=state.progress.step,
                 passed=outputs.passed,
@@ -185,7 +185,7 @@ class DecodeStep:
         receive(
             self.geometry,
             index,
-            mailbox=mailbox,
+            buffer=buffer,
             norm=layer.norm,
             received=self.work.received,
             progress=state.progress,
@@ -220,7 +220,7 @@ class DecodeStep:
 
         `following` norms the result for what comes next.
         """
-        work, state, returns, sums = self.work, self.state, self.mail.returns, self.mail.sums
+        work, state, returns, sums = self.work, self.state, self.buffers.returns, self.buffers.sums
         if returns is not None:
             send_partials(
                 self.geometry,
@@ -228,13 +228,13 @@ class DecodeStep:
                 partials=work.partials,
                 received=work.received,
                 like=work.hidden,
-                mailbox=returns,
+                buffer=returns,
                 step=state.progress.step,
                 sent=self.outputs.returned,
             )
             yield
             returns.move()
-        if returns is not None and sums is not None and sums.far is not None:
+        if returns is not None and sums is not None and sums.off_node is not None:
             relay_sums(
                 self.geometry,
                 index,
@@ -243,7 +243,7 @@ class DecodeStep:
                 like=work.hidden,
                 returns=returns,
                 sums=sums,
-                far=sums.far,
+                off_node=sums.off_node,
                 progress=state.progress,
                 most_polls=self.flag_timeout_polls,
                 sent=self.outputs.returned,
@@ -255,7 +255,7 @@ class DecodeStep:
             index,
             partials=work.partials,
             received=work.received,
-            mailbox=sums or returns or self.mail.dispatch,
+            buffer=sums or returns or self.buffers.dispatch,
             returns=returns is not None,
             norm=following,
             hidden=work.hidden,

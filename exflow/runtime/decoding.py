@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from exflow.job.cluster import during
+from exflow.job.cluster import annotate_errors
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.sampling import choose_tokens
 from exflow.profiling.trace import DECODE, PREFILL
@@ -20,7 +20,7 @@ from exflow.runtime.strategies import Strategy
 if TYPE_CHECKING:
     from exflow.runtime.graph_runner import CapturedDecode
 
-LOOK_EVERY = 16  # captured steps between two looks at whether all sequences have ended
+CHECK_EVERY = 16  # captured steps between two looks at whether all sequences have ended
 
 
 class Choices:
@@ -75,7 +75,7 @@ def collected(request: Request, chosen_by_rank: list[dict[tuple[int, int], int]]
     return tokens
 
 
-@during("the prompts")
+@annotate_errors("the prompts")
 def run_prompts(
     decoder: Decoder, strategy: Strategy, cache: KVCache, choices: Choices
 ) -> tuple[Tensor, Rows]:
@@ -130,7 +130,7 @@ class EagerDecoding:
     def run(self, tell: Callable[[int], None]) -> None:
         for step in range(1, self.choices.request.max_new_tokens):
             tell(step)
-            with during(f"decode step {step}"):
+            with annotate_errors(f"decode step {step}"):
                 if not self.advance():
                     break
 
@@ -166,7 +166,7 @@ class GraphDecoding:
             captured.advance()
             if choices.observe is not None or listeners:
                 captured.report(choices.observe, listeners)
-            if taken % LOOK_EVERY == 0:
+            if taken % CHECK_EVERY == 0:
                 captured.check()
                 tell(taken)
                 if choices.request.end_tokens and captured.all_ended():

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from exflow.comm.collectives import Exchange
-from exflow.comm.pairwise import Rounds
+from exflow.comm.pairwise import PairwiseExchange
 from exflow.comm.transport import Transport, alone, choose_transport
 from exflow.errors import InputError
-from exflow.job.cluster import Cluster, alike_on_all_ranks, during
+from exflow.job.cluster import Cluster, annotate_errors, raise_on_all_ranks
 from exflow.model.checkpoint import load_decoder
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
@@ -116,15 +116,15 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
     """
     plan = deployment.plan
     experts_here = experts_of(plan, cluster.rank)
-    with during("the loading of the model"):
-        decoder = alike_on_all_ranks(
+    with annotate_errors("the loading of the model"):
+        decoder = raise_on_all_ranks(
             cluster, lambda: decoder_of(deployment.weights, cluster.device, deployment.dtype, experts_here)
         )
     tables = PlanTables.of(plan, cluster.device)
     config = decoder.config
     strategy = make_strategy(
         deployment.strategy,
-        Exchange(cluster, rounds=Rounds.between(cluster)),
+        Exchange(cluster, pairwise=PairwiseExchange.between(cluster)),
         tables,
         config.moe_layer_ids,
         config.num_hidden_layers,

@@ -13,7 +13,7 @@ import torch
 from exflow.comm.collectives import Counters, total
 from exflow.console import note
 from exflow.errors import InputError
-from exflow.job.cluster import of_all
+from exflow.job.cluster import all_gather_object
 from exflow.model.decoder import Decoder
 from exflow.model.sampling import GREEDY, Sampling
 from exflow.profiling.layout import RoutingLayout
@@ -68,7 +68,7 @@ class Engine:
 
         prefill, prefill_s = self._counted(prompts)
         decode, decode_s = self._counted(tokens)
-        results = self.of_all_ranks((choices.chosen, prefill, decode, decoding.steps))
+        results = self.all_gather_object((choices.chosen, prefill, decode, decoding.steps))
         return Generation(
             collected(request, [chosen for chosen, *_ in results]),
             prefill_s,
@@ -150,11 +150,11 @@ class Engine:
         """Free the captured steps: NCCL does not let a group go while a graph holds its collectives."""
         self.captured.clear()
 
-    def of_all_ranks(self, mine: Item) -> list[Item]:
+    def all_gather_object(self, mine: Item) -> list[Item]:
         """Every rank's `mine`, by rank; collective, and not counted."""
         if self.strategy.exchange is None:
             return [mine]
-        return of_all(self.strategy.exchange.cluster, mine)
+        return all_gather_object(self.strategy.exchange.cluster, mine)
 
     def routing_layout(self) -> RoutingLayout:
         return self.decoder.routing_layout()

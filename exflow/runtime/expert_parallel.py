@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from exflow.comm.capacity import ROUND_BYTES, Expectation
+from exflow.comm.capacity import ROUND_BYTES, CapacityEstimator
 from exflow.comm.collectives import Exchange, pack, unpack
 from exflow.model.decoder import MoE, Rows
 from exflow.placement.plan.plan import Plan
@@ -129,8 +129,9 @@ class ExpertParallel:
     `group_size` ranks share the context of their sequences (a coherence group), so a token may be owned by
     any of them: 1 is dispatch-combine, all ranks is the coherent strategy of ExFlow, the ranks of a node lie
     between. Counts are never exchanged alone: with every dispatch travels how many tokens the sender owns and
-    how many of them each rank will, so every rank knows how many each rank owns, from which the room in the
-    next dispatch follows; and whoever owns a token next knows, from its slots, which ranks return it.
+    how many of them each rank will, so every rank knows how many each rank owns. The capacity of the next
+    dispatch follows from that. The next owner of a token knows from its slots which ranks send it partial
+    sums.
     """
 
     def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
@@ -144,7 +145,7 @@ class ExpertParallel:
 
     def begin_request(self) -> None:
         round_bytes = ROUND_BYTES[self.exchange.cluster.device.type]
-        self.expected = Expectation(self.rank, self.num_ranks, round_bytes)
+        self.estimator = CapacityEstimator(self.rank, self.num_ranks, round_bytes)
 
     def begin(self, owned: list[int]) -> None:
         """Start a forward pass in which rank r owns at most owned[r] tokens."""
@@ -160,7 +161,7 @@ class ExpertParallel:
         here = self.dispatch(layer.index, mine, hosts_TG)
         local_TK = self.tables.local(here.slot_TK, self.rank)
         partial_TD = layer.experts(layer.norm(here.hidden_TD), local_TK, here.weight_TK)
-        return self.settle(here, partial_TD, local_TK, rows.phase)
+        return self.combine(here, partial_TD, local_TK, rows.phase)
 
     def routed(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tokens, Tensor]:
         """My tokens with their slots and next owners, and whether each rank serves them [T, G]."""
@@ -186,23 +187,24 @@ class ExpertParallel:
         return best_T.where(candidates_TG.any(dim=1), self.rank)
 
     def dispatch(self, layer: int, mine: Tokens, to_TG: Tensor) -> Tokens:
-        """Send each of my tokens to every other rank that it is to go to; mine, then my guests."""
+        """Send each of my tokens to every other rank that it is to go to; returns mine, then the received
+        ones."""
         away_TG = to_TG.clone()
         away_TG[:, self.rank] = False
         token_N, dest_N = away_TG.nonzero(as_tuple=True)
         owners = torch.bincount(mine.owner_T, minlength=self.num_ranks).tolist()
         packed = mine.pack(token_N)
-        room = self.expected.room(layer, self.owned, packed.shape[1])
+        capacity = self.estimator.capacity(layer, self.owned, packed.shape[1])
         arrived = self.exchange.dispatch(
-            packed, dest_N, [len(mine.owner_T), *owners], room, mine.hidden_TD[:1].nbytes
+            packed, dest_N, [len(mine.owner_T), *owners], capacity, mine.hidden_TD[:1].nbytes
         )
         owned, *next_owned = zip(*arrived.notes, strict=True)
         self.history[-1] = list(owned)  # of the ranks whose sequences have ended it was too large
         self.history.append([sum(of_senders) for of_senders in next_owned])
-        self.expected.observe(layer, owned, arrived.sent, arrived.came)
+        self.estimator.observe(layer, owned, arrived.sent, arrived.came)
         return mine.and_received(arrived.rows_MB)
 
-    def settle(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
+    def combine(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
         """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
         keep_T = here.owner_T == self.rank
         key_T = here.key_T
@@ -213,7 +215,7 @@ class ExpertParallel:
             send_N = (~keep_T & (local_TK >= 0).any(dim=1)).nonzero()[:, 0]
             come = self.tables.hosting(here.slot_TK[keep_T], self.num_ranks).sum(dim=0).tolist()
             come[self.rank] = 0
-            returned_MB = self.exchange.give_back(
+            returned_MB = self.exchange.combine(
                 pack(partial_TD[send_N], key_T[send_N, None]),
                 here.owner_T[send_N],
                 come,

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from exflow.comm.buffers import (
     Allocate,
-    Mail,
+    LayerBuffers,
     PeerMemory,
     StepShape,
-    collective_mail,
+    collective_buffers,
     local_memory,
-    one_sided_mail,
-    relayed_mail,
+    one_sided_buffers,
+    relayed_buffers,
     symmetric_memory,
     words_of,
 )
@@ -137,7 +137,7 @@ class CapturedDecode:
             decoder,
             shape,
             capture.tables,
-            self._mail(config, one_sided, peers),
+            self._buffers(config, one_sided, peers),
             self._caches(self.memory.bases, in_place and shares),
             replace(sampling, seed=0),  # a request brings its own
             end_tokens,
@@ -157,12 +157,12 @@ class CapturedDecode:
             f"{shape.positions} positions, {self.cache.nbytes / 1e9:.2g} GB of keys and values on a rank"
         )
 
-    def _mail(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> Mail:
+    def _buffers(self, config: ModelConfig, one_sided: bool, peers: Allocate) -> LayerBuffers:
         row = config.hidden_size * self.cache.dtype.itemsize
         if one_sided:
-            make = relayed_mail if self.shape.relayed else one_sided_mail
+            make = relayed_buffers if self.shape.relayed else one_sided_buffers
             return make(self.shape, config.top_k, row, self.capture.returns, peers)
-        return collective_mail(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
+        return collective_buffers(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
 
     def _caches(self, bases: list[int], shared: bool) -> list[int]:
         """Addresses of the caches that new keys and values go to: the group's, or this rank's alone."""
@@ -320,13 +320,13 @@ class CapturedDecode:
     def _wire(self, steps: int, moved: int) -> int:
         """Bytes that left this rank: those of rows written to others, and what collectives carry, full or
         not."""
-        boxes = self.step.mail.boxes
+        exchanges = self.step.buffers.exchanges
         if self.shape.replicated:
-            boxes = boxes[1:]  # every rank gates every token
+            exchanges = exchanges[1:]  # every rank gates every token
         if self.capture.transport == "collective":
-            moved, a_layer = 0, sum(box.chunk for box in boxes) * (self.shape.num_ranks - 1)
+            moved, a_layer = 0, sum(each.chunk for each in exchanges) * (self.shape.num_ranks - 1)
         else:
-            a_layer = sum(box.far.wire_bytes for box in boxes if box.far)
+            a_layer = sum(each.off_node.wire_bytes for each in exchanges if each.off_node)
         new_kv = self.step.work.new_kv.nbytes * (self.shape.group_size - 1)  # none where caches are shared
         return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + new_kv)
 

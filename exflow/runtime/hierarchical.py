@@ -11,7 +11,7 @@ Shapes: T tokens at hand, P of them relayed here (or owned), D hidden, G ranks, 
 import torch
 from torch import Tensor
 
-from exflow.comm.capacity import ROUND_BYTES, Expectation
+from exflow.comm.capacity import ROUND_BYTES, CapacityEstimator
 from exflow.comm.collectives import Exchange, pack, unpack
 from exflow.job.cluster import Cluster, coherence_group
 from exflow.model.decoder import MoE, Rows
@@ -37,7 +37,7 @@ class HierarchicalParallel(ExpertParallel):
     def begin_request(self) -> None:
         super().begin_request()
         round_bytes = ROUND_BYTES[self.exchange.cluster.device.type]
-        self.expected_inside = Expectation(self.place, self.per_node, round_bytes)
+        self.estimator_inside = CapacityEstimator(self.place, self.per_node, round_bytes)
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         self.inside.counters = self.exchange.counters
@@ -59,7 +59,7 @@ class HierarchicalParallel(ExpertParallel):
     def pass_on(self, layer: int, relayed: Tokens) -> tuple[Tokens, Tensor, list[int]]:
         """Give the tokens at hand to the other ranks of this node that serve them.
 
-        Returns them followed by my guests, of each guest the place of the rank that it came from, and how
+        Returns them followed by the received ones, for each of these the place of its sender, and how
         many tokens each rank of the node will answer: all it was given but those that it owns next.
         """
         inside = slice(self.first, self.first + self.per_node)
@@ -69,9 +69,9 @@ class HierarchicalParallel(ExpertParallel):
         packed = relayed.pack(token_N)
         owned = self.history[-2]  # before this layer; those with a relay here have their owners in its place
         most = [sum(owned[place :: self.per_node]) for place in range(self.per_node)]
-        room = self.expected_inside.room(layer, most, packed.shape[1])
-        arrived = self.inside.dispatch(packed, dest_N, [], room, relayed.hidden_TD[:1].nbytes)
-        self.expected_inside.observe(layer, most, arrived.sent, arrived.came)
+        capacity = self.estimator_inside.capacity(layer, most, packed.shape[1])
+        arrived = self.inside.dispatch(packed, dest_N, [], capacity, relayed.hidden_TD[:1].nbytes)
+        self.estimator_inside.observe(layer, most, arrived.sent, arrived.came)
         answering_N = relayed.owner_T[token_N] != dest_N + self.first
         answers = torch.bincount(dest_N[answering_N], minlength=self.per_node).tolist()
         came = torch.tensor(arrived.came, device=dest_N.device)
@@ -79,11 +79,12 @@ class HierarchicalParallel(ExpertParallel):
         return relayed.and_received(arrived.rows_MB), senders, answers
 
     def collect(self, here: Tokens, partial_TD: Tensor, senders: Tensor, answers: list[int]) -> None:
-        """Give the partial sums of guests to who sent them; add what comes to the sums of what I relay."""
+        """Send the partial sums of received tokens to their senders; add the arriving ones to what I
+        relay."""
         relayed = len(here.owner_T) - len(senders)
         back_N = (here.owner_T[relayed:] != self.rank).nonzero()[:, 0]
         rows_NB = pack(partial_TD[relayed:][back_N], here.key_T[relayed:][back_N, None])
-        came_MB = self.inside.give_back(rows_NB, senders[back_N], answers, partial_TD[:1].nbytes)
+        came_MB = self.inside.combine(rows_NB, senders[back_N], answers, partial_TD[:1].nbytes)
         came_MD, key_M1 = unpack(came_MB, (partial_TD.dtype, partial_TD.shape[1]), (torch.int64, 1))
         add_by_key(partial_TD[:relayed], here.key_T[:relayed], came_MD, key_M1[:, 0])
 
@@ -106,7 +107,7 @@ class HierarchicalParallel(ExpertParallel):
         relays_KN = nodes_N * self.per_node + relay_T[keep_T][:, None]
         come = torch.bincount(relays_KN[says_TN[keep_T]], minlength=self.num_ranks).tolist()
         come[self.rank] = 0
-        returned_MB = self.exchange.give_back(
+        returned_MB = self.exchange.combine(
             pack(partial_TD[send_N], here.key_T[send_N, None]),
             here.owner_T[send_N],
             come,

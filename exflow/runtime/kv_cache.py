@@ -71,18 +71,18 @@ def cache_shape(config: ModelConfig, sequences: int, positions: int) -> tuple[in
 
 @dataclass
 class KVSharing:
-    """Gives the other members of the coherence group the keys and values born here, in the background."""
+    """Gives the other members of the coherence group this rank's new keys and values, in the background."""
 
     cache: KVCache
     exchange: Exchange
     group: CoherenceGroup
     pending: PendingGather | None = None
 
-    def start(self, born: list[NewKV], counts: list[int]) -> None:
-        """Begin to share what was born here; member i of the group has counts[i] rows."""
+    def start(self, new_kv: list[NewKV], counts: list[int]) -> None:
+        """Begin to share the new keys and values; member i of the group has counts[i] rows."""
         self.finish()
-        kv_TW = torch.cat([new.kv_TW for new in born])
-        places = [torch.stack([new.layer_T, new.sequence_T, new.position_T], dim=1) for new in born]
+        kv_TW = torch.cat([new.kv_TW for new in new_kv])
+        places = [torch.stack([new.layer_T, new.sequence_T, new.position_T], dim=1) for new in new_kv]
         packed = pack(kv_TW, torch.cat(places).to(torch.int32))
         self.pending = self.exchange.start_gather(packed, counts, self.group, kv_TW[:1].nbytes)
 
@@ -125,18 +125,18 @@ class PrefillAttention:
 class DecodeAttention:
     """AttentionContext of one decode step: each row is the newest token of its sequence.
 
-    length: positions to look at, an upper bound over all sequences. `born` collects the step's new keys and
+    length: positions to look at, an upper bound over all sequences. `new_kv` collects the step's new keys and
     values, to be shared with the group; `before` is called with this and the number of each layer to come.
     """
 
     cache: KVCache
     length: int
     before: Callable[["DecodeAttention", int], None] = lambda attention, layer: None
-    born: list[NewKV] = field(default_factory=list)
+    new_kv: list[NewKV] = field(default_factory=list)
 
     def attend(self, layer: Attention, q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
         self.before(self, layer.index)
-        self.born.append(self.cache.append(layer.index, k_TJC, v_TJC, rows))
+        self.new_kv.append(self.cache.append(layer.index, k_TJC, v_TJC, rows))
         keys, values = self.cache.read(layer.index, rows.sequence_T, self.length)
         seen_TP = seen_from(rows.position_T, self.length, layer.window)
         return scaled_dot_product(q_THC[:, :, None], keys, values, seen_TP[:, None, None], layer.sinks)[

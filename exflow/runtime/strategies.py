@@ -102,8 +102,8 @@ class OwnedTokens:
         self.exchange = exchange
         self.rank, self.num_ranks = exchange.cluster.rank, exchange.cluster.num_ranks
         self.group_size = group_size
-        self.at_home = experts(exchange, tables, 1)
-        self.in_group = experts(exchange, tables, group_size)
+        self.prefill_experts = experts(exchange, tables, 1)
+        self.decode_experts = experts(exchange, tables, group_size)
         self.group = coherence_group(exchange.cluster, group_size) if group_size > 1 else None
         self.early: KVSharing | None = None
         self.late: KVSharing | None = None
@@ -129,19 +129,21 @@ class OwnedTokens:
             for rank in range(self.num_ranks)
         ]
         tokens_at = [sum(each) for each in lengths_at]
-        for experts in (self.at_home, self.in_group):
+        for experts in (self.prefill_experts, self.decode_experts):
             experts.begin_request()
-        self.at_home.begin(tokens_at)
-        self.in_group.begin([len(each) for each in lengths_at])
+        self.prefill_experts.begin(tokens_at)
+        self.decode_experts.begin([len(each) for each in lengths_at])
         if self.group is not None:
             self.early, self.late = (KVSharing(cache, self.exchange, self.group) for _ in range(2))
         attention = PrefillAttention(cache, lengths_at[self.rank], self.early, self._in_group(tokens_at))
-        return attention, self.at_home
+        return attention, self.prefill_experts
 
     def step(self, cache: KVCache, length: int) -> tuple[DecodeAttention, MoELayout]:
-        self.in_group.begin(self.in_group.owned)  # sequences that ended since make it an upper bound
+        self.decode_experts.begin(
+            self.decode_experts.owned
+        )  # sequences that ended since make it an upper bound
         if self.early is None or self.late is None:
-            return DecodeAttention(cache, length), self.in_group
+            return DecodeAttention(cache, length), self.decode_experts
         early, late = self.early, self.late
 
         def before(attention: DecodeAttention, layer: int) -> None:  # held by it, so it holds none
@@ -150,14 +152,14 @@ class OwnedTokens:
             if layer == self.middle:
                 late.finish()
                 if layer:
-                    early.start(attention.born, self._born_in(range(layer)))
+                    early.start(attention.new_kv, self._new_kv_counts(range(layer)))
 
-        return DecodeAttention(cache, length, before), self.in_group
+        return DecodeAttention(cache, length, before), self.decode_experts
 
     def share(self, attention: DecodeAttention) -> None:
         if self.late is not None:
             second_half = range(self.middle, len(self.dispatches_before))
-            self.late.start(attention.born[self.middle :], self._born_in(second_half))
+            self.late.start(attention.new_kv[self.middle :], self._new_kv_counts(second_half))
 
     def finish_sharing(self) -> None:
         for sharing in (self.early, self.late):
@@ -165,11 +167,11 @@ class OwnedTokens:
                 sharing.finish()
 
     def idle(self, rows: Rows) -> bool:
-        return sum(self.in_group.owned) == 0
+        return sum(self.decode_experts.owned) == 0
 
-    def _born_in(self, layers: range) -> list[int]:
-        """How many keys and values were born in these layers of the step on each member of the group."""
-        owned = [self.in_group.history[self.dispatches_before[layer]] for layer in layers]
+    def _new_kv_counts(self, layers: range) -> list[int]:
+        """New keys and values of these layers in this step, counted for each member of the group."""
+        owned = [self.decode_experts.history[self.dispatches_before[layer]] for layer in layers]
         return self._in_group([sum(of_layer[rank] for of_layer in owned) for rank in range(self.num_ranks)])
 
     def _in_group(self, per_rank: list[int]) -> list[int]:

@@ -43,7 +43,7 @@ class JobRecorder:
             np.concatenate([part.place for part in self.parts]),
             np.concatenate([part.experts for part in self.parts]),
         )
-        return merge_decisions(self.engine.of_all_ranks(mine), self.layout)
+        return merge_decisions(self.engine.all_gather_object(mine), self.layout)
 
 
 def merge_decisions(parts: list[Decisions], layout: RoutingLayout) -> RoutingTrace:

@@ -59,7 +59,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Witnessed:
+class RunRecord:
     """What every rank saw of a request: logits of the sample, by rank, and the job's routing."""
 
     request: Request
@@ -67,7 +67,7 @@ class Witnessed:
     trace: RoutingTrace
 
 
-class Witness:
+class RunRecorder:
     """Watches an engine's next request; `observe` is the Observer to run it with."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
@@ -84,9 +84,9 @@ class Witness:
             if choice in self.sample:
                 self.seen[choice] = logits_TV[row].cpu()
 
-    def of_all_ranks(self) -> Witnessed:
+    def gather(self) -> RunRecord:
         """Stop watching; collective."""
-        return Witnessed(self.request, self.engine.of_all_ranks(self.seen), self.recorder.trace())
+        return RunRecord(self.request, self.engine.all_gather_object(self.seen), self.recorder.trace())
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Compared:
     ties: int
 
 
-def check_choices(witnessed: Witnessed, generation: Generation, reference: Decoder) -> Compared:
+def check_choices(recorded: RunRecord, generation: Generation, reference: Decoder) -> Compared:
     """Compare a run with `reference`, which takes the run's own routing; for an engine's first request.
 
     A `reference` that already replays a trace is that of a job that replays it, too.
@@ -114,12 +114,12 @@ def check_choices(witnessed: Witnessed, generation: Generation, reference: Decod
     whose token is not the reference's (one that rounding can have put first will do). Then at the first
     choice of experts that is neither the gate's nor a near-tie.
     """
-    weight, request = reference.embedding.weight, witnessed.request
+    weight, request = reference.embedding.weight, recorded.request
     dictated = reference.replay
     if dictated is None:
-        reference.replay = ReplayedRouting.of(witnessed.trace, reference.config, weight.device)
+        reference.replay = ReplayedRouting.of(recorded.trace, reference.config, weight.device)
     else:
-        check_dictated(witnessed.trace, dictated, reference.config)
+        check_dictated(recorded.trace, dictated, reference.config)
     sample, tolerance = Sample.of(request), TOLERANCE[weight.dtype]
     differences, ties = [0.0], 0
     for number, tokens in enumerate(generation.tokens):
@@ -127,13 +127,13 @@ def check_choices(witnessed: Witnessed, generation: Generation, reference: Decod
         right_NV, gates = _reference_run(reference, request.prompts[number], tokens, number, steps)
         for step, right_V in zip(steps, right_NV, strict=True):
             place = f"--verify: sequence {number}, step {step} (0 is the prompt's)"
-            found = [seen[number, step] for seen in witnessed.seen if (number, step) in seen]
+            found = [seen[number, step] for seen in recorded.seen if (number, step) in seen]
             differences.append(_check_logits(place, found, right_V, tolerance))
             slack = 2 * tolerance * _largest(right_V) / (request.sampling.temperature or 1)
             _check_token(place, tokens[step], _scores(right_V, request, number, step), slack)
         if dictated is None:
             ties += sum(count_ties(number, gate, tolerance) for gate in gates)
-    routings = witnessed.trace.num_tokens * witnessed.trace.num_layers
+    routings = recorded.trace.num_tokens * recorded.trace.num_layers
     return Compared(len(differences) - 1, max(differences), tolerance, routings, ties)
 
 

@@ -1,4 +1,4 @@
-"""What a training run is told: the model, the texts, the optimiser, the steps to keep; read from YAML."""
+"""What a training run is told: the model, the texts, the optimizer, the steps to keep; read from YAML."""
 
 from pathlib import Path
 from typing import Self

@@ -153,9 +153,9 @@ def new_model(config: TrainConfig, device: torch.device) -> tuple[Decoder, Maste
     decoder = Decoder(config.model)
     initialise(decoder, torch.Generator().manual_seed(config.training.seed))
     decoder.to(device)
-    optimiser = MasterAdamW(decoder, config.training)  # masters are float32, whatever the decoder becomes
+    optimizer = MasterAdamW(decoder, config.training)  # masters are float32, whatever the decoder becomes
     decoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return decoder, optimiser
+    return decoder, optimizer
 
 
 def train(
@@ -171,17 +171,17 @@ def train(
     """
     settings, run = config.training, Run(folder)
     corpus, tokenizer = corpus_of(config)
-    decoder, optimiser = new_model(config, device)
+    decoder, optimizer = new_model(config, device)
     first = 0
     if resume:
         first, state = run.load_state(config)
-        optimiser.load(state)
+        optimizer.load(state)
     meter = Meter(settings, report, first)
     for step in range(first, settings.steps + 1):
         if step in {*config.checkpoint_steps, settings.steps}:
             held_out = finite(held_out_bits_per_byte(decoder, corpus, settings), step)
-            save_checkpoint(run.checkpoint(step), config.model, optimiser.master, tokenizer, torch.bfloat16)
-            run.save_state(step, config, optimiser.state())
+            save_checkpoint(run.checkpoint(step), config.model, optimizer.master, tokenizer, torch.bfloat16)
+            run.save_state(step, config, optimizer.state())
             report(Progress(step, held_out_bits_per_byte=held_out))
             meter.start(step)
         if step < settings.steps:
@@ -189,6 +189,6 @@ def train(
             loss, routings = forward_loss(decoder, batch_BS)
             balance = torch.stack([balance_loss(routing) for routing in routings]).sum()
             torch.autograd.backward(loss + settings.balance_weight * balance)
-            optimiser.step(step)
+            optimizer.step(step)
             meter.after(step + 1, loss, routings)
     return run.checkpoint(settings.steps)

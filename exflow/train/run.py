@@ -30,7 +30,7 @@ class Run:
         return self.folder / "state" / "latest.json"
 
     def save_state(self, step: int, config: TrainConfig, state: dict[str, Tensor]) -> None:
-        """Write the optimiser's state; the step is named last, so a half-written state is never resumed."""
+        """Write the optimizer's state; the step is named last, so a half-written state is never resumed."""
         name = f"optimiser-{step:06d}.safetensors"
         with atomic_path(self.latest.with_name(name)) as temporary:
             temporary.write_bytes(save({key: value.cpu().contiguous() for key, value in state.items()}))

@@ -27,7 +27,7 @@ class Objective:
     strategy       whose messages count
     balance_price  messages per token and layer that a unit of imbalance (busiest load / mean load) costs
     max_imbalance  the most that the imbalance of any layer may be; None is free
-    owner_price    the same as balance_price for the tokens that a rank owns (see `level_owners`); at 0 a
+    owner_price    the same as balance_price for the tokens that a rank owns (see `balance_owners`); at 0 a
                    token's next owner is chosen for fewest messages alone
     """
 

@@ -34,7 +34,7 @@ from exflow.profiling.trace import RoutingTrace
 IntArray = NDArray[np.integer]
 _PARTNERS = 4  # swaps tried for each expert in a round; twice as many find no more
 _ROUNDS = 8  # three to six do it
-_MOST_WORK = 10**8  # tokens looked at in a round, about five seconds; a longer trace is thinned by sequences
+_MOST_WORK = 10**8  # tokens visited in a round, about five seconds; longer traces are subsampled
 
 
 class Tokens(NamedTuple):
@@ -72,7 +72,7 @@ def refine(
     """
     assert not problem.has_replicas
     work = 2 * _PARTNERS * trace.num_tokens * trace.num_layers * trace.top_k
-    trace = thinned(trace, _MOST_WORK / work)
+    trace = subsampled(trace, _MOST_WORK / work)
     tokens = _index(trace, problem, fixed_home)
     best, rng = _judge(problem, tokens, trace, assignment), np.random.default_rng(seed)
     for _ in range(_ROUNDS):
@@ -93,7 +93,7 @@ def refine(
     return best
 
 
-def thinned(trace: RoutingTrace, share: float) -> RoutingTrace:
+def subsampled(trace: RoutingTrace, share: float) -> RoutingTrace:
     """About this share of the trace's sequences, evenly spread and numbered anew; all of them from 1 up."""
     if share >= 1:
         return trace

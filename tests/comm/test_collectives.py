@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exflow.comm.capacity import Expectation, Room
+from exflow.comm.capacity import Capacity, CapacityEstimator
 from exflow.comm.collectives import Counters, Dispatched, Exchange, pack, total, unpack
 from exflow.job.cluster import Cluster, CoherenceGroup
 
@@ -129,20 +129,21 @@ def check_messages(counted: tuple[int, int], rank: int, dest: list[list[int]], p
 def test_every_row_arrives_once_ordered_by_sender(
     routes: tuple[int, list[list[int]]], width: int, most: int
 ) -> None:
-    """Whatever room there is: any, and another one for each pair."""
+    """Whatever capacity there is: any, and another one for each pair."""
     per_node, dest = routes
     ranks, rows = len(dest), random_rows(dest, width)
 
-    def room(sender: int, receiver: int) -> int:
+    def capacity(sender: int, receiver: int) -> int:
         return 0 if sender == receiver else (most + sender + 2 * receiver) % 10
 
     def send(exchange: Exchange) -> Dispatched:
         rank = exchange.cluster.rank
         to = torch.tensor(dest[rank], dtype=torch.int64)
-        rooms = Room(
-            [room(rank, other) for other in range(ranks)], [room(other, rank) for other in range(ranks)]
+        capacities = Capacity(
+            [capacity(rank, other) for other in range(ranks)],
+            [capacity(other, rank) for other in range(ranks)],
         )
-        return exchange.dispatch(rows[rank], to, [10 * rank, -rank], rooms, HIDDEN_BYTES)
+        return exchange.dispatch(rows[rank], to, [10 * rank, -rank], capacities, HIDDEN_BYTES)
 
     wire = Wire(ranks)
     received, counters = wire.run(per_node, send)
@@ -153,9 +154,11 @@ def test_every_row_arrives_once_ordered_by_sender(
         assert received[rank].came == [dest[sender].count(rank) for sender in range(ranks)]
         check_messages((counters[rank].dispatch_intra, counters[rank].dispatch_inter), rank, dest, per_node)
         assert counters[rank].hidden_bytes == HIDDEN_BYTES * len(dest[rank])
-        chunks = [max(room(rank, other), dest[rank].count(other)) for other in range(ranks) if other != rank]
+        chunks = [
+            max(capacity(rank, other), dest[rank].count(other)) for other in range(ranks) if other != rank
+        ]
         assert counters[rank].wire_bytes == wire.carried[rank] == sum(12 + rows * width for rows in chunks)
-        late = [other for other in range(ranks) if dest[rank].count(other) > room(rank, other)]
+        late = [other for other in range(ranks) if dest[rank].count(other) > capacity(rank, other)]
         assert counters[rank].late == wire.late[rank] == len(late)
 
 
@@ -169,7 +172,7 @@ def test_a_return_carries_its_rows_and_nothing_else(routes: tuple[int, list[list
         rank = exchange.cluster.rank
         come = [sender.count(rank) for sender in dest]
         to = torch.tensor(dest[rank], dtype=torch.int64)
-        return exchange.give_back(rows[rank], to, come, HIDDEN_BYTES)
+        return exchange.combine(rows[rank], to, come, HIDDEN_BYTES)
 
     wire = Wire(len(dest))
     received, counters = wire.run(per_node, send)
@@ -230,19 +233,19 @@ def rounds(draw: st.DrawFn) -> list[tuple[int, list[list[list[int]]]]]:
 def test_whatever_moves_the_two_ends_agree(
     steps: list[tuple[int, list[list[list[int]]]]], ended: int
 ) -> None:
-    """Round after round with the room that each rank expects by itself; nobody hangs, nothing is lost."""
+    """Round after round with the capacity that each rank expects by itself; nobody hangs, nothing is lost."""
     dest = [[[to for visits in of_rank for to in visits] for of_rank in each] for _, each in steps]
     rows = [random_rows(each, 4) for each in dest]
 
     def send(exchange: Exchange) -> list[Tensor]:
         rank, received = exchange.cluster.rank, []
-        expected = Expectation(rank, 3, round_bytes=64)
+        expected = CapacityEstimator(rank, 3, round_bytes=64)
         for (layer, tokens), to, mine in zip(steps, dest, rows, strict=True):
             owned = [len(each) for each in tokens]
             at_most = [count + ended for count in owned]  # as where sequences have ended
-            room = expected.room(layer, at_most, mine[rank].shape[1])
+            capacity = expected.capacity(layer, at_most, mine[rank].shape[1])
             arrived = exchange.dispatch(
-                mine[rank], torch.tensor(to[rank], dtype=torch.int64), [], room, HIDDEN_BYTES
+                mine[rank], torch.tensor(to[rank], dtype=torch.int64), [], capacity, HIDDEN_BYTES
             )
             expected.observe(layer, owned, arrived.sent, arrived.came)
             received.append(arrived.rows_MB)
@@ -255,20 +258,20 @@ def test_whatever_moves_the_two_ends_agree(
 
 
 def test_two_ranks_by_eye() -> None:
-    """Rank 0 sends the rows 7, 8 and 9 to rank 1, which sends nothing; its chunk has room for 2."""
+    """Rank 0 sends the rows 7, 8 and 9 to rank 1, which sends nothing; its chunk has capacity for 2."""
     rows = [torch.tensor([[7], [8], [9]], dtype=torch.uint8), torch.empty(0, 1, dtype=torch.uint8)]
-    rooms = [Room([0, 2], [0, 1]), Room([1, 0], [2, 0])]
+    capacities = [Capacity([0, 2], [0, 1]), Capacity([1, 0], [2, 0])]
 
     def send(exchange: Exchange) -> Dispatched:
-        mine, room = rows[exchange.cluster.rank], rooms[exchange.cluster.rank]
-        return exchange.dispatch(mine, torch.ones(len(mine), dtype=torch.int64), [5], room, 1)
+        mine, capacity = rows[exchange.cluster.rank], capacities[exchange.cluster.rank]
+        return exchange.dispatch(mine, torch.ones(len(mine), dtype=torch.int64), [5], capacity, 1)
 
     (at_0, at_1), counters = Wire(2).run(1, send)
     assert at_0.rows_MB.tolist() == []
     assert at_1.rows_MB.tolist() == [[7], [8], [9]]
     assert [each.dispatch_inter for each in counters] == [3, 0]
     assert [each.late for each in counters] == [1, 0]
-    # a header of two numbers, and two rows and then one; a header, and room for a row
+    # a header of two numbers, and two rows and then one; a header, and capacity for a row
     assert [each.wire_bytes for each in counters] == [8 + 2 + 1, 8 + 1]
 
 

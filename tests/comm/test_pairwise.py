@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exflow.comm.pairwise import FEW_BYTES, Parcels, Rounds
+from exflow.comm.pairwise import FEW_BYTES, Chunks, PairwiseExchange
 from exflow.job.cluster import Cluster
 
 CPU = torch.device("cpu")
 RANKS = 4
-OnRanks = Callable[[Callable[[Rounds], list[Tensor]]], list[list[Tensor]]]
+OnRanks = Callable[[Callable[[PairwiseExchange], list[Tensor]]], list[list[Tensor]]]
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,12 @@ def on_ranks() -> Iterator[OnRanks]:
     """Do something on all ranks at once; what it returned, by rank."""
     store, patience = dist.HashStore(), timedelta(seconds=20)
 
-    def join(rank: int) -> Rounds:
+    def join(rank: int) -> PairwiseExchange:
         up, down = (
             dist.ProcessGroupGloo(dist.PrefixStore(way, store), rank, RANKS, patience)
             for way in ("up", "down")
         )
-        return Rounds(Cluster(rank, RANKS, 1, CPU), up, down)
+        return PairwiseExchange(Cluster(rank, RANKS, 1, CPU), up, down)
 
     with ThreadPoolExecutor(RANKS) as pool:
         ranks = list(pool.map(join, range(RANKS)))
@@ -55,16 +55,16 @@ def test_every_rank_hears_what_the_others_sent(
         for each in (sizes, shared)
     )
 
-    def swap(rounds: Rounds) -> list[Tensor]:
-        me = rounds.cluster.rank
+    def swap(pairwise: PairwiseExchange) -> list[Tensor]:
+        me = pairwise.cluster.rank
         arrived, gathered = (
             [torch.empty(row[me], dtype=torch.uint8) for row in each] for each in (sizes, shared)
         )
-        rounds.defer(Parcels(behind[me], gathered))
+        pairwise.defer(Chunks(behind[me], gathered))
         if exchanged:
-            rounds.swap(Parcels(sent[me], arrived))
-        rounds.finish()
-        assert not rounds.deferred
+            pairwise.swap(Chunks(sent[me], arrived))
+        pairwise.finish()
+        assert not pairwise.deferred
         return arrived + gathered
 
     for me, arrived in enumerate(on_ranks(swap)):
@@ -75,4 +75,4 @@ def test_every_rank_hears_what_the_others_sent(
 
 @pytest.mark.parametrize(("ranks", "per_node", "device"), [(4, 4, "cpu"), (1, 1, "cpu"), (4, 2, "cuda")])
 def test_ranks_of_one_host_and_of_nccl_have_none(ranks: int, per_node: int, device: str) -> None:
-    assert Rounds.between(Cluster(0, ranks, per_node, torch.device(device))) is None
+    assert PairwiseExchange.between(Cluster(0, ranks, per_node, torch.device(device))) is None

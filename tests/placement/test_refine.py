@@ -208,8 +208,8 @@ def test_it_ends_when_told_to_and_with_what_it_has() -> None:
 def test_a_long_trace_is_thinned_by_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, topology = make_trace(1, (400, 3, 8, 2), sequences=20), Topology(gpus_per_node=4)
     problem = problem_of(trace, topology)
-    assert module.thinned(trace, 1.0) is trace
-    thin = module.thinned(trace, 0.25)
+    assert module.subsampled(trace, 1.0) is trace
+    thin = module.subsampled(trace, 0.25)
     assert len(np.unique(thin.sequence)) == 5
     whole = [int((trace.sequence == sequence).sum()) for sequence in (3, 7, 11, 15, 19)]
     assert np.bincount(thin.sequence).tolist() == whole
@@ -222,7 +222,7 @@ def test_a_long_trace_is_thinned_by_whole_sequences(monkeypatch: pytest.MonkeyPa
 
 def test_of_a_thinned_trace_all_ranks_are_homes() -> None:
     trace = make_trace(1, (800, 2, 8, 1), sequences=40)
-    homes = np.unique(module.thinned(trace, 0.25).sequence) % 4
+    homes = np.unique(module.subsampled(trace, 0.25).sequence) % 4
     assert set(homes.tolist()) == {0, 1, 2, 3}
 
 

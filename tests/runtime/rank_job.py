@@ -54,9 +54,9 @@ class Spy:
         return watched
 
     def in_rounds(self, collective: Callable[..., None], name: str) -> Callable[..., None]:
-        def watched(rounds: Any, parcels: Any) -> None:
-            self.note(name, parcels.to)
-            collective(rounds, parcels)
+        def watched(rounds: Any, chunks: Any) -> None:
+            self.note(name, chunks.to)
+            collective(rounds, chunks)
 
         return watched
 
@@ -89,7 +89,7 @@ dist.all_to_all_single = spy.all_to_all(dist.all_to_all_single)
 dist.all_reduce = spy.all_reduce(dist.all_reduce)
 dist.batch_isend_irecv = spy.point_to_point(dist.batch_isend_irecv)
 
-from exflow.comm.pairwise import Rounds  # noqa: E402
+from exflow.comm.pairwise import PairwiseExchange  # noqa: E402
 from exflow.errors import InputError  # noqa: E402
 from exflow.job.cluster import Cluster, join_cluster  # noqa: E402
 from exflow.model.decoder import MoE, Rows  # noqa: E402
@@ -103,8 +103,8 @@ from exflow.runtime.kv_cache import KVCache  # noqa: E402
 from exflow.runtime.request import Request  # noqa: E402
 from exflow.runtime.trace_recorder import JobRecorder  # noqa: E402
 
-Rounds.swap = spy.in_rounds(Rounds.swap, "all_to_all")  # type: ignore[method-assign]
-Rounds.defer = spy.in_rounds(Rounds.defer, "gather")  # type: ignore[method-assign]
+PairwiseExchange.swap = spy.in_rounds(PairwiseExchange.swap, "all_to_all")  # type: ignore[method-assign]
+PairwiseExchange.defer = spy.in_rounds(PairwiseExchange.defer, "gather")  # type: ignore[method-assign]
 
 
 def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict[str, Any], Any]:

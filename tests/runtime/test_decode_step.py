@@ -15,12 +15,12 @@ from torch import Tensor
 
 from exflow.comm.buffers import (
     Allocate,
-    Mailbox,
+    ExchangeBuffer,
     PeerMemory,
     StepShape,
-    collective_mail,
-    one_sided_mail,
-    relayed_mail,
+    collective_buffers,
+    one_sided_buffers,
+    relayed_buffers,
 )
 from exflow.kernels.grouped_mlp import grouped_mlp
 from exflow.model.config import ModelConfig
@@ -95,7 +95,7 @@ class Job:
     def raise_flags(self) -> None:
         """Ranks that run in turn cannot wait for each other: all are done with their puts here."""
         for step in self.steps:
-            for box in step.mail.boxes:
+            for box in step.buffers.exchanges:
                 box.flags.fill_(1 << 30)
 
     def chosen(self, count: int) -> Tensor:
@@ -124,10 +124,10 @@ class SimulatedAllToAll:
         self.known: dict[int, tuple[list[Sent], int]] = {}  # by the receiving buffer's address, and the rank
         self.meeting: list[Sent] | None = None
 
-    def meet(self, boxes: list[Mailbox | None]) -> None:
-        """The mailboxes of all ranks for one exchange."""
+    def meet(self, exchange: list[ExchangeBuffer | None]) -> None:
+        """The buffers of all ranks for one exchange."""
         self.meeting = []
-        for box in boxes:
+        for box in exchange:
             if box is not None:
                 box.move()
         self.meeting = None
@@ -194,18 +194,20 @@ def job(
         returns = replicated or decoder.config.top_k > 1 or group_size < ranks
         row_bytes = 4 * decoder.config.hidden_size
         if relayed:
-            mail = relayed_mail(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
+            buffers = relayed_buffers(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
         elif collective is None:
-            mail = one_sided_mail(shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank))
+            buffers = one_sided_buffers(
+                shape, decoder.config.top_k, row_bytes, returns, memory.of(shape.rank)
+            )
         else:
-            mail = collective_mail(shape, decoder.config.top_k, row_bytes, returns, DEVICE)
+            buffers = collective_buffers(shape, decoder.config.top_k, row_bytes, returns, DEVICE)
         group = range(shape.rank // group_size * group_size, (shape.rank // group_size + 1) * group_size)
         members = [shape.rank] if replicated else list(group)
         step = DecodeStep(
             of_rank(decoder, plan, shape.rank),
             shape,
             tables,
-            mail,
+            buffers,
             [caches[member].data_ptr() for member in members],
             request.sampling,
             request.end_tokens,
@@ -220,8 +222,8 @@ def job(
         step.start(first, token, position, owned, request.sampling.seed)
         steps.append(step)
     if collective is not None:
-        collective.meet([step.mail.dispatch for step in steps])
-        collective.meet([step.mail.sums if relayed else step.mail.returns for step in steps])
+        collective.meet([step.buffers.dispatch for step in steps])
+        collective.meet([step.buffers.sums if relayed else step.buffers.returns for step in steps])
     return Job(steps, [*caches, *(each for made in memory.sets for each in made)])
 
 
@@ -367,7 +369,7 @@ def test_tokens_that_travel_by_relays(
     expected = engine.generate(request, observe).tokens
     trace = recorder.trace()
     plan = plan_of(decoder.config, ranks, True, nodes)
-    foretold = count_traffic(trace.select(trace.phase == DECODE), plan, group_size, hierarchical=True)
+    predicted = count_traffic(trace.select(trace.phase == DECODE), plan, group_size, hierarchical=True)
 
     ours = job(decoder, request, plan, group_size, collective=exchange, relayed=True)
     ours.run(2)
@@ -380,8 +382,8 @@ def test_tokens_that_travel_by_relays(
     intra, inter = sum(step.outputs.dispatched.sum(0) for step in ours.steps).tolist()
     passed = sum(int(step.outputs.passed.sum()) for step in ours.steps)
     returned = sum(step.outputs.returned.sum(0) for step in ours.steps).tolist()
-    assert (intra + passed, inter) == (foretold.dispatch_intra, foretold.dispatch_inter)
-    assert returned == [foretold.return_intra, foretold.return_inter]
+    assert (intra + passed, inter) == (predicted.dispatch_intra, predicted.dispatch_inter)
+    assert returned == [predicted.return_intra, predicted.return_inter]
     assert passed and inter
 
 
@@ -402,8 +404,10 @@ def test_grouped_products_of_rows_in_order_say_the_same(
     decoder = tiny_decoder(config).to(DEVICE, dtype)
     shape = StepShape(0, 1, 1, 1, sequences=8, positions=16)
     tables = PlanTables.of(contiguous_plan(config, Topology(gpus_per_node=1)), DEVICE)
-    mail = one_sided_mail(shape, top_k, dtype.itemsize * config.hidden_size, False, SimulatedMemory(1).of(0))
-    step = DecodeStep(decoder, shape, tables, mail, [0], GREEDY, ())
+    buffers = one_sided_buffers(
+        shape, top_k, dtype.itemsize * config.hidden_size, False, SimulatedMemory(1).of(0)
+    )
+    step = DecodeStep(decoder, shape, tables, buffers, [0], GREEDY, ())
     received, work = step.work.received, step.work
     assert work.permuted is not None
     pairs = torch.randperm(8 * top_k)[: 8 * top_k - 2].to(DEVICE, torch.int32)
@@ -435,9 +439,9 @@ def test_what_a_step_shares_is_what_it_wrote_into_its_cache(
     decoder = tiny_decoder(tiny_config(num_hidden_layers=2)).to(DEVICE)
     config, shape = decoder.config, StepShape(0, 1, 1, 1, sequences=3, positions=16)
     tables = PlanTables.of(contiguous_plan(config, Topology(gpus_per_node=1)), DEVICE)
-    mail = one_sided_mail(shape, config.top_k, 4 * config.hidden_size, False, SimulatedMemory(1).of(0))
+    buffers = one_sided_buffers(shape, config.top_k, 4 * config.hidden_size, False, SimulatedMemory(1).of(0))
     cache = torch.zeros(cache_shape(config, 3, 16), device=DEVICE)
-    step = DecodeStep(decoder, shape, tables, mail, [cache.data_ptr()], GREEDY, (), share=lambda _: None)
+    step = DecodeStep(decoder, shape, tables, buffers, [cache.data_ptr()], GREEDY, (), share=lambda _: None)
     position = torch.tensor([2, 0, 5])
     step.start(0, torch.tensor([3, 1, 4]), position, torch.tensor([1, 0, 1]), 0)
     for _ in step.run():

@@ -1,4 +1,4 @@
-"""Jobs of 2, 4 and 8 ranks against one process: the same tokens, logits, routing, and the traffic foretold.
+"""Jobs of 2, 4 and 8 ranks against one process: the same tokens, logits, routing, and the traffic predicted.
 
 One job a number of ranks runs all its cases (rank_job.py); the tests look at what the ranks wrote.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from exflow.commands.profile import profile
 from exflow.errors import InputError, WrongResult
-from exflow.job import liveness as roll_call
-from exflow.job.cluster import during, join_cluster
+from exflow.job import liveness
+from exflow.job.cluster import annotate_errors, join_cluster
 from exflow.job.launch import LostContact, Place
 from exflow.model.checkpoint import load_decoder, save_checkpoint
 from exflow.model.config import ModelConfig
@@ -468,7 +468,7 @@ def test_the_counters_are_what_the_routing_foretells(case: Case, bench: Bench, j
             count_traffic(rows, plan, messages_group),
             count_traffic(rows, plan, case.group_size),
         )
-        foretold = {
+        predicted = {
             "dispatch_intra": messages.dispatch_intra,
             "dispatch_inter": messages.dispatch_inter,
             "return_intra": messages.return_intra,
@@ -479,8 +479,8 @@ def test_the_counters_are_what_the_routing_foretells(case: Case, bench: Bench, j
             "kv_bytes": (copies.kv_intra + copies.kv_inter) * config.kv_width * 4,
         }
         if case.strategy == "replicated":
-            foretold = dict.fromkeys(foretold, 0)
-        assert {key: counters[key] for key in foretold} == foretold, name
+            predicted = dict.fromkeys(predicted, 0)
+        assert {key: counters[key] for key in predicted} == predicted, name
         assert counters["wire_bytes"] >= counters["hidden_bytes"] + counters["kv_bytes"]
 
 
@@ -602,9 +602,9 @@ def test_a_shape_alone_is_deployed(bench: Bench, lone_rank: None) -> None:
 def test_a_lost_rank_is_told_from_other_errors(
     lone_rank: None, monkeypatch: pytest.MonkeyPatch, sign: str, words: str
 ) -> None:
-    monkeypatch.setattr(roll_call, "_GRACE_S", 0.0)
+    monkeypatch.setattr(liveness, "_GRACE_S", 0.0)
     lost = pytest.raises(LostContact, match=f"{words} of 1 ranks (for 9 s )?in a gather, step 1")
-    with lost as caught, join_cluster("cpu", 9), during("step 1"), during("a gather"):
+    with lost as caught, join_cluster("cpu", 9), annotate_errors("step 1"), annotate_errors("a gather"):
         raise RuntimeError(sign)
     assert not caught.value.told
 
@@ -624,7 +624,12 @@ def test_a_wrong_result_stays_one(lone_rank: None) -> None:
 def test_one_rank_of_each_node_tells() -> None:
     store = dist.HashStore()
     places = [Place(rank, num_ranks=4, local_rank=rank % 2, ranks_per_node=2) for rank in range(4)]
-    assert [roll_call.RollCall(place, 9, store).is_told() for place in places] == [False, True, False, True]
+    assert [liveness.LivenessMonitor(place, 9, store).is_told() for place in places] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_nodes_of_different_sizes_are_bad_input(lone_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:

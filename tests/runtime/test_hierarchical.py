@@ -1,4 +1,4 @@
-"""Tokens that travel by relays: two nodes of two ranks against one process, and the traffic foretold."""
+"""Tokens that travel by relays: two nodes of two ranks against one process, and the traffic predicted."""
 
 import json
 from collections.abc import Callable

@@ -18,19 +18,19 @@ from exflow.runtime.deploy import contiguous_plan
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request
 from exflow.runtime.strategies import single_process
-from exflow.runtime.verify import MOST, Sample, Witness, Witnessed, check_choices
+from exflow.runtime.verify import MOST, RunRecord, RunRecorder, Sample, check_choices
 from exflow.runtime.verify_counters import check_counters
 
 PROMPTS = [[65, 66, 67], [72, 69, 76, 76, 79], [42]]
 REQUEST = Request(PROMPTS, 6)
-Watched = tuple[Witnessed, Generation]
+Watched = tuple[RunRecord, Generation]
 
 
 def watched(decoder: Decoder, request: Request = REQUEST) -> Watched:
     engine = Engine(decoder, single_process())
-    witness = Witness(engine, request)
-    generation = engine.generate(request, witness.observe)
-    return witness.of_all_ranks(), generation
+    recorder = RunRecorder(engine, request)
+    generation = engine.generate(request, recorder.observe)
+    return recorder.gather(), generation
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_sample_is_bounded_and_looks_at_every_sequence(sequences: int) -> None
     assert len({number for number, _ in chosen}) == min(sequences, len(chosen))
 
 
-def counted_right(decoder: Decoder, ranks: int, group: int) -> tuple[Generation, Witnessed]:
+def counted_right(decoder: Decoder, ranks: int, group: int) -> tuple[Generation, RunRecord]:
     """A generation as a job of so many ranks should have counted it."""
     seen, generation = watched(decoder)
     plan, config = contiguous_plan(decoder.config, Topology(gpus_per_node=ranks)), decoder.config

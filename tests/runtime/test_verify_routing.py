@@ -15,7 +15,7 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request
 from exflow.runtime.strategies import single_process
-from exflow.runtime.verify import Witness, Witnessed, check_choices
+from exflow.runtime.verify import RunRecord, RunRecorder, check_choices
 from exflow.runtime.verify_routing import VANISHING, GateScores, count_ties
 
 REQUEST = Request([[65, 66, 67], [72, 69, 76, 76, 79], [42]], 6)
@@ -24,15 +24,15 @@ LAYER = 3  # the last
 ROUTINGS = (3 + 5 + 1 + 3 * 5) * 4  # tokens fed, in 4 layers
 
 
-def watched(decoder: Decoder, dictated: RoutingTrace | None = None) -> tuple[Witnessed, Generation]:
+def watched(decoder: Decoder, dictated: RoutingTrace | None = None) -> tuple[RunRecord, Generation]:
     """A run, whose gates choose for themselves or are overruled; the decoder's gates are free afterwards."""
     if dictated is not None:
         decoder.replay = ReplayedRouting.of(dictated, decoder.config, torch.device("cpu"))
     engine = Engine(decoder, single_process())
-    witness = Witness(engine, REQUEST)
-    generation = engine.generate(REQUEST, witness.observe)
+    recorder = RunRecorder(engine, REQUEST)
+    generation = engine.generate(REQUEST, recorder.observe)
     decoder.replay = None
-    return witness.of_all_ranks(), generation
+    return recorder.gather(), generation
 
 
 def experts_at_last(trace: RoutingTrace) -> list[int]:
@@ -46,9 +46,9 @@ def with_experts_at_last(trace: RoutingTrace, experts: list[int]) -> RoutingTrac
     return replace(trace, experts=changed)
 
 
-def check(decoder: Decoder, witnessed: Witnessed, generation: Generation) -> int:
+def check(decoder: Decoder, recorded: RunRecord, generation: Generation) -> int:
     """The ties."""
-    compared = check_choices(witnessed, generation, decoder)
+    compared = check_choices(recorded, generation, decoder)
     decoder.replay = None
     assert compared.routings == ROUTINGS
     return compared.ties
@@ -85,12 +85,12 @@ def test_a_near_tie_is_accepted_and_counted(decoder: Decoder) -> None:
     chosen = experts_at_last(watched(decoder)[0].trace)
     twin = next(expert for expert in range(8) if expert not in chosen)
     gate_row(decoder, twin).copy_(gate_row(decoder, chosen[-1]) * (1 + 1e-6))
-    witnessed, generation = watched(decoder)
-    ties = check(decoder, witnessed, generation)
-    assert set(experts_at_last(witnessed.trace)) <= {*chosen, twin}
+    recorded, generation = watched(decoder)
+    ties = check(decoder, recorded, generation)
+    assert set(experts_at_last(recorded.trace)) <= {*chosen, twin}
     other = [twin if expert == chosen[-1] else chosen[-1] if expert == twin else expert
-             for expert in experts_at_last(witnessed.trace)]  # fmt: skip
-    turned = watched(decoder, with_experts_at_last(witnessed.trace, other))
+             for expert in experts_at_last(recorded.trace)]  # fmt: skip
+    turned = watched(decoder, with_experts_at_last(recorded.trace, other))
     assert experts_at_last(turned[0].trace) == other
     assert check(decoder, *turned) == ties + 1
 
@@ -113,11 +113,11 @@ def test_a_wrong_choice_is_named(decoder: Decoder) -> None:
 
 
 def test_a_wrong_expert_under_right_routing_is_found(decoder: Decoder) -> None:
-    witnessed, generation = watched(decoder)
-    visited = experts_at_last(witnessed.trace)[0]
+    recorded, generation = watched(decoder)
+    visited = experts_at_last(recorded.trace)[0]
     decoder.blocks[LAYER].mlp.experts.w_out[visited] *= 16
     with pytest.raises(WrongResult, match=r": the logits differ .* with the same routing, .* kernels are at"):
-        check_choices(witnessed, generation, decoder)
+        check_choices(recorded, generation, decoder)
 
 
 def test_a_replayed_job_is_held_against_its_trace(decoder: Decoder) -> None:

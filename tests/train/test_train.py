@@ -292,31 +292,31 @@ def test_the_balance_loss_keeps_all_experts_at_work(settings: dict[str, Any], tm
     assert busiest[0.1].balance < 2.5
 
 
-def optimiser(**changes: Any) -> OptimiserConfig:
+def optimizer(**changes: Any) -> OptimiserConfig:
     base = {"steps": 100, "batch_size": 3, "sequence_length": 4, "learning_rate": 1.0, "warmup_steps": 10}
     return OptimiserConfig.model_validate(base | changes)
 
 
 def test_learning_rate() -> None:
-    rates = [learning_rate(optimiser(), step) for step in range(101)]
+    rates = [learning_rate(optimizer(), step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(optimiser(warmup_steps=0), 0) == 1.0
+    assert learning_rate(optimizer(warmup_steps=0), 0) == 1.0
 
 
 def test_batches_are_windows_of_the_stream_drawn_from_seed_and_step() -> None:
     stream = np.arange(50, dtype=np.uint16)
-    batches = [sample_batch(stream, optimiser(), step) for step in range(200)]
+    batches = [sample_batch(stream, optimizer(), step) for step in range(200)]
     for batch_BS in batches:
         assert batch_BS.shape == (3, 5)
         assert (batch_BS.diff(dim=1) == 1).all()
     assert torch.stack(batches).unique().tolist() == list(range(50))  # to the first and the last token
-    assert torch.equal(batches[7], sample_batch(stream, optimiser(), 7))
+    assert torch.equal(batches[7], sample_batch(stream, optimizer(), 7))
     assert not torch.equal(batches[7], batches[8])
-    assert not torch.equal(batches[7], sample_batch(stream, optimiser(seed=1), 7))
+    assert not torch.equal(batches[7], sample_batch(stream, optimizer(seed=1), 7))
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(tiny_decoder: Callable[..., Decoder]) -> None:
@@ -324,7 +324,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tiny_decoder: Callable[...,
     decoder.embedding.weight.zero_()  # all scores equal: log2(257) bits a token
     corpus = Corpus(np.zeros(0, np.uint16), np.arange(200, dtype=np.uint16), held_out_bytes=400)
     for evaluate_tokens in (1, 60, 10_000):
-        config = optimiser(sequence_length=20, evaluate_tokens=evaluate_tokens)
+        config = optimizer(sequence_length=20, evaluate_tokens=evaluate_tokens)
         found = held_out_bits_per_byte(decoder, corpus, config)
         assert found == pytest.approx(math.log2(257) * 200 / 400)
 

@@ -11,8 +11,8 @@ from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.objective import Objective
+from exflow.placement.traffic.balance_owners import balance_owners
 from exflow.placement.traffic.evaluate import evaluate
-from exflow.placement.traffic.level_owners import level_owners
 from exflow.profiling.trace import RoutingTrace
 
 
@@ -36,7 +36,7 @@ def cost(plan: Plan, trace: RoutingTrace, price: float) -> float:
 def test_it_never_costs_more_and_changes_the_table_alone(seed: int, price: float, ranks: int) -> None:
     trace = popular(100, seed)
     plan = place(trace, Topology(gpus_per_node=ranks), solving=Solving("sweep"))
-    level = level_owners(plan, trace, price)
+    level = balance_owners(plan, trace, price)
     assert cost(level, trace, price) <= cost(plan, trace, price) + 1e-9
     assert level.next_owner is not None and plan.next_owner is not None
     same = replace(level, next_owner=plan.next_owner)
@@ -64,7 +64,7 @@ def test_a_token_that_always_comes_home_leaves_no_choice() -> None:
     trace = popular(60)
     objective = Objective("dispatch-combine")
     plan = place(trace, Topology(gpus_per_node=2), objective=objective, solving=Solving("contiguous"))
-    assert level_owners(plan, trace, 1.0) is plan
+    assert balance_owners(plan, trace, 1.0) is plan
 
 
 def test_a_price_below_nothing_is_refused() -> None:

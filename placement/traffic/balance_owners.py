@@ -17,7 +17,7 @@ from exflow.profiling.trace import RoutingTrace
 _STEPS = (300, 200, 150, 120, 100, 85, 75, 65)  # per mille of `next_owner`, for a rank that owns nothing
 
 
-def level_owners(plan: Plan, trace: RoutingTrace, price: float) -> Plan:
+def balance_owners(plan: Plan, trace: RoutingTrace, price: float) -> Plan:
     """The plan with the `next_owner` table that costs least: messages, and their owners' imbalance.
 
     price: messages per token and layer that a unit of imbalance (busiest owner's tokens / mean) is worth.
