@@ -41,6 +41,7 @@ from exflow.files import atomic_path, read_json
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.report.scaling import DRAWN, scaling_drawing
@@ -109,7 +110,7 @@ def measured_steps(traces: Path, folder: Path) -> Iterator[Measured]:
                 name = (case["case"], row["strategy"], row["placement"])
                 if name not in found:
                     plan = Plan.load(at / f"{row['placement']}.json")
-                    found[name] = Variant.of(row["strategy"], row["placement"], plan, trace)
+                    found[name] = Variant.of(Strategy(row["strategy"]), row["placement"], plan, trace)
                 machine = measured_machine(document, row["transport"])
                 point = Point(config, case["batch"], middle, machine)
                 yield Measured(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.levelling import levelled
 from exflow.placement.solve.load_only import replica_counts
@@ -115,7 +116,7 @@ def _by_affinity(
     replicas = replica_counts(load, num_replicas, num_gpus)
     idle = load.sum(axis=1, keepdims=True) == 0  # a layer never seen: any balance is as good
     counts = replace(affinity, load=np.where(idle, 1.0, load))
-    problem = make_problem([counts], [1.0], topology, Objective("dispatch-combine"), replicas)
+    problem = make_problem([counts], [1.0], topology, Objective(Strategy.DISPATCH_COMBINE), replicas)
     assignment = solve(problem, topology, time_limit=time_limit).assignment
     order = np.argsort(assignment, axis=1, kind="stable")
     return np.take_along_axis(items_of(replicas), order, axis=1)

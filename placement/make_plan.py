@@ -10,8 +10,9 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts, count_affinity
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
-from exflow.placement.solve.baselines import contiguous, contiguous_slots, random
+from exflow.placement.solve.baselines import contiguous, contiguous_plan, contiguous_slots, random
 from exflow.placement.solve.descent import Stop
 from exflow.placement.solve.load_only import load_only, replica_counts
 from exflow.placement.solve.objective import Objective, items_of, make_problem
@@ -147,8 +148,7 @@ def _or_contiguous(
     next token.
     """
     judged = subsampled(trace, _JUDGES / trace.num_tokens)
-    slots = contiguous_slots(trace.experts_per_layer, int(replicas[0].sum()))
-    rival = Plan.of_slots(slots, plan.topology, trace, method="contiguous", strategy=plan.strategy)
+    rival = contiguous_plan(trace, plan.topology, plan.strategy, int(replicas[0].sum()))
     (theirs, layers), (ours, _) = (_true_cost(each, objective, judged) for each in (rival, plan))
     allowed = objective.max_imbalance is None or layers.max() <= objective.max_imbalance
     return rival if allowed and theirs < ours else plan
@@ -193,8 +193,9 @@ def _refine(
     problem: PlacementProblem, trace: RoutingTrace, objective: Objective, topology: Topology, seed: int
 ) -> Refine | None:
     """The descent on true messages, for the cases that it knows."""
-    at_home = objective.strategy == "dispatch-combine"
-    if problem.has_replicas or objective.strategy == "node-coherent" or (at_home and not problem.is_uniform):
+    at_home = objective.strategy == Strategy.DISPATCH_COMBINE
+    in_nodes = objective.strategy == Strategy.NODE_COHERENT
+    if problem.has_replicas or in_nodes or (at_home and not problem.is_uniform):
         return None
 
     def refined(assignment: Assignment, stop: Stop) -> tuple[float, Assignment]:

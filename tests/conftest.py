@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be told
 
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer
 
+from exflow import cli
+from exflow.job import outcome
 from exflow.model.checkpoint import save_checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, initialise
@@ -175,3 +178,21 @@ def network() -> Any:
     from benchmarks.hosts import network
 
     return network
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, str]]:
+    """command_line("place trace --gpus 2 ..."), run in this process: exit code, stdout and stderr."""
+    monkeypatch.setattr(outcome, "answer_signals", lambda: None)  # pytest's own stay
+
+    def run(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0), *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run

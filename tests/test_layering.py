@@ -1,4 +1,4 @@
-"""Who may import whom, what a bare import must not load, and what the wheel holds."""
+"""Layers of imports, the cost of a bare import, and the content of the wheel."""
 
 import ast
 import importlib
@@ -53,7 +53,7 @@ FILES = module_files()
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """What a file imports, anywhere in it, and whether that is for type checkers alone."""
+    """Yield the imports of a file, and whether each is for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(inner)

@@ -1,4 +1,4 @@
-"""What ExFlow stands on: lower bounds that are the versions tested, licences that are listed, no network.
+"""Dependencies: lower bounds are the tested versions, licences are listed, nothing uses the network.
 
 `python tests/test_supply_chain.py > docs/licences.md` writes the list anew.
 """
@@ -70,7 +70,7 @@ def closure(requirements: list[str]) -> Iterator[str]:
 
 
 def licence(name: str) -> str:
-    """As the package says it: the expression, or the classifier, or the first line of the field."""
+    """Return the package's licence: its expression, classifier, or the first line of the field."""
     metadata = distribution(name).metadata
     said = [metadata["License-Expression"]]
     classifiers = [
@@ -81,7 +81,7 @@ def licence(name: str) -> str:
 
 
 def listed() -> dict[str, str]:
-    """Who needs what is installed here: each package under the first that does."""
+    """List the installed packages, each under the first one that needs it."""
     found: dict[str, str] = {}
     for who, requirements in NEEDED.items():
         for name in sorted(closure(requirements)):

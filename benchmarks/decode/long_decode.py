@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from exflow.files import atomic_path
 from exflow.job.cluster import Cluster, join_cluster
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config_file import load_model_config
 from exflow.placement.plan.topology import Topology
-from exflow.runtime.deploy import Deployment, contiguous_plan, deploy, load_model
+from exflow.runtime.deploy import Deployment, default_plan, deploy, load_model
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Request
 
@@ -86,7 +87,7 @@ def _logit(alone: Engine, tokens: list[int], token: int) -> float:
 def run(arguments: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
     requests = requests_of(arguments.model, arguments.steps)
     config = load_model_config(arguments.model)
-    plan = contiguous_plan(config, Topology(gpus_per_node=cluster.num_ranks))
+    plan = default_plan(config, Topology(gpus_per_node=cluster.num_ranks))
     expected: list[list[list[int]]] = []
     document: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "ranks": cluster.num_ranks}
     if cluster.rank == 0:
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
         document["captured against eager"] = report("one process", first, arguments.tie)
     for strategy in STRATEGIES:
         start = time.perf_counter()
-        with closing(deploy(Deployment(arguments.model, strategy, plan), cluster)) as engine:
+        with closing(deploy(Deployment(Checkpoint.open(arguments.model), strategy, plan), cluster)) as engine:
             ours = [engine.generate(request).tokens for request in requests]
         steps = sum(request.max_new_tokens - 1 for request in requests)
         if cluster.rank == 0:

@@ -52,7 +52,7 @@ from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.decode_step import DecodeStep
-from exflow.runtime.deploy import contiguous_plan
+from exflow.runtime.deploy import default_plan
 from exflow.runtime.expert_parallel import PlanTables
 from exflow.runtime.graph_runner import Capture, CapturedDecode
 
@@ -206,7 +206,7 @@ def exchange_us(case: Case, cluster: Cluster, batch: int, context: int) -> dict[
     """
     layers = len(case.config.moe_layer_ids)
     alone = Cluster(0, 1, 1, cluster.device)
-    one = PlanTables.of(contiguous_plan(case.config, Topology(gpus_per_node=1)), cluster.device)
+    one = PlanTables.of(default_plan(case.config, Topology(gpus_per_node=1)), cluster.device)
     lonely = Capture(case.decoder, one, alone, 1, False, "one-sided")
     captured = decode_synthetic_batch(
         lonely, batch // cluster.num_ranks, context, STEPS + WARM_UP, ExchangeOnly

@@ -57,7 +57,7 @@ from exflow.model.config_file import load_model_config
 from exflow.model.device import choose_device
 from exflow.model.random_weights import RandomWeights, random_decoder
 from exflow.placement.plan.topology import Topology
-from exflow.runtime.deploy import contiguous_plan, experts_of
+from exflow.runtime.deploy import default_plan, experts_of
 from exflow.runtime.expert_parallel import PlanTables
 
 DEPTHS = (2, 6)  # layers of the models that are timed
@@ -267,7 +267,7 @@ def transformers_step(bench: Bench, model: Any, how: str, batch: int) -> dict[st
 @torch.inference_mode()
 def exflow_model(bench: Bench, shape: ModelConfig, code: str, depth: int) -> Any:
     config = shape.model_copy(update={"num_hidden_layers": depth})
-    plan = contiguous_plan(config, Topology(gpus_per_node=bench.cluster.num_ranks))
+    plan = default_plan(config, Topology(gpus_per_node=bench.cluster.num_ranks))
     here = experts_of(plan, bench.cluster.rank)
     return random_decoder(RandomWeights(config), bench.cluster.device, bench.dtype, here), plan
 

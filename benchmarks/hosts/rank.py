@@ -31,7 +31,7 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.engine import Engine
 from exflow.runtime.expert_parallel import PlanTables, Replicated
 from exflow.runtime.request import Request
-from exflow.runtime.strategies import AllTokens, OwnedTokens, Strategy
+from exflow.runtime.strategies import AllTokens, OwnedTokens, RankStrategy
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def engine_of(config: ModelConfig, plan: Plan, trace: RoutingTrace, rank: int) -
     return Engine(decoder, AllTokens(None, None))  # type: ignore[arg-type]
 
 
-def strategy_of(name: str, exchange: Exchange, plan: Plan, config: ModelConfig) -> Strategy:
+def strategy_of(name: str, exchange: Exchange, plan: Plan, config: ModelConfig) -> RankStrategy:
     """`replicated`, or coherence groups of so many ranks."""
     tables = PlanTables.of(plan, CPU)
     if name == "replicated":

@@ -39,17 +39,22 @@ import torch
 from exflow.files import write_json
 from exflow.job.cluster import all_gather_object, join_cluster
 from exflow.job.launch import torchrun_place
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config_file import load_model_config
 from exflow.model.decoder import Rows
 from exflow.model.sampling import Sampling, scores_of
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
-from exflow.runtime.deploy import Deployment, contiguous_plan, deploy, load_model
+from exflow.runtime.deploy import Deployment, default_plan, deploy, load_model
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Request
 
 MODEL = Path(__file__).parents[2] / "models" / "gpt-moe-demo"
-STRATEGIES: tuple[Name, ...] = ("coherent", "dispatch-combine", "replicated")
+STRATEGIES: tuple[Strategy, ...] = (
+    Strategy.COHERENT,
+    Strategy.DISPATCH_COMBINE,
+    Strategy.REPLICATED,
+)
 MAX_BATCH = 48
 MAX_GROWTH_MIB = 16
 WARM_UP_S = 60
@@ -95,8 +100,10 @@ def run_rank(model: Path, load: Load, folder: Path) -> None:
     torch.set_num_threads(1)
     arrivals = load.arrivals()
     with join_cluster("cpu") as cluster, ExitStack() as files:
-        plan = contiguous_plan(load_model_config(model), Topology(gpus_per_node=cluster.num_ranks))
-        engines = [deploy(Deployment(model, strategy, plan), cluster) for strategy in STRATEGIES]
+        plan = default_plan(load_model_config(model), Topology(gpus_per_node=cluster.num_ranks))
+        engines = [
+            deploy(Deployment(Checkpoint.open(model), strategy, plan), cluster) for strategy in STRATEGIES
+        ]
         log = files.enter_context((folder / f"rank-{cluster.rank}.jsonl").open("w"))
         all_gather_object(cluster, None)
         start, admitted, number = time.monotonic(), 0, 0

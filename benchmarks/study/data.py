@@ -12,8 +12,7 @@ import torch
 from benchmarks.routing.recorded import independent, read
 from exflow.commands.profile import profile, windows_of_text
 from exflow.errors import InputError
-from exflow.model.checkpoint import load_decoder
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint as ModelFolder
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.merge import merge, of_sequences
 from exflow.profiling.trace import RoutingTrace
@@ -71,7 +70,8 @@ def demo_model(texts: Path, model: Path = DEMO, device: str = "cpu") -> Subject:
         for domain, names in TEXTS.items()
     }
     contents[REFERENCE] = list(topics.values())
-    tokenizer, decoder = load_tokenizer(model), load_decoder(model, torch.device(device), torch.float32)
+    checkpoint = ModelFolder.open(model)
+    tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder(torch.device(device), torch.float32)
     domains = {
         domain: profile(decoder, windows_of_text(tokenizer, parts, LENGTH, TOKENS), path=None)
         for domain, parts in contents.items()

@@ -10,13 +10,15 @@ import numpy as np
 from frame import framed
 
 from exflow.placement.make_plan import place
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.baselines import contiguous_plan
 from exflow.placement.traffic.confidence import split_by_sequence
 from exflow.profiling.trace import RoutingTrace
 from exflow.report import routes
 from exflow.report.data import Judged, Report, gather
 from exflow.report.draw.svg import text
-from exflow.report.plans import Candidate, contiguous_plan
+from exflow.report.plans import Candidate
 
 HERE = Path(__file__).parent
 TRACE = HERE.parents[1] / "models" / "gpt-moe-demo" / "early-traces" / "step-002200"
@@ -29,7 +31,10 @@ ROW = HIGH + 74
 def report_of_both() -> Report:
     """Contiguous and by affinity, on the held-out sequences."""
     profiled, held_out = split_by_sequence(RoutingTrace.load(TRACE), 0.25)
-    plans = {"contiguous": contiguous_plan(held_out, GPUS, "coherent"), "affinity": place(profiled, GPUS)}
+    plans = {
+        "contiguous": contiguous_plan(held_out, GPUS, Strategy.COHERENT),
+        "affinity": place(profiled, GPUS),
+    }
     chosen = [Candidate(name, name, plan, name == "contiguous") for name, plan in plans.items()]
     return gather(held_out, chosen, None, lambda what: None, lambda: None)
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from exflow.bench.job import WARM_UP, BenchJob, Setting
+from exflow.bench.job import ONE_PROCESS, WARM_UP, ResolvedBench
 from exflow.bench.table import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
 from exflow.comm.collectives import Counters, Exchange
 from exflow.comm.pairwise import PairwiseExchange
@@ -26,36 +26,25 @@ from exflow.cost.predict import memory_bytes
 from exflow.cost.probe import free_bytes, measure
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
-from exflow.job.cluster import Cluster, all_gather_object, join_cluster, raise_on_all_ranks
-from exflow.job.launch import torchrun_place
+from exflow.job.cluster import Cluster, all_gather_object, raise_on_all_ranks
 from exflow.model.decoder import Decoder, Rows
-from exflow.model.device import choose_device
-from exflow.model.replay import ReplayedRouting
+from exflow.model.replay import ReplayedRouting, load_replay
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import DECODE
 from exflow.runtime.decoding import Choices, EagerDecoding
 from exflow.runtime.deploy import decoder_of, experts_of
 from exflow.runtime.expert_parallel import PlanTables
 from exflow.runtime.request import Request
-from exflow.runtime.strategies import Strategy, group_size, make_strategy, single_process, strategy_named
+from exflow.runtime.strategies import RankStrategy, make_strategy, single_process
 
 Item = TypeVar("Item")
 
 
-def bench_decode(job: BenchJob) -> dict[str, Any] | None:
-    """Run the job on this process's part of it; the result on rank 0 (or alone), None on other ranks."""
-    device = choose_device(job.device)
-    if torchrun_place() is None:
-        return run(job, Setting.of(job, None), alone(device))
-    with join_cluster(device.type, job.patience_s) as cluster:
-        topology = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
-        setting = raise_on_all_ranks(cluster, lambda: Setting.of(job, topology))
-        return run(job, setting, cluster)
-
-
 @torch.inference_mode()
-def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | None:
-    """Every case, one after the other. Collective."""
+def bench_decode(setting: ResolvedBench, cluster: Cluster | None) -> dict[str, Any] | None:
+    """Run every case, in this process or as a rank of `cluster`. Returns the result on rank 0 or alone."""
+    cluster = cluster or alone(torch.device(setting.device_type))
     first = cluster.rank == 0
     for line in setting.notes if first else []:
         note(line)
@@ -64,7 +53,7 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
         free = min(all_gather_object(cluster, free_bytes(cluster)))
         measured = setting.transports if setting.topology is not None else []
         machines = {transport: measure(cluster, transport) for transport in measured}
-        report = Report(about(job, setting, cluster, machines), cases_of(setting), job.output)
+        report = Report(about(setting, cluster, machines), cases_of(setting), setting.output)
         if first:  # compiled: of no use to the other ranks
             report.predicted = predicted(setting, machines)
             report.taken_by_auto = taken_by_auto(report.predicted, machines)
@@ -77,7 +66,7 @@ def run(job: BenchJob, setting: Setting, cluster: Cluster) -> dict[str, Any] | N
     return report.document() if first else None
 
 
-def working_transports(setting: Setting, cluster: Cluster) -> list[Transport]:
+def working_transports(setting: ResolvedBench, cluster: Cluster) -> list[Transport]:
     """Those asked for, or all that work here; on one GPU they are alike, and one is enough. Collective.
 
     Raises InputError if one that was asked for does not work.
@@ -103,7 +92,7 @@ class Bench:
     tell: is told what is going on.
     """
 
-    setting: Setting
+    setting: ResolvedBench
     cluster: Cluster
     pairwise: PairwiseExchange | None
     free: float
@@ -127,14 +116,14 @@ def results(bench: Bench) -> Iterator[tuple[Case, Result]]:
             yield from results_on_same_weights(bench, cases)
 
 
-def sharing_weights(setting: Setting) -> list[list[str]]:
+def sharing_weights(setting: ResolvedBench) -> list[list[str]]:
     """Placements, by what is in the slots of the ranks while they are timed.
 
     What a trace dictates is routed alike whatever experts compute, and a step takes as long with one expert
     in a slot as with another: placements with as many slots share the weights. Where gates choose, what the
     experts of a layer compute decides what the gates of the next one choose: each needs its own.
     """
-    if setting.trace is None:
+    if setting.replay is None:
         return [[name] for name in setting.plans]
     by_slots: dict[int, list[str]] = {}
     for name, plan in setting.plans.items():
@@ -151,8 +140,9 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
     if isinstance(decoder, str):
         yield from ((case, decoder) for case in cases)
         return
-    if setting.trace is not None:
-        decoder.replay = ReplayedRouting.of(setting.trace, setting.config, cluster.device)
+    if setting.replay is not None:
+        trace = load_replay(setting.replay, setting.config)
+        decoder.replay = ReplayedRouting.of(trace, setting.config, cluster.device)
     for (_, _, transport), group in groupby(cases, lambda case: (case.batch, case.strategy, case.transport)):
         together = list(group)
         if transport != "eager":
@@ -163,7 +153,9 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
             yield case, eager_result(bench, decoder, case)
 
 
-def mid_decode(decoder: Decoder, strategy: Strategy, batch: int, context: int, steps: int) -> EagerDecoding:
+def mid_decode(
+    decoder: Decoder, strategy: RankStrategy, batch: int, context: int, steps: int
+) -> EagerDecoding:
     """A decoding whose prompts are not run: noise is in their place. Tokens are at home, as after prompts."""
     request = Request([[0] * context] * batch, steps + 1)
     choices = Choices(request, first_sequence=0, device=decoder.embedding.weight.device)
@@ -211,15 +203,21 @@ def eager_result(bench: Bench, decoder: Decoder, case: Case) -> Result:
     return Outcome(median_ms, p99_ms, *bytes_per_step(cluster, counters, setting.counted))
 
 
-def _strategy(bench: Bench, case: Case) -> Strategy:
+def _strategy(bench: Bench, case: Case) -> RankStrategy:
     config, cluster = bench.setting.config, bench.cluster
     return make_strategy(
-        strategy_named(case.strategy, cluster.num_nodes),
+        Strategy(case.strategy),
         Exchange(cluster, pairwise=bench.pairwise),
         PlanTables.of(bench.setting.plans[case.placement], cluster.device),
         config.moe_layer_ids,
         config.num_hidden_layers,
     )
+
+
+def _group_size(strategy: str, topology: Topology | None) -> int:
+    if topology is None:
+        return 1
+    return Strategy(strategy).group_size(topology.num_ranks, topology.gpus_per_node)
 
 
 def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
@@ -230,9 +228,9 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
 
     setting, cluster = bench.setting, bench.cluster
     batch, strategy, transport = cases[0].batch, cases[0].strategy, cases[0].transport
-    size = 1 if setting.topology is None else group_size(strategy_named(strategy, cluster.num_nodes), cluster)
+    size = _group_size(strategy, setting.topology)
     tables = [PlanTables.of(setting.plans[case.placement], cluster.device) for case in cases]
-    capture = Capture(decoder, tables[0], cluster, size, strategy == "replicated", transport)
+    capture = Capture(decoder, tables[0], cluster, size, strategy == Strategy.REPLICATED, transport)
     bench.tell(f"{cases[0]}: capturing")
     if cluster.device.type == "cuda":
         torch.cuda.empty_cache()  # a graph that is gone leaves its memory in a pool that no other uses
@@ -279,7 +277,7 @@ def bytes_per_step(cluster: Cluster, mine: Counters, steps: int) -> tuple[float,
 
 def does_not_fit(bench: Bench, case: Case) -> str:
     """Why a case is not even tried; empty if it may fit. The same on all ranks."""
-    if (case.strategy, case.transport) == ("replicated", "relayed"):
+    if (case.strategy, case.transport) == (Strategy.REPLICATED, "relayed"):
         return "replicated has nothing to relay"
     setting, positions, batch = bench.setting, bench.setting.positions, case.batch
     if case.transport != "eager":
@@ -289,8 +287,8 @@ def does_not_fit(bench: Bench, case: Case) -> str:
     plan = setting.plans[case.placement]
     load = Workload.of(setting.config, plan, batch, positions, setting.dtype.itemsize)
     here = setting.topology or plan.topology
-    group = {"dispatch-combine": 1, "node-coherent": here.gpus_per_node}.get(case.strategy, here.num_ranks)
-    held = batch if group == here.num_ranks else load.tokens_per_rank * group
+    everywhere = case.strategy in (ONE_PROCESS, Strategy.REPLICATED)
+    held = batch if everywhere else load.tokens_per_rank * _group_size(case.strategy, here)
     needed = memory_bytes(load, held)
     if needed <= bench.free:
         return ""

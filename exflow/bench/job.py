@@ -1,8 +1,8 @@
 """What `exflow bench decode` is asked to run, checked and read before anything runs."""
 
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 
@@ -11,14 +11,14 @@ from exflow.comm.transport import Transport
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job.launch import PATIENCE_S
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
-from exflow.model.config_file import load_model_config
 from exflow.model.device import choose_device, dtype_named
 from exflow.model.random_weights import RandomWeights
-from exflow.model.replay import check_replay
+from exflow.model.replay import load_replay
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import AUTO, Strategy
 from exflow.placement.plan.topology import Topology
-from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.deploy import plan_for
 from exflow.runtime.strategies import strategy_named
 
@@ -29,8 +29,44 @@ CONTIGUOUS = "contiguous"
 
 
 @dataclass(frozen=True)
-class BenchJob:
-    """The arguments of the command; empty lists and None stand for the defaults."""
+class ResolvedBench:
+    """A benchmark as each of its ranks is told it: every file is read and checked but weights and traces.
+
+    topology: None in a single process, which has no strategies. context: positions in the cache of a
+    sequence. replay: a trace folder, whose files each rank maps into its memory. notes: lines for the user.
+    """
+
+    command: str
+    config: ModelConfig
+    weights: Checkpoint | RandomWeights
+    topology: Topology | None
+    plans: dict[str, Plan]
+    strategies: list[str]
+    transports: list[Transport]
+    batches: list[int]
+    context: int
+    steps: int
+    replay: Path | None
+    dtype: torch.dtype
+    device_type: str
+    output: Path | None
+    patience_s: float
+    notes: list[str]
+
+    @property
+    def counted(self) -> int:
+        """Steps that a case runs."""
+        return WARM_UP + self.steps
+
+    @property
+    def positions(self) -> int:
+        """Positions that a sequence has at the end."""
+        return self.context + self.counted + 1
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of the command; empty lists and None stand for the defaults."""
 
     model: Path
     plans: list[Path]
@@ -45,83 +81,58 @@ class BenchJob:
     output: Path | None
     patience_s: float = PATIENCE_S
 
-    def check(self, nproc: int | None) -> None:
-        """Find what is at fault without starting the ranks, of one node. Raises InputError."""
-        Setting.of(self, None if nproc is None else Topology(gpus_per_node=nproc))
+    def resolve(self, topology: Topology | None) -> ResolvedBench:
+        """Read and check everything for ranks of `topology`, or one process.
+
+        Raises InputError for whatever could not run there.
+        """
+        checkpoint, device, notes = Checkpoint.open(self.model), choose_device(self.device), list[str]()
+        config = checkpoint.config
         if self.output is not None:
             check_writable(self.output)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A job's arguments checked and read, alike on all ranks; `notes` are what to tell about them.
-
-    topology: None in a single process, which has no strategies. positions: that a sequence may have.
-    """
-
-    config: ModelConfig
-    weights: Path | RandomWeights
-    topology: Topology | None
-    plans: dict[str, Plan]
-    strategies: list[str]
-    transports: list[Transport]
-    batches: list[int]
-    context: int
-    steps: int
-    trace: RoutingTrace | None
-    dtype: torch.dtype
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, job: BenchJob, topology: Topology | None) -> Self:
-        """Raises InputError for whatever the ranks of `topology` could not run."""
-        config, device, notes = load_model_config(job.model), choose_device(job.device), list[str]()
-        return cls(
-            config,
-            _weights(job.model, config, notes),
-            topology,
-            _plans(job, topology, notes),
-            _strategies(job.strategies, topology),
-            _transports(job.transports, device.type, topology),
-            list(dict.fromkeys(job.batches or [16])),
-            _context(job, config, notes),
-            job.steps,
-            _trace(job, config, notes),
-            dtype_named(job.dtype or ("bfloat16" if device.type == "cuda" else "float32")),
-            notes,
+        return ResolvedBench(
+            command=" ".join(["exflow", *sys.argv[1:]]),
+            config=config,
+            weights=_weights(checkpoint, notes),
+            topology=topology,
+            plans=_plans(self, config, topology, notes),
+            strategies=_strategies(self.strategies, topology),
+            transports=_transports(self.transports, device.type, topology),
+            batches=list(dict.fromkeys(self.batches or [16])),
+            context=_context(self, config, notes),
+            steps=self.steps,
+            replay=_replay(self, config, notes),
+            dtype=dtype_named(self.dtype or ("bfloat16" if device.type == "cuda" else "float32")),
+            device_type=device.type,
+            output=self.output,
+            patience_s=self.patience_s,
+            notes=notes,
         )
 
-    @property
-    def counted(self) -> int:
-        """Steps that a case runs."""
-        return WARM_UP + self.steps
 
-    @property
-    def positions(self) -> int:
-        return self.context + self.counted + 1
+def _weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint | RandomWeights:
+    if any(checkpoint.folder.glob("*.safetensors*")):
+        return checkpoint
+    notes.append(f"{checkpoint.folder}: holds no weights; they are drawn at random")
+    return RandomWeights(checkpoint.config)
 
 
-def _weights(model: Path, config: ModelConfig, notes: list[str]) -> Path | RandomWeights:
-    if any(model.glob("*.safetensors*")):
-        return model
-    notes.append(f"{model}: holds no weights; they are drawn at random")
-    return RandomWeights(config)
-
-
-def _plans(job: BenchJob, topology: Topology | None, notes: list[str]) -> dict[str, Plan]:
+def _plans(
+    options: BenchOptions, config: ModelConfig, topology: Topology | None, notes: list[str]
+) -> dict[str, Plan]:
     """By their names in the table: the contiguous plan, then those given."""
-    if topology is None and job.plans:
-        raise InputError(f"--plan {job.plans[0]}: one process holds all experts; add --nproc N")
+    if topology is None and options.plans:
+        raise InputError(f"--plan {options.plans[0]}: one process holds all experts; add --nproc N")
     here = topology or Topology(gpus_per_node=1)
-    stems = [path.stem for path in job.plans]
+    stems = [path.stem for path in options.plans]
     clear = len({CONTIGUOUS, *stems}) == len(stems) + 1
     plans = {}
-    for path in job.plans:
-        plan = plans[path.stem if clear else str(path)] = plan_for(job.model, path, here)
+    for path in options.plans:
+        plan = plans[path.stem if clear else str(path)] = plan_for(config, path, here)
         if plan.topology.num_nodes != here.num_nodes:
             notes.append(f"{path}: the plan is for {plan.topology}, these are {here}")
     try:
-        return {CONTIGUOUS: plan_for(job.model, None, here), **plans}
+        return {CONTIGUOUS: plan_for(config, None, here), **plans}
     except InputError as error:
         if not plans:
             raise
@@ -134,17 +145,18 @@ def _strategies(names: list[str], topology: Topology | None) -> list[str]:
         if names:
             raise InputError(f"--strategy {names[0]}: one process has no strategy; add --nproc N")
         return [ONE_PROCESS]
-    if "auto" in names:
+    if AUTO in names:
         raise InputError(
             "--strategy auto: stands for one of the others, the last line says for which; leave it out"
         )
-    between = ["node-coherent"] if topology.num_nodes > 1 else []
-    wanted = names or ["dispatch-combine", "coherent", *between, "replicated"]
-    return list(dict.fromkeys(strategy_named(name, topology.num_nodes) for name in wanted))
+    differ = [each for each in Strategy if topology.num_nodes > 1 or each != Strategy.NODE_COHERENT]
+    for name in names:
+        strategy_named(name, topology.num_nodes)
+    return list(dict.fromkeys(map(Strategy, names or differ)))
 
 
 def _transports(names: list[str], device_type: str, topology: Topology | None) -> list[Transport]:
-    """Those asked for; none: those that work."""
+    """The transports asked for, in the order of TRANSPORTS; an empty list stands for those that work."""
     for name in names:
         if name not in TRANSPORTS:
             raise InputError(f"--transport {name}: no such transport; give {', '.join(TRANSPORTS)}")
@@ -155,35 +167,30 @@ def _transports(names: list[str], device_type: str, topology: Topology | None) -
     return [known for name in dict.fromkeys(names) for known in TRANSPORTS if known == name]
 
 
-def _context(job: BenchJob, config: ModelConfig, notes: list[str]) -> int:
-    most = config.max_positions - (WARM_UP + job.steps + 1)
+def _context(options: BenchOptions, config: ModelConfig, notes: list[str]) -> int:
+    most = config.max_positions - (WARM_UP + options.steps + 1)
     if most < 1:
         raise InputError(
-            f"--steps {job.steps}: with {WARM_UP} steps of warm-up they exceed the model's "
+            f"--steps {options.steps}: with {WARM_UP} steps of warm-up they exceed the model's "
             f"{config.max_positions} positions; give {config.max_positions - WARM_UP - 2} at most"
         )
-    if job.context is None:
+    if options.context is None:
         if most < CONTEXT:
             notes.append(f"--context is {most}: the model has {config.max_positions} positions")
         return min(CONTEXT, most)
-    if job.context > most:
+    if options.context > most:
         raise InputError(
-            f"--context {job.context}: with {WARM_UP + job.steps} steps it exceeds the model's "
+            f"--context {options.context}: with {WARM_UP + options.steps} steps it exceeds the model's "
             f"{config.max_positions} positions; give {most} at most, or lower --steps"
         )
-    return job.context
+    return options.context
 
 
-def _trace(job: BenchJob, config: ModelConfig, notes: list[str]) -> RoutingTrace | None:
-    if job.replay is None:
-        if job.plans:
-            notes.append(
-                "without --replay gates route what noise in the cache leads to, not what the plans are for"
-            )
-        return None
-    trace = RoutingTrace.load(job.replay)
-    try:
-        check_replay(trace, config)
-    except InputError as error:
-        raise InputError(f"{job.replay}: {error}") from error
-    return trace
+def _replay(options: BenchOptions, config: ModelConfig, notes: list[str]) -> Path | None:
+    if options.replay is not None:
+        load_replay(options.replay, config)
+    elif options.plans:
+        notes.append(
+            "without --replay gates route what noise in the cache leads to, not what the plans are for"
+        )
+    return options.replay

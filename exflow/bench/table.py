@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby, product
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exflow.bench.job import WARM_UP, BenchJob, Setting
+from exflow.bench.job import WARM_UP, ResolvedBench
 from exflow.comm.transport import NAMES as TRANSPORTS
 from exflow.comm.transport import Transport
 from exflow.cost.auto import expected_figures, predictions
@@ -58,13 +57,13 @@ Result = Outcome | str  # or why there is none
 Predicted = dict[Case, Prediction]
 
 
-def cases_of(setting: Setting) -> list[Case]:
+def cases_of(setting: ResolvedBench) -> list[Case]:
     """In the order of the table."""
     parts = (setting.batches, setting.strategies, setting.transports, setting.plans)
     return [Case(*each) for each in product(*parts)]
 
 
-def predicted(setting: Setting, machines: dict[Transport, Machine]) -> Predicted:
+def predicted(setting: ResolvedBench, machines: dict[Transport, Machine]) -> Predicted:
     """What the cost model expects of every strategy, asked for or not; nothing of one process."""
     found: Predicted = {}
     here = setting.topology
@@ -150,16 +149,14 @@ class Report:
         }
 
 
-def about(
-    job: BenchJob, setting: Setting, cluster: Cluster, machines: dict[Transport, Machine]
-) -> dict[str, Any]:
-    """What was run on what."""
+def about(setting: ResolvedBench, cluster: Cluster, machines: dict[Transport, Machine]) -> dict[str, Any]:
+    """The job's figures that all cases share: model, hardware, versions, date, command, links."""
     on_gpus = cluster.device.type == "cuda"
     part = torch.cuda.get_device_name() if on_gpus else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "model": setting.config.name,
-        "weights": "random" if isinstance(setting.weights, RandomWeights) else str(setting.weights),
-        "routing": "gates" if job.replay is None else str(job.replay),
+        "weights": "random" if isinstance(setting.weights, RandomWeights) else str(setting.weights.folder),
+        "routing": "gates" if setting.replay is None else str(setting.replay),
         "ranks": cluster.num_ranks,
         "nodes": cluster.num_nodes,
         "hardware": part,
@@ -169,7 +166,7 @@ def about(
         "warm_up": WARM_UP,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": " ".join(["exflow", *sys.argv[1:]]),
+        "command": setting.command,
         "links": {transport: link_figures(machine, cluster) for transport, machine in machines.items()},
     }
 

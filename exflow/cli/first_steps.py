@@ -68,14 +68,8 @@ def demo(
     ] = None,
     text: Texts = None,
     as_json: Json = False,
-    rank_folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Profile, place and generate with a small model on 4 CPU processes, and compare the traffic."""
-    if rank_folder is not None and model is not None:
-        from exflow.commands.demo_rank import run_demo_rank
-
-        run_demo_rank(model, rank_folder)
-        return
     from exflow.commands.demo import demo, shipped_model
 
     with Work("demo") as work:

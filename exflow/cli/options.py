@@ -11,12 +11,12 @@ from typer.core import TyperGroup
 from exflow import __version__
 from exflow.console import verbosity
 from exflow.errors import InputError
+from exflow.placement.plan.strategy import AUTO, Strategy
 
 # Written down again, since completing shall load neither torch nor a solver; a test compares.
 TRACE_FORMATS = ("responses", "sglang", "trtllm", "megatron", "npz", "npy")
 PLAN_FORMATS = ("sglang", "trtllm", "vllm-ascend", "vllm", "eplb", "exflow")
-STRATEGIES = ("dispatch-combine", "coherent", "node-coherent", "replicated", "auto")
-OWNED = ("coherent", "node-coherent", "dispatch-combine")  # what a plan can be for
+STRATEGIES = (*Strategy, AUTO)
 TRANSPORTS = ("one-sided", "relayed", "collective", "eager")
 METHODS = ("auto", "exact", "search", "sweep", "ilp", "contiguous", "random", "load-only")
 PHASES = ("all", "prefill", "decode")

@@ -8,7 +8,6 @@ import typer
 from exflow.cli.options import (
     EXPERTS,
     METHODS,
-    OWNED,
     PLACING,
     Json,
     NewPlan,
@@ -25,6 +24,7 @@ from exflow.console import TimedWork, Work
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job.signals import ctrl_c_ends_the_search
+from exflow.placement.plan.strategy import OWNED
 
 verbs = typer.Typer()
 _WHERE, _GOAL, _IN_USE = "GPUs and slots", "Goal", "Change a plan in use"

@@ -1,7 +1,6 @@
 """Verbs that run a model, on one process or on many ranks: generate, bench decode."""
 
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +17,9 @@ from exflow.cli.options import (
     examples,
     one_of,
 )
+from exflow.cli.run_job import run_job
 from exflow.cli.run_tables import print_decode_bench, print_generation
-from exflow.errors import InputError
-from exflow.job.launch import PATIENCE_S, check_start, run_ranks, torchrun_place
+from exflow.job.launch import PATIENCE_S
 
 verbs = typer.Typer()
 bench = typer.Typer(
@@ -151,16 +150,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text from prompts. --nproc starts several ranks on this machine."""
-    from exflow.commands.generate import GenerateJob, generate, read_prompts
+    from exflow.commands.generate import generate
+    from exflow.commands.generate_job import GenerateOptions, read_prompts
     from exflow.model.sampling import Sampling
 
-    if nproc is not None and prompt_file is not None and not prompt_file.is_file() and prompt_file.exists():
-        raise InputError(
-            f"--prompt-file {prompt_file}: is a pipe, and each rank has to read it; give a regular file"
-        )
     prompts = read_prompts(prompt or [], prompt_file)
     sampling = Sampling(temperature, top_p, seed)
-    job = GenerateJob(
+    options = GenerateOptions(
         model=model,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
@@ -176,10 +172,7 @@ def generate(
         verify=verify,
         patience_s=patience,
     )
-    if _ranks_did_it(nproc, patience, lambda: job.check(nproc or 1)):
-        return
-    if (result := generate(job)) is not None:
-        print_generation(prompts, result, as_json)
+    run_job(options, nproc, generate, partial(print_generation, prompts, as_json=as_json))
 
 
 @bench.command(
@@ -258,9 +251,9 @@ def bench_decode(
 ) -> None:
     """Time decode steps of strategies, transports and placements, with the same weights and routing."""
     from exflow.bench.decode import bench_decode
-    from exflow.bench.job import BenchJob
+    from exflow.bench.job import BenchOptions
 
-    job = BenchJob(
+    options = BenchOptions(
         model=model,
         plans=plan or [],
         strategies=strategy or [],
@@ -274,27 +267,4 @@ def bench_decode(
         output=output,
         patience_s=patience,
     )
-    if _ranks_did_it(nproc, patience, lambda: job.check(nproc)):
-        return
-    if (result := bench_decode(job)) is not None:
-        print_decode_bench(result, as_json)
-
-
-def _ranks_did_it(nproc: int | None, patience_s: float, check: Callable[[], None]) -> bool:
-    """Start the ranks that --nproc asks for, if `check` finds no fault in their job: they do the work.
-
-    False where this process is to do it: it is alone, or one of torchrun's ranks. Raises InputError and
-    RankDied.
-    """
-    check_start()
-    place = torchrun_place()
-    if place is None:
-        check()
-        if nproc is not None:
-            run_ranks(sys.argv[1:], nproc, patience_s)
-            return True
-    elif nproc not in (None, place.num_ranks):
-        raise InputError(
-            f"--nproc {nproc}: the job has {place.num_ranks} ranks (WORLD_SIZE); leave --nproc out"
-        )
-    return False
+    run_job(options, nproc, bench_decode, partial(print_decode_bench, as_json=as_json))

@@ -1,18 +1,20 @@
 """How a job's decode steps run: captured over one-sided writes, over relays between nodes, over
 collectives; or eagerly."""
 
+import logging
 import os
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-from exflow.console import note
 from exflow.errors import InputError
 from exflow.job.cluster import Cluster, all_gather_object
 
 Transport = Literal["one-sided", "relayed", "collective", "eager"]
 NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
+
+_log = logging.getLogger(__name__)
 
 
 def transport_named(name: str, device_type: str) -> str:
@@ -25,7 +27,8 @@ def transport_named(name: str, device_type: str) -> str:
 
 
 def choose_transport(name: str, cluster: Cluster, replicated: bool = False) -> Transport:
-    """What `name` comes to on these ranks: the fastest that works, where it is `auto`; says what does not.
+    """What `name` comes to on these ranks: the fastest that works, where it is `auto`; logs which do not
+    work.
 
     replicated: for the strategy of that name, which has nothing to relay.
     Collective. Raises InputError where what was asked for by name does not work.
@@ -39,8 +42,7 @@ def choose_transport(name: str, cluster: Cluster, replicated: bool = False) -> T
             return transport if cluster.num_ranks > 1 else "one-sided"  # a single rank writes to itself
         if name != "auto":
             raise InputError(f"transport {transport}: {fault}")
-        if cluster.rank == 0:
-            note(f"decode steps are not {transport}: {fault}")
+        _log.warning("decode steps are not %s: %s", transport, fault)
     return "eager"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.load_only import load_only
 from exflow.profiling.importers.loads import read_loads
@@ -72,7 +73,7 @@ def plan_of_loads(
         topology=topology,
         physical_to_logical_map=slots,
         next_owner=None,
-        strategy="dispatch-combine",
+        strategy=Strategy.DISPATCH_COMBINE,
         method="load-only",
     )
     replicas = np.stack([np.bincount(row, minlength=load.shape[1]) for row in slots])

@@ -6,16 +6,19 @@ This process profiles and places; four ranks then run every variant in one job (
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from exflow.commands.demo_rank import PROMPTS, demo_request
+from tokenizers import Tokenizer
+
+from exflow.commands.demo_rank import PROMPTS, demo_request, run_demo_rank
 from exflow.commands.profile import profile, windows_of_text
 from exflow.errors import InputError
 from exflow.files import read_json
 from exflow.job.launch import run_ranks
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -51,20 +54,21 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
         ) from error
     try:
         report(f"profiling {PROFILED_TOKENS:,} tokens of text")
-        engine = load_model(model)
-        trace = _profile(model, engine, texts)
+        checkpoint = Checkpoint.open(model)
+        engine, tokenizer = load_model(checkpoint), checkpoint.tokenizer()
+        trace = _profile(tokenizer, engine, texts)
         report(f"placing {trace.num_experts} experts x {trace.num_layers} layers on {RANKS} ranks")
         for method, name in (("contiguous", "contiguous"), ("auto", "affinity")):
             place(trace, Topology(gpus_per_node=RANKS), solving=Solving(method)).save(folder / f"{name}.json")
         report("generating in one process")
-        alone = engine.generate(demo_request(model))
+        alone = engine.generate(demo_request(checkpoint))
         report(f"generating on {RANKS} ranks, every strategy, contiguous and affinity placement")
-        run_ranks(["demo", "--model", str(model), "--rank-folder", str(folder)], RANKS)
+        run_ranks(partial(run_demo_rank, model, folder), RANKS)
         result = read_json(folder / "result.json", "result", "run the demo again")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     tokens = [alone.tokens, *result.pop("tokens")]
-    completions = load_tokenizer(model).decode_batch(alone.tokens)
+    completions = tokenizer.decode_batch(alone.tokens)
     same = all(each == tokens[0] for each in tokens)
     return {
         "same_tokens": same,
@@ -105,7 +109,7 @@ def _verdict(same: bool, runs: int) -> str:
     return "DIFFERENT TOKENS: the variants disagree. This is a bug; please report it"
 
 
-def _profile(model: Path, engine: Engine, texts: list[str]) -> RoutingTrace:
+def _profile(tokenizer: Tokenizer, engine: Engine, texts: list[str]) -> RoutingTrace:
     files = [read_text(file) for file in find_texts(texts)] if texts else list(topics.values())
-    windows = windows_of_text(load_tokenizer(model), files, length=256, max_tokens=PROFILED_TOKENS)
+    windows = windows_of_text(tokenizer, files, length=256, max_tokens=PROFILED_TOKENS)
     return profile(engine.decoder, windows, path=None)

@@ -1,15 +1,15 @@
 """Strategies and placements side by side in one job: what they move, how fast they are, what they say."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from exflow.job.cluster import Cluster
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.profiling.trace import DECODE, RoutingTrace
 from exflow.runtime.deploy import Deployment, deploy
 from exflow.runtime.request import Generation, Request
@@ -20,7 +20,7 @@ from exflow.runtime.trace_recorder import JobRecorder
 class Variant:
     """One way to run the same request; `placement` is the plan's name in the table."""
 
-    strategy: Name
+    strategy: Strategy
     placement: str
     plan: Plan
 
@@ -30,7 +30,7 @@ class CountersDisagree(RuntimeError):
 
 
 def measure(
-    model: Path, variants: list[Variant], request: Request, cluster: Cluster, dtype: torch.dtype
+    checkpoint: Checkpoint, variants: list[Variant], request: Request, cluster: Cluster, dtype: torch.dtype
 ) -> tuple[list[dict[str, Any]], list[Generation]]:
     """Run `request` under each variant, after a warm-up of two tokens: the figures (on rank 0) and results.
 
@@ -38,7 +38,7 @@ def measure(
     """
     figures, generations = [], []
     for variant in variants:
-        engine = deploy(Deployment(model, variant.strategy, variant.plan, dtype), cluster)
+        engine = deploy(Deployment(checkpoint, variant.strategy, variant.plan, dtype), cluster)
         engine.generate(replace(request, max_new_tokens=2))
         recorder = JobRecorder(engine)
         generation, trace = engine.generate(request), recorder.trace()
@@ -57,7 +57,7 @@ def describe(
     counted, steps = generation.decode, generation.steps
     decoded = trace.select(trace.phase == DECODE)
     predicted = evaluate(variant.plan, decoded)
-    _check_counters(variant, generation, predicted["strategies"][variant.strategy.replace("-", "_")])
+    _check_counters(variant, generation, predicted["strategies"][variant.strategy.key])
     token_layers = decoded.num_tokens * decoded.num_layers
     reduced_rows = 2 * (variant.plan.num_ranks - 1) if counted.all_reduces else 0  # of a ring, all ranks
     return {

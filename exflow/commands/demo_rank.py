@@ -7,14 +7,14 @@ import torch
 from exflow.commands.demo_bench import Variant, measure
 from exflow.files import write_json
 from exflow.job.cluster import join_cluster
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.sampling import Sampling
-from exflow.model.tokenizer import load_tokenizer
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.runtime.request import Request
 
 NEW_TOKENS = 32
-STRATEGIES: tuple[Name, ...] = ("dispatch-combine", "coherent", "replicated")
+STRATEGIES: tuple[Strategy, ...] = (Strategy.DISPATCH_COMBINE, Strategy.COHERENT, Strategy.REPLICATED)
 PROMPTS = (
     "The captain looked at the sea and",
     "My fellow citizens, this year our country",
@@ -35,13 +35,14 @@ def run_demo_rank(model: Path, folder: Path) -> None:
             for strategy in STRATEGIES
             for placement in ("contiguous", "affinity")
         ]
-        figures, generations = measure(model, variants, demo_request(model), cluster, torch.float32)
+        checkpoint = Checkpoint.open(model)
+        figures, generations = measure(checkpoint, variants, demo_request(checkpoint), cluster, torch.float32)
         if cluster.rank == 0:
             tokens = [generation.tokens for generation in generations]
             write_json(folder / "result.json", {"variants": figures, "tokens": tokens})
 
 
-def demo_request(model: Path) -> Request:
-    tokenizer = load_tokenizer(model)
+def demo_request(checkpoint: Checkpoint) -> Request:
+    tokenizer = checkpoint.tokenizer()
     prompts = [encoding.ids for encoding in tokenizer.encode_batch(list(PROMPTS))]
     return Request(prompts, NEW_TOKENS, Sampling(temperature=0.7, top_p=0.9))

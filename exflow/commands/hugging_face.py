@@ -17,8 +17,8 @@ import torch
 
 from exflow.errors import InputError, out_of_memory
 from exflow.files import read_json
-from exflow.model.checkpoint import INDEX, WEIGHTS, StoredWeights
 from exflow.model.config_file import CONFIG
+from exflow.model.stored_weights import INDEX, WEIGHTS, StoredWeights
 from exflow.model.tokenizer import TOKENIZER, TOKENIZER_CONFIG, read_tokenizer
 from exflow.profiling.hugging_face import HuggingFaceRouting
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from exflow.commands import hugging_face
 from exflow.errors import InputError
 from exflow.model.attention import CausalAttention, rows_of_batch
-from exflow.model.checkpoint import load_decoder
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.decoder import Decoder
 from exflow.model.device import choose_device
 from exflow.model.single_process import AllExpertsHere
-from exflow.model.tokenizer import load_tokenizer
 from exflow.profiling.record import record
 from exflow.profiling.trace import RoutingTrace
 from exflow.texts import find_texts, read_text
@@ -62,8 +61,8 @@ def profile_text(
         return profile_hugging_face(
             causal_model, windows, output, weights, source=source, resume=resume, advance=advance
         )
-    own_tokenizer = load_tokenizer(Path(model))
-    decoder = load_decoder(Path(model), on, torch.float32)
+    checkpoint = Checkpoint.open(Path(model))
+    own_tokenizer, decoder = checkpoint.tokenizer(), checkpoint.decoder(on, torch.float32)
     longest = decoder.config.max_positions
     windows = windows_of_text(own_tokenizer, contents, _length(length, longest, DEFAULT_LENGTH), max_tokens)
     source = _source(Path(model), windows)

@@ -10,7 +10,6 @@ from exflow.cost.crossover import Crossover, crossovers
 from exflow.cost.machines import Setting, load_setting
 from exflow.cost.simulate import (
     LEVEL,
-    PLACED_FOR,
     Layout,
     Point,
     Step,
@@ -193,7 +192,7 @@ def _of_plans(job: SimulateJob, trace: RoutingTrace, notes: list[str]) -> list[t
         contiguous = place(
             trace,
             topology,
-            objective=Objective(PLACED_FOR[strategy], owner_price=LEVEL),
+            objective=Objective(strategy.placed_for, owner_price=LEVEL),
             solving=Solving("contiguous"),
             redundant_experts=plans[0].num_slots - plans[0].num_experts,
         )

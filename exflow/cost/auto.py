@@ -1,5 +1,6 @@
 """Strategy `auto`: measures the ranks once, predicts every strategy, and takes the fastest that fits."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from exflow.cost.probe import measure
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.job.cluster import Cluster
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import NAMES, Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
@@ -21,7 +22,7 @@ GUESSED_TOKENS = 512
 
 def choose_strategy(
     workload: Workload, plan: Plan, cluster: Cluster, transport: Transport = "eager"
-) -> tuple[Name, str]:
+) -> tuple[Strategy, str]:
     """The fastest strategy for `workload` on these ranks, and the reason; the same on all ranks. Collective.
 
     The figures of a plan that was made for other nodes are not used. Raises InputError on all ranks alike if
@@ -37,12 +38,17 @@ def choose_strategy(
 def predictions(workload: Workload, plan: Plan, machine: Machine) -> list[Prediction]:
     """The time of a step under each strategy, with the traffic that the plan expects."""
     figures = expected_figures(plan, workload.top_k)
-    sizes = {"dispatch-combine": 1, "node-coherent": workload.ranks_per_node, "coherent": workload.ranks}
-    return [
-        predict(name, workload, StepTraffic.of(figures[name.replace("-", "_")], sizes.get(name, 1)), machine)
-        for name in NAMES
-        if name.replace("-", "_") in figures
-    ]
+    return [predict(each, workload, traffic, machine) for each, traffic in traffic_by_strategy(figures, plan)]
+
+
+def traffic_by_strategy(
+    figures: Mapping[str, dict[str, Any]], plan: Plan
+) -> Iterator[tuple[Strategy, StepTraffic]]:
+    """The traffic of each strategy that has figures; they are those of `evaluate`, by key."""
+    for each in Strategy:
+        if each.key in figures:
+            size = each.group_size(plan.num_ranks, plan.topology.gpus_per_node)
+            yield each, StepTraffic.of(figures[each.key], size)
 
 
 def expected_figures(plan: Plan, top_k: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from exflow.cost.machine import Link
 from exflow.cost.simulate import Point, Variant, fastest
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 
 _DOUBLINGS = 6  # how far a quantity is followed, up and down
@@ -23,7 +23,7 @@ class Crossover:
     factor: float
     value: float
     unit: str
-    strategy: Name | None
+    strategy: Strategy | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _first_crossover(
     return Crossover(quantity.name, 2.0 ** (way * high), value, quantity.unit, _winner(choice, there))
 
 
-def _winner(choice: Sequence[Variant], point: Point) -> Name | None:
+def _winner(choice: Sequence[Variant], point: Point) -> Strategy | None:
     best = fastest(choice, point)
     return None if best is None else best.variant.strategy
 

@@ -3,8 +3,12 @@
 import math
 from dataclasses import dataclass
 
+from pydantic import ConfigDict
+
 from exflow.comm.capacity import ROUND_BYTES
 from exflow.comm.transport import Transport
+
+_EXACT = ConfigDict(extra="forbid")  # for files
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,8 @@ class Link:
     ranks send. peer_s: extra time for each rank that the link leads to; 0 where the latency was measured
     among all ranks, and so includes it.
     """
+
+    __pydantic_config__ = _EXACT
 
     latency_s: float
     bytes_per_s: float
@@ -38,6 +44,8 @@ class Machine:
     transport         how exchanges run (comm/transport.py)
     flops_per_s       speed of matrix products in a captured step; eager steps have them in token_s
     """
+
+    __pydantic_config__ = _EXACT
 
     inside: Link
     between: Link

@@ -2,23 +2,22 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from exflow.comm.capacity import ROUND_BYTES
+from exflow.cost.auto import traffic_by_strategy
 from exflow.cost.machine import Link, Machine
 from exflow.cost.predict import Prediction, predict
-from exflow.cost.workload import StepTraffic, Workload
+from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.files import read_yaml
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import NAMES
 from exflow.profiling.trace import RoutingTrace
+from exflow.validation import validated
 
 _ITEMSIZE = 2  # bfloat16
 
@@ -86,12 +85,9 @@ class Setting:
         """The times of every strategy in `strategies`, which are evaluate's figures by strategy."""
         machine = self.machine_for(plan)
         workload = Workload.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
-        sizes = {"node-coherent": plan.topology.gpus_per_node, "coherent": plan.num_ranks}
         found = []
-        for name in NAMES:
-            if (figures := strategies.get(name.replace("-", "_"))) is None:
-                continue
-            prediction = predict(name, workload, StepTraffic.of(figures, sizes.get(name, 1)), machine)
+        for strategy, traffic in traffic_by_strategy(strategies, plan):
+            prediction = predict(strategy, workload, traffic, machine)
             found.append(StepTime(prediction, prediction.memory_bytes <= machine.memory_bytes, machine))
         return tuple(found)
 
@@ -115,23 +111,8 @@ def load_setting(
 
 def load_machine(path: Path) -> Machine:
     """Read a YAML file with the fields of `Machine`; see docs/report.md."""
-    content = read_yaml(path, "file of a machine", "see docs/report.md")
-    try:
-        _check_keys(path, content, Machine)
-        for link in ("inside", "between"):
-            _check_keys(path, content.get(link, {}), Link)
-        return TypeAdapter(Machine).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {key}: {first['msg'].lower()}; see docs/report.md") from error
-
-
-def _check_keys(path: Path, content: Any, kind: type[Machine] | type[Link]) -> None:
-    known = [each.name for each in fields(kind)]
-    unknown = [key for key in content if key not in known] if isinstance(content, dict) else [content]
-    if unknown:
-        raise InputError(f"{path}: unknown {unknown[0]!r}; a {kind.__name__.lower()} has {', '.join(known)}")
+    remedy = "see docs/report.md"
+    return validated(Machine, read_yaml(path, "file of a machine", remedy), path, remedy)
 
 
 def _finite(value: Any) -> Any:

@@ -23,7 +23,7 @@ from exflow.cost.machine import Machine
 from exflow.cost.transports import COSTS, Pair, StepCost
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.errors import InputError
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prediction:
     does not hide of sharing keys and values. memory_bytes: weights, keys and values.
     """
 
-    strategy: Name
+    strategy: Strategy
     exchange_s: float
     compute_s: float
     background_s: float
@@ -45,7 +45,7 @@ class Prediction:
         return self.exchange_s + self.compute_s + self.background_s
 
 
-def predict(strategy: Name, workload: Workload, traffic: StepTraffic, machine: Machine) -> Prediction:
+def predict(strategy: Strategy, workload: Workload, traffic: StepTraffic, machine: Machine) -> Prediction:
     """Predict a step under `strategy`, which moves `traffic`."""
     step = COSTS[machine.transport](workload, traffic, machine)
     compute_s = _compute_s(step)
@@ -114,7 +114,7 @@ def _seconds(rows: Pair, row_bytes: float, machine: Machine, wait: float = 1.0) 
     return max(inside / machine.inside.bytes_per_s, between / machine.between.bytes_per_s)
 
 
-def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, str]:
+def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Strategy, str]:
     """The fastest strategy that fits into memory, the first of equals, and the reason.
 
     Raises InputError, with the numbers, if none fits.
@@ -127,9 +127,7 @@ def choose(predictions: list[Prediction], memory_bytes: float) -> tuple[Name, st
         for each in too_large
     )
     if not fit:
-        raise InputError(
-            f"--strategy auto: none fits{refused}; use more ranks, fewer prompts or shorter ones"
-        )
+        raise InputError(f"strategy auto: none fits{refused}; use more ranks, fewer prompts or shorter ones")
     best, *others = fit
     against = ", ".join(f"{_milliseconds(each.step_s)} for {each.strategy}" for each in others)
     return best.strategy, f"auto: {best.strategy}, {_milliseconds(best.step_s)} predicted" + (

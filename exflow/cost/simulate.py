@@ -21,8 +21,7 @@ from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Name
-from exflow.placement.plan.strategy import Strategy as PlanStrategy
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.objective import Objective
 from exflow.profiling.trace import RoutingTrace
@@ -30,12 +29,6 @@ from exflow.profiling.trace import RoutingTrace
 ITEMSIZE = 2  # bfloat16
 PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # name -> method that makes it
 LEVEL = 1.0  # price of a unit of imbalance, in messages per token and layer: all wait for the busiest rank
-PLACED_FOR: dict[Name, PlanStrategy] = {  # replicated: its messages do not depend on the placement
-    "dispatch-combine": "dispatch-combine",
-    "node-coherent": "node-coherent",
-    "coherent": "coherent",
-    "replicated": "dispatch-combine",
-}
 _MOST_ROWS = 32  # of each sequence that a trace is split into
 
 Floats = npt.NDArray[np.float64]
@@ -82,18 +75,18 @@ class Variant:
     chosen [L, G, S] float64: the chance that a token chooses the expert in a slot and is served there.
     """
 
-    strategy: Name
+    strategy: Strategy
     placement: str
     plan: Plan
     traffic: StepTraffic
     chosen: Floats
 
     @classmethod
-    def of(cls, strategy: Name, placement: str, plan: Plan, trace: RoutingTrace) -> Self:
+    def of(cls, strategy: Strategy, placement: str, plan: Plan, trace: RoutingTrace) -> Self:
         topology = plan.topology
-        sizes = {"node-coherent": topology.gpus_per_node, "coherent": topology.num_ranks}
-        traffic = step_traffic(plan, trace, sizes.get(strategy, 1))
-        if strategy == "replicated":
+        size = strategy.group_size(topology.num_ranks, topology.gpus_per_node)
+        traffic = step_traffic(plan, trace, size)
+        if strategy == Strategy.REPLICATED:
             layers, nothing = plan.num_layers, (0.0, 0.0)
             traffic = replace(traffic, exchanges=0, dispatch=nothing, combine=nothing, all_reduces=layers)
         return cls(strategy, placement, plan, traffic, chosen_slots(plan, trace))
@@ -116,14 +109,14 @@ def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
     return chances.reshape(plan.num_layers, plan.num_ranks, -1)
 
 
-def strategies_on(topology: Topology) -> Iterator[Name]:
+def strategies_on(topology: Topology) -> Iterator[Strategy]:
     """The strategies that differ on `topology`; a single rank has one."""
-    yield "dispatch-combine"
+    yield Strategy.DISPATCH_COMBINE
     if 1 < topology.gpus_per_node < topology.num_ranks:
-        yield "node-coherent"
+        yield Strategy.NODE_COHERENT
     if topology.num_ranks > 1:
-        yield "coherent"
-        yield "replicated"
+        yield Strategy.COHERENT
+        yield Strategy.REPLICATED
 
 
 def variants(
@@ -135,9 +128,9 @@ def variants(
 ) -> list[Variant]:
     """Every strategy with a contiguous placement and one by affinity, made on `train`, judged on `test`."""
     judged, found = split_sequences(test, topology.num_ranks), []
-    plans: dict[tuple[PlanStrategy, str], Plan] = {}
+    plans: dict[tuple[Strategy, str], Plan] = {}
     for strategy in strategies_on(topology):
-        goal = PLACED_FOR[strategy]
+        goal = strategy.placed_for
         for placement, method in PLACEMENTS.items():
             if (goal, placement) not in plans:
                 tell(f"{topology}: {placement} for {goal}")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -9,9 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
+from subprocess import PIPE, Popen, TimeoutExpired
+from threading import Thread
 from typing import TYPE_CHECKING, NoReturn
 
+from exflow.console import verbosity
 from exflow.errors import InputError
 from exflow.job.environment import Place, crowd_in, need_no_names, place_in
 
@@ -27,7 +30,7 @@ LOADING_S = 60.0  # what ranks may take beside it to load Python and torch, befo
 STARTED_BY = "EXFLOW_STARTED_BY"  # variable of a rank: the process that ends it
 
 _HOST = "127.0.0.1"
-_ENTRY = Path(__file__).parents[1] / "cli" / "__main__.py"
+_ENTRY = Path(__file__).with_name("rank.py")
 _LOOK_S = 0.1  # how often the ranks are looked at
 _LAST_WORD_S = 2.0  # for the first rank to tell of a fault that all of them find
 _END_S = 30.0  # for a rank to end that is told to
@@ -75,9 +78,10 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run_ranks(arguments: list[str], num_ranks: int, patience_s: float = PATIENCE_S) -> None:
-    """Run `exflow ARGUMENTS` as `num_ranks` ranks on this machine; returns when all have ended well.
+def run_ranks(work: Callable[[], object], num_ranks: int, patience_s: float = PATIENCE_S) -> None:
+    """Do `work` on each of `num_ranks` ranks on this machine; returns when all have ended well.
 
+    `work` travels to the ranks as a pickle: a function of a module, or a `partial` of one.
     Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise,
     or did not come; exits with code BAD_INPUT if the ranks found the input at fault (the first of them has
     printed why). No rank outlives the call, however it ends; one that does not listen is killed half a minute
@@ -85,10 +89,11 @@ def run_ranks(arguments: list[str], num_ranks: int, patience_s: float = PATIENCE
     """
     need_no_names()
     store, port = _meeting_place()
+    handed = pickle.dumps((verbosity, work))
     ranks: list[Popen[bytes]] = []
     try:
         for rank in range(num_ranks):
-            ranks.append(_started(arguments, rank, num_ranks, port))  # noqa: PERF401 (to end them)
+            ranks.append(_started(handed, rank, num_ranks, port))  # noqa: PERF401 (to end them)
         codes = _watch(ranks, lambda: without("came", store, num_ranks), patience_s + LOADING_S)
         if BAD_INPUT in codes.values():
             with suppress(TimeoutExpired):
@@ -122,8 +127,8 @@ def _meeting_place() -> tuple["Store", int]:
     return TCPStore(_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=handle), port
 
 
-def _started(arguments: list[str], rank: int, num_ranks: int, port: int) -> Popen[bytes]:
-    """A rank; it imports nothing from the current folder, and the package that this process runs."""
+def _started(handed: bytes, rank: int, num_ranks: int, port: int) -> Popen[bytes]:
+    """Start a rank with its work on stdin. It imports this package, and nothing from the current folder."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {
         "RANK": str(rank),
@@ -141,11 +146,22 @@ def _started(arguments: list[str], rank: int, num_ranks: int, port: int) -> Pope
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun has it
     try:
-        return Popen([sys.executable, str(_ENTRY), *arguments], env=environment, start_new_session=True)
+        rank_process = Popen(
+            [sys.executable, str(_ENTRY)], stdin=PIPE, env=environment, start_new_session=True
+        )
     except OSError as error:
         raise RankDied(
             f"rank {rank} of {num_ranks} cannot be started ({error.strerror}); start fewer (see `ulimit -a`)"
         ) from error
+    # a pipe holds little, and a rank that hangs reads nothing
+    Thread(target=_hand_over, args=(handed, rank_process), daemon=True).start()
+    return rank_process
+
+
+def _hand_over(handed: bytes, rank_process: Popen[bytes]) -> None:
+    assert rank_process.stdin is not None
+    with suppress(BrokenPipeError), rank_process.stdin as stdin:
+        stdin.write(handed)
 
 
 def _watch(ranks: list[Popen[bytes]], missing: Callable[[], list[int]], patience_s: float) -> dict[int, int]:

@@ -5,7 +5,6 @@ rank reads its own and nothing else.
 """
 
 import logging
-import re
 from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,26 +12,95 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from exflow.errors import InputError
-from exflow.files import atomic_folder, read_json, write_json
+from exflow.files import atomic_folder, write_json
 from exflow.model.config import ModelConfig
-from exflow.model.config_file import CONFIG, OWN, REMEDY, load_model_config, read_config
+from exflow.model.config_file import CONFIG, OWN, model_config, read_config
 from exflow.model.decoder import Decoder
 from exflow.model.families import FAMILIES
-from exflow.model.families.layout import EMBEDDING, HEAD, LEFT_OVER, Layout, Piece, Stored, own_layout
-from exflow.model.tokenizer import TOKENIZER
+from exflow.model.families.layout import EMBEDDING, HEAD, Layout, own_layout
+from exflow.model.stored_weights import INDEX, WEIGHTS, StoredWeights
+from exflow.model.tokenizer import TOKENIZER, check_vocabulary, end_tokens, read_tokenizer
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, which leads to no other folder
-PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights as they are
-PACKED = (torch.uint8,)  # ... of quantised ones
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose `config.json` has been read.
+
+    settings: the content of `config.json`. model_type: its key of this name, or OWN.
+    """
+
+    folder: Path
+    config: ModelConfig
+    settings: Any
+    model_type: str
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read `config.json`. Raises InputError for a file that is missing or wrong, or an unknown model."""
+        settings, model_type = read_config(folder)
+        return cls(folder, model_config(folder, settings, model_type), settings, model_type)
+
+    def tokenizer(self) -> Tokenizer:
+        """Read `tokenizer.json`. Raises InputError if it does not fit the model."""
+        tokenizer = read_tokenizer(self.folder)
+        check_vocabulary(tokenizer, self.config.vocab_size, self.folder)
+        return tokenizer
+
+    def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Ids of the tokens that end a text: our own, or those that a Hugging Face folder names."""
+        settings = None if self.model_type == OWN else self.settings
+        return end_tokens(self.folder, settings, tokenizer, self.config.vocab_size)
+
+    def default_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype to compute in where nobody asks for one: on GPUs that of the stored weights.
+
+        There are two: bfloat16 stands for float16 and for quantised weights too. On CPUs it is float32, since
+        few compute bfloat16 fast. Raises InputError where the weights cannot be read.
+        """
+        if device.type == "cpu":
+            return torch.float32
+        with ExitStack() as stack:
+            full = StoredWeights.of(self.folder, stack).full_precision()
+        return torch.float32 if full else torch.bfloat16
+
+    def decoder(
+        self, device: torch.device, dtype: torch.dtype, experts_here: list[list[int]] | None = None
+    ) -> Decoder:
+        """Build the decoder and read its weights.
+
+        experts_here: for each MoE layer the logical expert of each slot of this rank, all with the same
+        number of slots; only these experts are read. None reads all of them.
+        Raises InputError for a missing, truncated or mismatched file and for weights that are not finite.
+        """
+        state = {}
+        with ExitStack() as stack:
+            weights = StoredWeights.of(self.folder, stack)
+            config = _with_the_head_stored(self.config, weights)
+            if experts_here is None:
+                experts_here = [list(range(config.num_experts))] * len(config.moe_layer_ids)
+            with torch.device("meta"):
+                decoder = Decoder(config, len(experts_here[0]))
+            shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+            of_slots = expert_rows(config, experts_here)
+            layout = _layout(self.model_type, config, shapes, weights.file_of.keys())
+            assert layout.keys() == shapes.keys()
+            wanted = {part.name for pieces in layout.values() for each in pieces for part in each.parts}
+            weights.check_names(wanted, copies={HEAD} if config.tied_head else set())
+            for name, pieces in layout.items():
+                if name in of_slots:
+                    value = torch.stack([weights.read(pieces[expert]) for expert in of_slots[name]])
+                else:
+                    value = weights.read(pieces[0])
+                state[name] = value.to(device, dtype)
+        decoder.load_state_dict(state, assign=True)
+        return decoder.eval().requires_grad_(False)
 
 
 def save_checkpoint(
@@ -78,57 +146,6 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def load_decoder(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    experts_here: list[list[int]] | None = None,
-) -> Decoder:
-    """Build the decoder and read its weights from `folder`.
-
-    experts_here: for each MoE layer the logical expert of each slot of this rank, all with the same number of
-    slots; only these experts are read. None reads all of them.
-    Raises InputError for a missing, truncated or mismatched file and for weights that are not finite.
-    """
-    config = load_model_config(folder)
-    state = {}
-    with ExitStack() as stack:
-        weights = StoredWeights.of(folder, stack)
-        config = _with_the_head_stored(config, weights)
-        if experts_here is None:
-            experts_here = [list(range(config.num_experts))] * len(config.moe_layer_ids)
-        with torch.device("meta"):
-            decoder = Decoder(config, len(experts_here[0]))
-        shapes = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
-        of_slots = expert_rows(config, experts_here)
-        layout = _layout(folder, config, shapes, weights.file_of.keys())
-        assert layout.keys() == shapes.keys()
-        wanted = {part.name for pieces in layout.values() for each in pieces for part in each.parts}
-        weights.check_names(wanted, copies={HEAD} if config.tied_head else set())
-        for name, pieces in layout.items():
-            if name in of_slots:
-                value = torch.stack([weights.read(pieces[expert]) for expert in of_slots[name]])
-            else:
-                value = weights.read(pieces[0])
-            state[name] = value.to(device, dtype)
-    decoder.load_state_dict(state, assign=True)
-    return decoder.eval().requires_grad_(False)
-
-
-def default_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """The dtype to compute in where nobody asks for one: on GPUs that of the stored weights.
-
-    There are two: bfloat16 stands for float16 and for quantised weights too. On CPUs it is float32, since few
-    compute bfloat16 fast. Raises InputError where the weights cannot be read.
-    """
-    if device.type == "cpu":
-        return torch.float32
-    with ExitStack() as stack:
-        stored = StoredWeights.of(folder, stack).file_of.items()
-        full = all(file.get_slice(name).get_dtype() in ("F32", "F64") for name, (_, file) in stored)
-    return torch.float32 if full else torch.bfloat16
-
-
 def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
     """For each expert tensor of a decoder the logical expert in each slot."""
     parts = ("w_in", "w_out", "b_in", "b_out") if config.expert_bias else ("w_in", "w_out")
@@ -140,10 +157,10 @@ def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str,
 
 
 def _with_the_head_stored(config: ModelConfig, weights: "StoredWeights") -> ModelConfig:
-    """The configuration, untied where the weights are.
+    """Untie the configuration where the stored head differs from the embedding.
 
     A head that config.json ties is often stored all the same, as a copy of the embedding. If it is another
-    tensor, the weights are right and config.json is not: so transformers decides
+    tensor, the weights are right and config.json is not: transformers decides so
     (modeling_utils.py, `tie_weights`), and so does this.
     """
     both = {HEAD, EMBEDDING} <= weights.file_of.keys()
@@ -160,80 +177,8 @@ def _with_the_head_stored(config: ModelConfig, weights: "StoredWeights") -> Mode
 
 
 def _layout(
-    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], stored: Set[str]
+    model_type: str, config: ModelConfig, shapes: dict[str, tuple[int, ...]], stored: Set[str]
 ) -> Layout:
-    _, model_type = read_config(folder)
     if model_type == OWN:
         return own_layout(config, shapes)
     return FAMILIES[model_type].layout(config, stored)
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """The opened weights of a checkpoint: for each tensor its file's path, and the file."""
-
-    folder: Path
-    file_of: dict[str, tuple[Path, Any]]
-
-    @classmethod
-    def of(cls, folder: Path, stack: ExitStack) -> Self:
-        """`stack` closes the files."""
-        opened = [(path, stack.enter_context(_open(path))) for path in _weight_files(folder)]
-        names = {name: (path, file) for path, file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
-        return cls(folder, names)
-
-    def alike(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, whatever their types."""
-        first, second = (self.file_of[name][1].get_tensor(name) for name in (one, other))
-        return first.shape == second.shape and bool((first.float() == second.float()).all())
-
-    def check_names(self, wanted: set[str], copies: set[str]) -> None:
-        """Raise InputError unless the weights wanted are here, and beside them only copies and left-overs."""
-        if missing := wanted - self.file_of.keys():
-            raise InputError(f"{self.folder}: the weights '{min(missing)}' are missing; {REMEDY}")
-        spare = self.file_of.keys() - wanted - copies
-        if unknown := {name for name in spare if not LEFT_OVER.fullmatch(name)}:
-            name = min(unknown)
-            raise InputError(f"{self.file_of[name][0]}: config.json implies no weights '{name}'; {REMEDY}")
-
-    def read(self, piece: Piece) -> Tensor:
-        return piece.join([self._read(part) for part in piece.parts])
-
-    def _read(self, part: Stored) -> Tensor:
-        path, file = self.file_of[part.name]
-        stored = file.get_slice(part.name)
-        if (found := stored.get_shape()) != list(part.shape):
-            raise InputError(
-                f"{path}: '{part.name}' has shape {found}, config.json implies {list(part.shape)}; {REMEDY}"
-            )
-        value: Tensor = file.get_tensor(part.name) if part.row is None else stored[part.row : part.row + 1][0]
-        if value.dtype not in (PACKED if part.packed else PLAIN):
-            kind = str(value.dtype).removeprefix("torch.")
-            raise InputError(
-                f"{path}: '{part.name}' is stored as {kind}, which config.json does not explain; give "
-                "weights in bfloat16, float16 or float32"
-            )
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path}: the weights '{part.name}' hold NaN or infinite values; {REMEDY}")
-        return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    path = folder / INDEX
-    index = read_json(path, "weights", f"a checkpoint has {WEIGHTS}, or shards and {INDEX}")
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    files = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files):  # beside the index
-        raise InputError(f"{path}: the key 'weight_map' does not name a file for each tensor; {REMEDY}")
-    return [folder / file for file in sorted(set(files))]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such weights; {REMEDY}") from error
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be read, truncated? ({error}); {REMEDY}") from error

@@ -18,10 +18,21 @@ def load_model_config(folder: Path) -> ModelConfig:
 
     Raises InputError for a file that is missing or wrong, or whose `model_type` is not known.
     """
-    value, model_type = read_config(folder)
-    path = folder / "config.json"
+    return model_config(folder, *read_config(folder))
+
+
+def read_config(folder: Path) -> tuple[Any, Any]:
+    """The content of a checkpoint folder's `config.json`, and its `model_type`."""
+    remedy = "give the folder of a checkpoint (config.json, model.safetensors, tokenizer.json)"
+    value = read_json(folder / CONFIG, "model configuration", remedy)
+    return value, value.get("model_type", OWN) if isinstance(value, dict) else OWN
+
+
+def model_config(folder: Path, settings: Any, model_type: Any) -> ModelConfig:
+    """The model that the content of `config.json` describes; raises InputError as load_model_config does."""
+    path = folder / CONFIG
     if model_type == OWN:
-        return validated(ModelConfig, value, path)
+        return validated(ModelConfig, settings, path)
     from exflow.model.families import FAMILIES  # with torch, which our own configurations do without
 
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -30,12 +41,5 @@ def load_model_config(folder: Path) -> ModelConfig:
             f"{path}: model_type {model_type!r} is not supported; give a model of {known}, or one of our own "
             f"({OWN})"
         )
-    published = validated(FAMILIES[model_type].config, value, path)
+    published = validated(FAMILIES[model_type].config, settings, path)
     return validated(ModelConfig, published.settings(path.absolute().parent.name), path)
-
-
-def read_config(folder: Path) -> tuple[Any, Any]:
-    """What `config.json` of a checkpoint folder holds, and its `model_type`."""
-    remedy = "give the folder of a checkpoint (config.json, model.safetensors, tokenizer.json)"
-    value = read_json(folder / "config.json", "model configuration", remedy)
-    return value, value.get("model_type", OWN) if isinstance(value, dict) else OWN

@@ -5,6 +5,7 @@ Shapes: T tokens at hand, R rows of the trace, n sequences in it, L MoE layers, 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -49,6 +50,16 @@ class ReplayedRouting:
     def experts(self, layer: int, row_T: Tensor) -> Tensor:
         """The experts [T, K] int64 of MoE layer `layer` that rows of the trace dictate."""
         return self.expert[row_T, layer]
+
+
+def load_replay(folder: Path, config: ModelConfig) -> RoutingTrace:
+    """Open the trace in `folder` to replay it on a model; raises InputError if it does not fit the model."""
+    trace = RoutingTrace.load(folder)
+    try:
+        check_replay(trace, config)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    return trace
 
 
 def check_replay(trace: RoutingTrace, config: ModelConfig) -> None:

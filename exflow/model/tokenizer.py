@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from exflow.errors import InputError
 from exflow.files import read_json
-from exflow.model.config_file import CONFIG, OWN, REMEDY, load_model_config, read_config
+from exflow.model.config_file import CONFIG, REMEDY
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end of text
@@ -17,34 +17,31 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """As read_tokenizer, of a model that is known. Raises InputError if it does not fit the model.
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
+    """Raise InputError if the tokenizer of `folder` does not fit a model with this vocabulary.
 
-    Added tokens may lie beyond the model's vocabulary: prompts that have them are refused.
+    Added tokens may lie beyond the vocabulary: prompts that have them are refused.
     """
-    tokenizer = read_tokenizer(folder)
-    known = load_model_config(folder).vocab_size
     last = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
-    if last >= known:
+    if last >= vocab_size:
         raise InputError(
-            f"{folder / TOKENIZER}: has token {last}, the model's vocab_size is {known}: it belongs to "
+            f"{folder / TOKENIZER}: has token {last}, the model's vocab_size is {vocab_size}: it belongs to "
             "another model; copy this model's there"
         )
-    return tokenizer
 
 
-def end_tokens(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end a text: our own model's end of text, or those that a Hugging Face folder names.
+def end_tokens(folder: Path, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """Ids of the tokens that end a text.
 
-    Some folders name a number beyond the vocabulary, for no token: it is left out.
+    settings: the `config.json` of a Hugging Face folder; None for a model of our own, which has one end
+    token. Some folders name an id beyond the vocabulary, which no token has: it is left out.
     """
-    config, model_type = read_config(folder)
-    if model_type == OWN:
+    if settings is None:
         end = tokenizer.token_to_id(END_OF_TEXT)
         return () if end is None else (end,)
     path = folder / GENERATION_CONFIG
     named = read_json(path, "generation configuration", REMEDY) if path.is_file() else {}
-    for found, source in ((named, path), (config, folder / CONFIG)):
+    for found, source in ((named, path), (settings, folder / CONFIG)):
         ends = found.get("eos_token_id") if isinstance(found, dict) else None
         if ends is not None:
             return tuple(end for end in _token_ids(ends, source) if 0 <= end < vocab_size)
@@ -80,7 +77,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: Path) -> None:
-    """Those of `added_tokens_decoder` that the tokenizer lacks, in the order of their ids."""
+    """Add the tokens of `added_tokens_decoder` that the tokenizer lacks, in the order of their ids."""
     named = read_json(settings, "tokenizer's configuration", REMEDY) if settings.is_file() else {}
     decoder = named.get("added_tokens_decoder") if isinstance(named, dict) else None
     if not isinstance(decoder, dict):

@@ -10,7 +10,7 @@ from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
-from exflow.placement.solve.baselines import contiguous_slots
+from exflow.placement.solve.baselines import contiguous_plan
 from exflow.profiling.trace import RoutingTrace
 
 BASELINE = "contiguous"
@@ -38,20 +38,13 @@ def candidates(trace: RoutingTrace, paths: Sequence[Path], topology: Topology | 
     for shape in shapes:
         ours = [(name, plan, False) for name, plan in named if plan.topology == shape]
         name = BASELINE if len(shapes) == 1 else f"{BASELINE}, {shape}"
-        strategy = ours[0][1].strategy if ours else "coherent"
+        strategy = ours[0][1].strategy if ours else Strategy.COHERENT
         found += [(name, contiguous_plan(trace, shape, strategy), True), *ours]
     slugs = _slugs([name for name, _, _ in found])
     return [
         Candidate(name, slug, plan, baseline)
         for slug, (name, plan, baseline) in zip(slugs, found, strict=True)
     ]
-
-
-def contiguous_plan(trace: RoutingTrace, topology: Topology, strategy: Strategy) -> Plan:
-    """The first experts of every layer on the first GPU, and so on: what engines do unless told otherwise."""
-    num_slots = -(-trace.num_experts // topology.num_ranks) * topology.num_ranks
-    slots = contiguous_slots(trace.experts_per_layer, num_slots)
-    return Plan.of_slots(slots, topology, trace, method=BASELINE, strategy=strategy)
 
 
 def _slugs(names: Sequence[str]) -> list[str]:

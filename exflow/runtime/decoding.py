@@ -15,7 +15,7 @@ from exflow.model.sampling import choose_tokens
 from exflow.profiling.trace import DECODE, PREFILL
 from exflow.runtime.kv_cache import KVCache
 from exflow.runtime.request import Observer, Request, not_finite
-from exflow.runtime.strategies import Strategy
+from exflow.runtime.strategies import RankStrategy
 
 if TYPE_CHECKING:
     from exflow.runtime.graph_runner import CapturedDecode
@@ -77,7 +77,7 @@ def collected(request: Request, chosen_by_rank: list[dict[tuple[int, int], int]]
 
 @annotate_errors("the prompts")
 def run_prompts(
-    decoder: Decoder, strategy: Strategy, cache: KVCache, choices: Choices
+    decoder: Decoder, strategy: RankStrategy, cache: KVCache, choices: Choices
 ) -> tuple[Tensor, Rows]:
     """Run the prompts that this rank admits. Returns the first new token of each, and its row."""
     device = choices.sequence_N.device
@@ -113,7 +113,7 @@ class Decoding(Protocol):
 class EagerDecoding:
     """Runs each step layer by layer."""
 
-    def __init__(self, decoder: Decoder, strategy: Strategy, choices: Choices) -> None:
+    def __init__(self, decoder: Decoder, strategy: RankStrategy, choices: Choices) -> None:
         self.decoder, self.strategy, self.choices = decoder, strategy, choices
         self.steps = 0
         self.cache = KVCache.empty(
@@ -149,7 +149,7 @@ class EagerDecoding:
 class GraphDecoding:
     """Replays a captured step."""
 
-    def __init__(self, captured: "CapturedDecode", strategy: Strategy, choices: Choices) -> None:
+    def __init__(self, captured: "CapturedDecode", strategy: RankStrategy, choices: Choices) -> None:
         self.captured, self.strategy, self.choices = captured, strategy, choices
         self.steps = 0
         self.cache = captured.kv_cache(choices.first)

@@ -1,6 +1,6 @@
 """From weights to a running engine; a job of several ranks has a plan and a strategy too.
 
-Weights are a checkpoint's folder, or RandomWeights of a shape alone.
+Weights are a checkpoint, or RandomWeights of a shape alone.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,17 @@ from exflow.comm.pairwise import PairwiseExchange
 from exflow.comm.transport import Transport, alone, choose_transport
 from exflow.errors import InputError
 from exflow.job.cluster import Cluster, annotate_errors, raise_on_all_ranks
-from exflow.model.checkpoint import load_decoder
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
-from exflow.model.config_file import load_model_config
 from exflow.model.decoder import Decoder
 from exflow.model.random_weights import RandomWeights, random_decoder
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous
 from exflow.runtime.engine import Engine
 from exflow.runtime.expert_parallel import PlanTables
-from exflow.runtime.strategies import group_size, make_strategy, single_process
+from exflow.runtime.strategies import make_strategy, single_process
 
 if TYPE_CHECKING:
     from exflow.runtime.graph_runner import Capture
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What every rank of a job must agree on."""
+    """What every rank of a job must agree on: weights, strategy, plan, dtype, transport, and relays."""
 
-    weights: Path | RandomWeights
-    strategy: Name
+    weights: Checkpoint | RandomWeights
+    strategy: Strategy
     plan: Plan
     dtype: torch.dtype = torch.float32
     transport: str = "auto"
@@ -44,7 +43,7 @@ class Deployment:
 
 
 def load_model(
-    weights: str | Path | RandomWeights,
+    weights: str | Path | Checkpoint | RandomWeights,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     transport: str = "auto",
@@ -53,17 +52,18 @@ def load_model(
 
     Raises InputError for bad files.
     """
-    source = weights if isinstance(weights, RandomWeights) else Path(weights)
-    decoder = decoder_of(source, torch.device(device), dtype)
+    if not isinstance(weights, Checkpoint | RandomWeights):
+        weights = Checkpoint.open(Path(weights))
+    decoder = decoder_of(weights, torch.device(device), dtype)
     cluster = alone(decoder.embedding.weight.device)
-    plan = contiguous_plan(decoder.config, Topology(gpus_per_node=1))
+    plan = default_plan(decoder.config, Topology(gpus_per_node=1))
     tables = PlanTables.of(plan, cluster.device)
     chosen = choose_transport(transport, cluster)
-    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, "coherent", chosen))
+    return Engine(decoder, single_process(), _capture(decoder, tables, cluster, Strategy.COHERENT, chosen))
 
 
 def decoder_of(
-    weights: Path | RandomWeights,
+    weights: Checkpoint | RandomWeights,
     device: torch.device,
     dtype: torch.dtype,
     experts_here: list[list[int]] | None = None,
@@ -71,11 +71,11 @@ def decoder_of(
     """The model with a rank's experts, all of them by default. Raises InputError for bad files."""
     if isinstance(weights, RandomWeights):
         return random_decoder(weights, device, dtype, experts_here)
-    return load_decoder(weights, device, dtype, experts_here)
+    return weights.decoder(device, dtype, experts_here)
 
 
-def contiguous_plan(config: ModelConfig, topology: Topology) -> Plan:
-    """The placement of a launch without a plan: the first experts on rank 0, and so on."""
+def default_plan(config: ModelConfig, topology: Topology) -> Plan:
+    """The plan of a launch without a plan file: the first experts on rank 0, and so on."""
     ranks = contiguous(len(config.moe_layer_ids), config.num_experts, topology.num_ranks)
     return Plan(
         model=config.name,
@@ -89,11 +89,10 @@ def contiguous_plan(config: ModelConfig, topology: Topology) -> Plan:
     )
 
 
-def plan_for(model: Path, plan: Path | None, topology: Topology) -> Plan:
+def plan_for(config: ModelConfig, plan: Path | None, topology: Topology) -> Plan:
     """Read a plan (or make the contiguous one) and check it against the model and the ranks at hand."""
-    config = load_model_config(model)
     if plan is None:
-        return contiguous_plan(config, topology)
+        return default_plan(config, topology)
     loaded = Plan.load(plan)
     try:
         loaded.check_model(config.num_experts, config.moe_layer_ids, topology.num_ranks)
@@ -130,18 +129,18 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
         config.num_hidden_layers,
         deployment.hierarchical,
     )
-    replicated = deployment.strategy == "replicated"
+    replicated = deployment.strategy == Strategy.REPLICATED
     transport = choose_transport(deployment.transport, cluster, replicated)
     return Engine(decoder, strategy, _capture(decoder, tables, cluster, deployment.strategy, transport))
 
 
 def _capture(
-    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Name, transport: Transport
+    decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Strategy, transport: Transport
 ) -> "Capture | None":
     """How to make this rank's captured steps; None where they are run eagerly."""
     if transport == "eager":
         return None
     from exflow.runtime.graph_runner import Capture
 
-    group = group_size(strategy, cluster)
-    return Capture(decoder, tables, cluster, group, strategy == "replicated", transport)
+    group = strategy.group_size(cluster.num_ranks, cluster.ranks_per_node)
+    return Capture(decoder, tables, cluster, group, strategy == Strategy.REPLICATED, transport)

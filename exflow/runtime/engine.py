@@ -4,6 +4,7 @@ The same loop runs a single process and a rank of many; the strategy knows the d
 Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from exflow.comm.collectives import Counters, total
-from exflow.console import note
 from exflow.errors import InputError
 from exflow.job.cluster import all_gather_object
 from exflow.model.decoder import Decoder
@@ -20,11 +20,12 @@ from exflow.profiling.layout import RoutingLayout
 from exflow.profiling.listener import RoutingListener
 from exflow.runtime.decoding import Choices, Decoding, EagerDecoding, GraphDecoding, collected, run_prompts
 from exflow.runtime.request import Advance, Generation, Observer, Request, check_request
-from exflow.runtime.strategies import Strategy
+from exflow.runtime.strategies import RankStrategy
 
 if TYPE_CHECKING:
     from exflow.runtime.graph_runner import Capture, CapturedDecode
 
+_log = logging.getLogger(__name__)
 MOST_CAPTURED = 16  # steps kept, each with buffers of its own beside the K/V cache
 
 Item = TypeVar("Item")
@@ -36,7 +37,7 @@ class Engine:
     capture: how to make decode steps of static shape; without it every step is run eagerly.
     """
 
-    def __init__(self, decoder: Decoder, strategy: Strategy, capture: "Capture | None" = None) -> None:
+    def __init__(self, decoder: Decoder, strategy: RankStrategy, capture: "Capture | None" = None) -> None:
         self.decoder = decoder
         self.strategy = strategy
         self.capture = capture
@@ -141,8 +142,7 @@ class Engine:
                 self.captured.clear()  # their memory first
             del self.captured[MOST_CAPTURED - 1 :]
             found = self.capture.make(*wanted, beside=self.captured[0] if self.captured else None)
-            if self.capture.cluster.rank == 0:
-                note(found.description)
+            _log.warning(found.description)
         self.captured.insert(0, found)
         return found
 

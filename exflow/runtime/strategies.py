@@ -11,17 +11,17 @@ from torch import Tensor
 
 from exflow.comm.collectives import Exchange
 from exflow.errors import InputError
-from exflow.job.cluster import Cluster, coherence_group
+from exflow.job.cluster import coherence_group
 from exflow.model.decoder import AttentionContext, MoELayout, Rows
 from exflow.model.single_process import AllExpertsHere
-from exflow.placement.plan.strategy import NAMES, Name
+from exflow.placement.plan.strategy import AUTO, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.runtime.expert_parallel import ExpertParallel, PlanTables, Replicated
 from exflow.runtime.hierarchical import HierarchicalParallel
 from exflow.runtime.kv_cache import DecodeAttention, KVCache, KVSharing, PrefillAttention
 
 
-class Strategy(Protocol):
+class RankStrategy(Protocol):
     """One request's life: `prefill` once, then for every decode step `step` and `share`."""
 
     @property
@@ -183,47 +183,48 @@ def single_process() -> AllTokens:
     return AllTokens(AllExpertsHere(), exchange=None)
 
 
-def strategy_named(name: str, num_nodes: int) -> Name:
-    """Raises InputError for an unknown strategy, or one that makes no sense on so many nodes."""
-    for known in NAMES:
-        if known == name:
-            if known == "node-coherent" and num_nodes == 1:
-                raise InputError("strategy node-coherent: all ranks are on one node; give coherent instead")
-            return known
-    raise InputError(f"strategy {name!r} is unknown; give {', '.join(NAMES)}")
+def strategy_named(name: str, num_nodes: int) -> Strategy | None:
+    """Raises InputError for an unknown strategy, or one that makes no sense on this number of nodes."""
+    if name not in (*Strategy, AUTO):
+        raise InputError(f"strategy {name!r} is unknown; give {', '.join((*Strategy, AUTO))}")
+    if name == AUTO:
+        return None
+    if name == Strategy.NODE_COHERENT and num_nodes == 1:
+        raise InputError("strategy node-coherent: all ranks are on one node; give coherent instead")
+    return Strategy(name)
 
 
-def check_relays(topology: Topology, top_k: int, strategy: Name, device_type: str) -> None:
+def check_relays(topology: Topology, top_k: int, strategy: Strategy | None, device_type: str) -> None:
     """Raises InputError where the transport `relayed` is impossible, or saves no message.
 
     On GPUs it does more than save messages: captured steps have fewer chunks.
     """
     if topology.num_nodes == 1 or topology.gpus_per_node == 1:
         raise InputError(f"transport relayed: {topology} have no nodes of several ranks; give another")
-    if strategy == "replicated":
+    if strategy == Strategy.REPLICATED:
         raise InputError("transport relayed: strategy replicated has nothing to relay; give another of both")
     if top_k == 1 and device_type == "cpu":
         raise InputError("transport relayed: a token with one expert sends one message anyway; give eager")
 
 
 def make_strategy(
-    name: Name,
+    name: Strategy,
     exchange: Exchange,
     tables: PlanTables,
     moe_layer_ids: tuple[int, ...],
     layers: int,
     hierarchical: bool = False,
-) -> Strategy:
+) -> RankStrategy:
     """The strategy called `name` for this rank of the job; every rank of it must call this."""
-    assert name != "auto", "to be resolved by auto.choose_strategy"
     cluster = exchange.cluster
-    if name == "replicated":
+    if name == Strategy.REPLICATED:
         return AllTokens(Replicated(exchange, tables), exchange)
     experts = HierarchicalParallel if hierarchical else ExpertParallel
-    return OwnedTokens(exchange, tables, group_size(name, cluster), moe_layer_ids, layers, experts)
-
-
-def group_size(name: Name, cluster: Cluster) -> int:
-    """Ranks of a coherence group: those that may own a token."""
-    sizes = {"dispatch-combine": 1, "node-coherent": cluster.ranks_per_node}
-    return sizes.get(name, cluster.num_ranks)
+    return OwnedTokens(
+        exchange,
+        tables,
+        name.group_size(cluster.num_ranks, cluster.ranks_per_node),
+        moe_layer_ids,
+        layers,
+        experts,
+    )

@@ -126,7 +126,7 @@ def check_choices(recorded: RunRecord, generation: Generation, reference: Decode
         steps = [step for step in range(len(tokens)) if (number, step) in sample]
         right_NV, gates = _reference_run(reference, request.prompts[number], tokens, number, steps)
         for step, right_V in zip(steps, right_NV, strict=True):
-            place = f"--verify: sequence {number}, step {step} (0 is the prompt's)"
+            place = f"verify: sequence {number}, step {step} (0 is the prompt's)"
             found = [seen[number, step] for seen in recorded.seen if (number, step) in seen]
             differences.append(_check_logits(place, found, right_V, tolerance))
             slack = 2 * tolerance * _largest(right_V) / (request.sampling.temperature or 1)

@@ -29,7 +29,7 @@ def check_counters(
             counted, right = getattr(counters, counter), value if group_size else 0
             if counted != right:
                 raise WrongResult(
-                    f"--verify: {name}: the ranks counted {counted} {counter}, the routing that they "
+                    f"verify: {name}: the ranks counted {counted} {counter}, the routing that they "
                     f"recorded comes to {right}; the counters or the exchange are at fault"
                 )
 

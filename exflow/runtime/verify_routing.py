@@ -84,7 +84,7 @@ def count_ties(sequence: int, gate: GateScores, tolerance: float) -> int:
     if wrong_S.any():
         position = int(wrong_S.nonzero()[0])
         raise WrongResult(
-            f"--verify: sequence {sequence}, position {position}, layer {gate.layer}: the run chose "
+            f"verify: sequence {sequence}, position {position}, layer {gate.layer}: the run chose "
             f"{_listed(gate.chosen_SK[position], chosen_score_SK[position])}, the gate of one process "
             f"{_listed(best.indices[position], best.values[position])}; scores that differ by more than "
             f"{float(allowed_S[position]):.1e} are no tie; the run's gate is at fault"
@@ -103,7 +103,7 @@ def check_dictated(trace: RoutingTrace, dictated: ReplayedRouting, config: Model
     if wrong_RL.any():
         row, layer = wrong_RL.nonzero()[0].tolist()
         raise WrongResult(
-            f"--verify: sequence {sequence_R[row]}, position {position_R[row]}, layer "
+            f"verify: sequence {sequence_R[row]}, position {position_R[row]}, layer "
             f"{config.moe_layer_ids[layer]}: the run chose {_named(trace.experts[row, layer].tolist())}, "
             f"the replayed trace dictates {_named(right_RLK[row, layer].tolist())}; the replay is at fault"
         )

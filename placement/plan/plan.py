@@ -35,7 +35,7 @@ class Plan:
     num_experts              E, of the layer that has most; `experts_per_layer` [L] says how many each has
     physical_to_logical_map  [L, P] int: the expert in each slot; rank r owns the slots r*S .. (r+1)*S - 1
     next_owner               [L, E, G] int, per mille (see `next_owner_table`), or None: no preference
-    strategy                 what it was made for: "coherent", "node-coherent" or "dispatch-combine"
+    strategy                 the strategy that it was made for, one of strategy.OWNED
     objective, lower_bound   value of the solver's objective and a proven bound, in its own units, or None
     optimal                  the objective is proven minimal
     expected                 figures on the profiling trace; any JSON
@@ -53,7 +53,7 @@ class Plan:
     next_owner: IntArray | None
     method: str
     experts_per_layer: tuple[int, ...] = ()  # by default E in each
-    strategy: Strategy = "coherent"
+    strategy: Strategy = Strategy.COHERENT
     objective: float | None = None
     lower_bound: float | None = None
     optimal: bool = False
@@ -61,6 +61,7 @@ class Plan:
     trace_digest: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", Strategy(self.strategy))
         _check_layers(self.moe_layer_ids, self.num_hidden_layers)
         if not self.experts_per_layer:
             object.__setattr__(self, "experts_per_layer", (self.num_experts,) * self.num_layers)
@@ -95,7 +96,7 @@ class Plan:
         trace: RoutingTrace,
         *,
         method: str,
-        strategy: Strategy = "coherent",
+        strategy: Strategy = Strategy.COHERENT,
         objective: float | None = None,
         lower_bound: float | None = None,
         optimal: bool = False,
@@ -196,9 +197,8 @@ class Plan:
 
     @property
     def group_size(self) -> int:
-        """How many ranks share a context under the strategy that the plan was made for."""
-        sizes = {"coherent": self.num_ranks, "node-coherent": self.topology.gpus_per_node}
-        return sizes.get(self.strategy, 1)
+        """Ranks of a coherence group under the strategy that the plan was made for."""
+        return self.strategy.group_size(self.num_ranks, self.topology.gpus_per_node)
 
     @property
     def gap(self) -> float | None:

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic_core import PydanticCustomError
 
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
+from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.validation import validated
 
@@ -24,6 +26,18 @@ _TABLES = ("physical_to_logical_map", "next_owner")  # written with one line a l
 Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 Index = Annotated[int, Field(ge=0, lt=1 << 16)]
 PerMille = Annotated[int, Field(ge=0, le=1000)]
+
+
+def _owned(name: Any) -> Strategy:
+    if name not in OWNED:
+        raise PydanticCustomError(
+            "strategy", "Input should be 'coherent', 'node-coherent' or 'dispatch-combine'"
+        )
+    return Strategy(name)
+
+
+OwnedStrategy = Annotated[Strategy, BeforeValidator(_owned)]
+"""A strategy that a plan can be made for."""
 
 
 class TopologyDocument(BaseModel):
@@ -61,7 +75,7 @@ class PlanDocument(BaseModel):
     num_experts: Count
     experts_per_layer: list[Count]
     topology: TopologyDocument
-    strategy: Literal["coherent", "node-coherent", "dispatch-combine"]
+    strategy: OwnedStrategy
     method: str
     objective: FiniteFloat | None
     lower_bound: FiniteFloat | None

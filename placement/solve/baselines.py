@@ -6,6 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
+from exflow.placement.plan.topology import Topology
+from exflow.profiling.trace import RoutingTrace
 
 
 def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> npt.NDArray[np.int64]:
@@ -20,6 +24,19 @@ def contiguous(num_layers: int, num_experts: int, num_ranks: int) -> npt.NDArray
 def contiguous_slots(experts_per_layer: Sequence[int], num_slots: int) -> npt.NDArray[np.int64]:
     """[num_layers, num_slots] the expert in each slot: in order; spare slots begin again with expert 0."""
     return np.stack([np.arange(num_slots) % num_experts for num_experts in experts_per_layer])
+
+
+def contiguous_plan(
+    trace: RoutingTrace, topology: Topology, strategy: Strategy, num_slots: int | None = None
+) -> Plan:
+    """The plan that engines use unless told otherwise: the first experts of every layer on the first GPU.
+
+    num_slots: of each layer; by default the least number, at least that of experts, that the GPUs share
+    equally.
+    """
+    num_slots = num_slots or -(-trace.num_experts // topology.num_ranks) * topology.num_ranks
+    slots = contiguous_slots(trace.experts_per_layer, num_slots)
+    return Plan.of_slots(slots, topology, trace, method="contiguous", strategy=strategy)
 
 
 def random(num_layers: int, num_experts: int, num_ranks: int, seed: int) -> npt.NDArray[np.int64]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts
-from exflow.placement.plan.strategy import STRATEGIES, Strategy
+from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.problem import PlacementProblem, Prices
 
@@ -31,14 +31,15 @@ class Objective:
                    token's next owner is chosen for fewest messages alone
     """
 
-    strategy: Strategy = "coherent"
+    strategy: Strategy = Strategy.COHERENT
     balance_price: float = BALANCE_PRICE
     max_imbalance: float | None = None
     owner_price: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise InputError(f"strategy {self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+        if self.strategy not in OWNED:
+            raise InputError(f"strategy {str(self.strategy)!r} is unknown; choose one of {', '.join(OWNED)}")
+        object.__setattr__(self, "strategy", Strategy(self.strategy))
         if not 0 <= self.balance_price < math.inf:
             raise InputError(f"balance price is {self.balance_price}; choose a number from 0 up")
         if not 0 <= self.owner_price < math.inf:
@@ -96,9 +97,9 @@ def make_problem(
     share = np.array(weights) / sum(weights) / [each.num_tokens for each in counts]
     top_k, ranks = counts[0].top_k, topology.num_ranks
     inter_price, intra_price = 1 / top_k**2, 4 / top_k
-    if objective.strategy == "node-coherent":
+    if objective.strategy == Strategy.NODE_COHERENT:
         inter_price /= topology.num_nodes
-    elif objective.strategy == "dispatch-combine":
+    elif objective.strategy == Strategy.DISPATCH_COMBINE:
         inter_price, intra_price = 0.0, intra_price * (1 - 1 / ranks)
     inter = _weighted(share * inter_price, [each.inter for each in counts])
     intra = _weighted(share * intra_price, [each.intra for each in counts])

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
-from exflow.placement.solve.baselines import contiguous_slots
+from exflow.placement.solve.baselines import contiguous_plan
 from exflow.placement.traffic.traffic import follow
 from exflow.profiling.merge import of_sequences
 from exflow.profiling.trace import RoutingTrace
@@ -103,7 +103,9 @@ def held_out_figures(
     out.
     """
     blocks = _follow_blocks(plan, held_out)
-    contiguous = _follow_blocks(_contiguous(plan, train), held_out)
+    contiguous = _follow_blocks(
+        contiguous_plan(train, plan.topology, plan.strategy, plan.num_slots), held_out
+    )
     times = _draw(len(blocks.tokens), draws, level, seed)
     ours, theirs = times @ blocks.messages, times @ contiguous.messages
     return {
@@ -130,12 +132,6 @@ def ratio(
     """
     times = _draw(len(ours), draws, level, seed)
     return _percentiles(_quotients(times @ ours, times @ theirs), level)
-
-
-def _contiguous(plan: Plan, train: RoutingTrace) -> Plan:
-    """As `place` makes it by method contiguous, with as many slots."""
-    slots = contiguous_slots(plan.experts_per_layer, plan.num_slots)
-    return Plan.of_slots(slots, plan.topology, train, method="contiguous", strategy=plan.strategy)
 
 
 def _follow_blocks(plan: Plan, trace: RoutingTrace) -> Blocks:

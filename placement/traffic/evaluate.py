@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.traffic.traffic import (
     Traffic,
     count_traffic,
@@ -55,13 +56,13 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
         "slots": plan.num_slots,
         "strategies": strategies,
         "local_fraction": float(local.mean()) if len(local) else 1.0,
-        "imbalance": strategies[_key(plan.strategy)]["imbalance"],
+        "imbalance": strategies[plan.strategy.key]["imbalance"],
     }
 
 
 def own_figures(plan: Plan) -> dict[str, Any]:
     """Of what the plan expects, the figures of the strategy that it was made for."""
-    figures: dict[str, Any] = plan.expected["strategies"][_key(plan.strategy)]
+    figures: dict[str, Any] = plan.expected["strategies"][plan.strategy.key]
     return figures
 
 
@@ -70,15 +71,12 @@ def exchanges_per_step(num_layers: int, top_k: int, group_size: int, num_ranks: 
     return num_layers if top_k == 1 and group_size == num_ranks else 2 * num_layers
 
 
-def _key(strategy: str) -> str:
-    return strategy.replace("-", "_")
-
-
 def _strategies(plan: Plan, trace: RoutingTrace) -> dict[str, dict[str, Any]]:
     ranks, layers = plan.num_ranks, plan.num_layers
-    group_sizes = {"dispatch_combine": 1, "coherent": ranks}
-    if plan.topology.num_nodes > 1 or plan.strategy == "node-coherent":
-        group_sizes["node_coherent"] = plan.topology.gpus_per_node
+    counted = [Strategy.DISPATCH_COMBINE, Strategy.COHERENT]
+    if plan.topology.num_nodes > 1 or plan.strategy == Strategy.NODE_COHERENT:
+        counted.append(Strategy.NODE_COHERENT)
+    group_sizes = {each.key: each.group_size(ranks, plan.topology.gpus_per_node) for each in counted}
     may_relay = 1 < plan.topology.num_nodes < ranks
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         direct = pool.map(lambda size: follow(trace, plan, size), group_sizes.values())

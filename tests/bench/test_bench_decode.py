@@ -4,90 +4,39 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from exflow import cli
 from exflow.bench import decode as bench_decode
 from exflow.bench import job as bench_setting
 from exflow.bench.decode import fill_with_noise
-from exflow.bench.job import WARM_UP, BenchJob
+from exflow.bench.job import WARM_UP
 from exflow.bench.table import Case, Outcome, Report
 from exflow.cli.run_tables import print_decode_bench
 from exflow.errors import InputError
 from exflow.job.signals import Stopped
 from exflow.model.config import ModelConfig
-from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.evaluate import evaluate
-from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.deploy import contiguous_plan
+from exflow.runtime.deploy import default_plan
+from tests.bench.replayed import COUNTED, shuffled_plan, trace_of
 
 STRATEGIES = ["dispatch-combine", "coherent", "replicated"]
-COUNTED = 8  # steps: 3 of warm-up, 5 timed; as many as a sequence of the trace has rows
-
-
-def trace_of(config: ModelConfig) -> RoutingTrace:
-    """Of 4 sequences with a row for every step that is counted."""
-    rng = np.random.default_rng(0)
-    layers = len(config.moe_layer_ids)
-    experts = rng.permuted(np.tile(np.arange(config.num_experts), (4 * COUNTED, layers, 1)), axis=2)
-    return RoutingTrace.from_arrays(
-        experts[:, :, : config.top_k],
-        num_experts=config.num_experts,
-        sequence=np.repeat(np.arange(4), COUNTED),
-        model=config.name,
-    )
-
-
-def shuffled_plan(config: ModelConfig) -> Plan:
-    plan = contiguous_plan(config, Topology(gpus_per_node=2))
-    order = np.random.default_rng(1).permuted(plan.physical_to_logical_map, axis=1)
-    return replace(plan, physical_to_logical_map=order, method="random")
-
-
-@pytest.fixture(scope="module")
-def config(tiny_config: Callable[..., ModelConfig]) -> ModelConfig:
-    return tiny_config(top_k=2)
-
-
-@pytest.fixture(scope="module")
-def inputs(
-    tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, tiny_checkpoint: Callable[..., Path]
-) -> Path:
-    """A folder with a checkpoint, a shape alone, a trace, a plan for two ranks, and both of another model."""
-    folder = tmp_path_factory.mktemp("bench")
-    tiny_checkpoint(config).rename(folder / "model")
-    (folder / "shape").mkdir()
-    (folder / "shape" / "config.json").write_text((folder / "model" / "config.json").read_text())
-    trace_of(config).save(folder / "trace")
-    shuffled_plan(config).save(folder / "plan.json")
-    other = config.model_copy(update={"num_experts": 16, "name": "other"})
-    trace_of(other).save(folder / "other")
-    shuffled_plan(other).save(folder / "other.json")
-    return folder
 
 
 @pytest.fixture
 def run(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, command_line: Callable[[str], tuple[int, str, str]]
 ) -> Callable[[str], tuple[str, str]]:
     """run("shape --steps 2 ...") in one process; what it printed on stdout and stderr."""
     monkeypatch.chdir(inputs)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
 
     def command(line: str) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["exflow", "bench", "decode", *line.split()])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            assert not stop.code, capsys.readouterr().err
-        out, err = capsys.readouterr()
+        code, out, err = command_line(f"bench decode {line}")
+        assert not code, err
         return out, err
 
     return command
@@ -131,7 +80,7 @@ class TestJob:
         self, job: tuple[dict[str, Any], dict[str, Any], str], config: ModelConfig
     ) -> None:
         trace = trace_of(config)
-        contiguous = contiguous_plan(config, Topology(gpus_per_node=2))
+        contiguous = default_plan(config, Topology(gpus_per_node=2))
         plans = {"contiguous": contiguous, "plan": shuffled_plan(config)}
         for row in job[0]["rows"]:
             figures = evaluate(plans[row["placement"]], trace.select(trace.sequence < row["batch"]))
@@ -213,7 +162,7 @@ def test_a_stop_keeps_what_is_done(
 def test_captured_steps_are_counted_and_timed_too(
     run: Callable[[str], tuple[str, str]], inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In Triton's interpreter, with a clock that needs no GPU."""
+    """Run in Triton's interpreter, with a clock that needs no GPU."""
     decode_bench = pytest.importorskip("exflow.bench.timing")
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted here")
@@ -262,115 +211,6 @@ def test_the_first_row_of_a_batch_may_be_missing() -> None:
     assert (rows[1]["speedup"], rows[1]["times_floor"], rows[1]["tokens_per_s"]) == (None, 2.0, 2000.0)
 
 
-GOOD = BenchJob(Path("model"), [], [], [], [], None, 20, None, None, "cpu", None)
-
-
-@pytest.mark.parametrize(
-    ("changes", "nproc", "message"),
-    [
-        (
-            {"plans": [Path("plan.json")]},
-            None,
-            "--plan plan.json: one process holds all experts; add --nproc N",
-        ),
-        (
-            {"strategies": ["coherent"]},
-            None,
-            "--strategy coherent: one process has no strategy; add --nproc N",
-        ),
-        (
-            {"strategies": ["auto"]},
-            2,
-            "--strategy auto: stands for one of the others, the last line says for which; leave it out",
-        ),
-        (
-            {"strategies": ["best"]},
-            2,
-            "strategy 'best' is unknown; give dispatch-combine, coherent, node-coherent, replicated",
-        ),
-        (
-            {"strategies": ["node-coherent"]},
-            2,
-            "strategy node-coherent: all ranks are on one node; give coherent instead",
-        ),
-        (
-            {"transports": ["pigeon"]},
-            2,
-            "--transport pigeon: no such transport; give one-sided, relayed, collective, eager",
-        ),
-        (
-            {"transports": ["eager", "collective"]},
-            None,
-            "--transport collective: needs GPUs; give eager, or --device cuda",
-        ),
-        ({"transports": ["one-sided"]}, 2, "--transport one-sided: needs GPUs; give eager, or --device cuda"),
-        (
-            {"context": 60, "steps": 2},
-            2,
-            "--context 60: with 5 steps it exceeds the model's 64 positions; give 58 at most, or lower",
-        ),
-        (
-            {"steps": 60},
-            2,
-            "--steps 60: with 3 steps of warm-up they exceed the model's 64 positions; give 59 at most",
-        ),
-        ({"dtype": "int8"}, 2, "dtype 'int8' is unknown; give float32 or bfloat16"),
-        (
-            {"replay": Path("other")},
-            2,
-            "other: the trace of 'other' has 16 experts a layer, the model 'tiny' 8; replay a trace",
-        ),
-        (
-            {"plans": [Path("other.json")]},
-            2,
-            "other.json: the plan is for 16 experts a layer, the model has 8; use a plan that was placed",
-        ),
-        (
-            {"plans": [Path("plan.json")]},
-            4,
-            "plan.json: the plan is for 2 ranks (1 node of 2), launched with 4; start 2 processes, or place",
-        ),
-        (
-            {},
-            3,
-            "8 experts cannot be shared equally by 3 ranks; choose a number of ranks that divides",
-        ),
-        (
-            {"model": Path("absent")},
-            2,
-            "absent/config.json: no such model configuration; give the folder of a checkpoint (config.json, "
-            "model.safetensors, tokenizer.json)",
-        ),
-        (
-            {"output": Path("plan.json/out.json")},
-            2,
-            "plan.json/out.json: cannot be written (",
-        ),
-    ],
-)
-def test_bad_input_is_found_before_ranks_are_started(
-    changes: dict[str, Any], nproc: int | None, message: str, inputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(inputs)
-    with pytest.raises(InputError) as error:
-        replace(GOOD, **changes).check(nproc)
-    assert str(error.value).startswith(message)
-
-
-def test_bad_input_ends_the_command(
-    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(inputs)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)
-    line = "bench decode model --plan other.json --nproc 2 --steps 2"
-    monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("exflow: other.json: the plan is for 16 experts")
-
-
 def test_one_process_has_no_collectives() -> None:
     with pytest.raises(
         InputError, match="collective: one process exchanges nothing; give one-sided or eager"
@@ -378,10 +218,7 @@ def test_one_process_has_no_collectives() -> None:
         bench_setting._transports(["collective"], "cuda", topology=None)
 
 
-def test_the_help_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["exflow", "bench", "decode", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    assert "exflow bench decode configs/shapes/gpt-oss-20b" in capsys.readouterr().out
+def test_the_help_has_an_example(command_line: Callable[[str], tuple[int, str, str]]) -> None:
+    code, out, _ = command_line("bench decode --help")
+    assert code == 0
+    assert "exflow bench decode configs/shapes/gpt-oss-20b" in out

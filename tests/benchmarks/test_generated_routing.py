@@ -39,7 +39,7 @@ def information(trace: RoutingTrace, layer: int = 0) -> float:
 
 
 def independent(trace: RoutingTrace) -> float:
-    """What `information` comes to by chance: its expectation for independent choices, and some more."""
+    """Bound on the `information` that independent choices reach by chance: its expectation and a margin."""
     return 1.3 * (trace.num_experts - 1) ** 2 / (2 * trace.num_tokens)
 
 
@@ -76,7 +76,7 @@ def test_more_skew_puts_more_load_on_the_most_popular() -> None:
 
 
 def test_the_first_choice_is_the_popular_one() -> None:
-    """With one choice the weights themselves are seen: Zipf's law."""
+    """Zipf's law: with one choice a token the frequencies are the weights themselves."""
     load = np.sort(loads(generate(skew=1, affinity=0, top_k=1, tokens=20_000)), axis=1)[:, ::-1]
     weight = 1 / np.arange(1, 17)
     np.testing.assert_allclose(load / 20_000, np.tile(weight / weight.sum(), (4, 1)), atol=0.02)

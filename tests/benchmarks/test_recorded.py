@@ -1,4 +1,4 @@
-"""What benchmarks take of recorded routing: all of it, or what no sequence has in common with another."""
+"""Recorded routing as benchmarks use it: all tokens, or those after the prefix that sequences share."""
 
 from pathlib import Path
 from typing import Any

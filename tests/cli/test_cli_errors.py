@@ -2,19 +2,26 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from exflow import cli
 from exflow.placement.make_plan import place
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
-
-Edit = Callable[[Path], None]
+from tests.cli.spoil import (
+    Edit,
+    nothing,
+    remove,
+    replace_in,
+    truncate,
+    write_object_array,
+    write_other_trace,
+    write_topology,
+    write_wide_ids,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,56 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[.
     return folder
 
 
-def replace_in(name: str, old: str, new: str) -> Edit:
-    def edit(folder: Path) -> None:
-        path = folder / name
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
-    return edit
-
-
-def truncate(pattern: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (path,) = folder.glob(pattern)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return edit
-
-
-def remove(pattern: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (path,) = folder.glob(pattern)
-        path.unlink()
-
-    return edit
-
-
-def write_object_array(folder: Path) -> None:
-    np.save(folder / "pickle.npy", np.array([{1: 2}], dtype=object), allow_pickle=True)
-
-
-def write_wide_ids(folder: Path) -> None:
-    np.savez(folder / "wide.npz", experts=np.array([[[300]]]), num_experts=8)
-
-
-def write_other_trace(folder: Path) -> None:
-    routing = np.random.default_rng(0).integers(0, 4, (40, 4, 1))
-    RoutingTrace.from_arrays(routing, num_experts=4, sequence=np.arange(40) // 10).save(folder / "other")
-
-
-def write_topology(text: str) -> Edit:
-    def edit(folder: Path) -> None:
-        (folder / "cluster.yaml").write_text(text)
-
-    return edit
-
-
-def nothing(folder: Path) -> None:
-    """The input is bad without any change."""
-
-
+Run = Callable[[str], tuple[int, str, str]]
 PLACE = "place trace -o p.json --time-limit 1"
 GENERATE = "generate model --prompt hello --max-new-tokens 4"
 CASES: dict[str, tuple[Edit, str, list[str]]] = {
@@ -306,27 +264,16 @@ CASES: dict[str, tuple[Edit, str, list[str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(
-    case: str,
-    inputs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    case: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Run
 ) -> None:
     edit, command, words = CASES[case]
     folder = tmp_path / "work"
     shutil.copytree(inputs, folder)
     edit(folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["exflow", *command.split()])
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
     before = sorted(folder.rglob("*"))
-
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == ""
+    code, out, err = command_line(command)
+    assert (code, out) == (2, "")
     assert err.startswith("exflow: ")
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
@@ -338,14 +285,10 @@ def test_bad_input(
     [("--gpus", "0"), ("--redundant-experts", "-1"), ("--max-moves", "-1"), ("--balance-price", "-1")],
 )
 def test_numbers_that_an_option_never_takes(
-    option: str, value: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, command_line: Run
 ) -> None:
     """The parser answers these itself, in a box."""
-    monkeypatch.setattr(sys, "argv", ["exflow", "place", str(inputs / "trace"), option, value])
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2
-    assert out == ""
+    monkeypatch.chdir(inputs)
+    code, out, err = command_line(f"place trace {option} {value}")
+    assert (code, out) == (2, "")
     assert f"Invalid value for '{option}'" in err

@@ -1,4 +1,4 @@
-"""What the verbs print when all goes well: JSON under the names other tools rely on, and nothing else."""
+"""Output of successful verbs: JSON under the names other tools rely on, and nothing else."""
 
 import json
 import subprocess
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from exflow import cli
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
@@ -31,18 +30,16 @@ Run = Callable[[str], str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command_line: Callable[[str], tuple[int, str, str]]
+) -> Run:
     """run("place trace --gpus 2 ...") in a folder of its own; what it printed on stdout."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
 
     def command(line: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            assert not stop.code, capsys.readouterr().err
-        return capsys.readouterr().out
+        code, out, err = command_line(line)
+        assert not code, err
+        return out
 
     return command
 
@@ -94,7 +91,7 @@ def test_profile_then_generate(run: Run, tmp_path: Path, tiny_checkpoint: Callab
         )
     )
     assert [len(tokens) for tokens in result["tokens"]] == [5, 5]
-    prompts = [each.ids for each in load_tokenizer(model).encode_batch(["Rain", "Wind"])]
+    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 5)).tokens
     assert len(result["text"]) == 2
     assert json.loads(run(f"generate {model} --prompt Rain --max-new-tokens 5 --ignore-end --json"))[

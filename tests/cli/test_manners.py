@@ -1,4 +1,4 @@
-"""How the command line behaves: progress, --quiet and --verbose, colours, completion, help, exit codes."""
+"""Behaviour of the command line: progress, --quiet, --verbose, colours, completion, help, exit codes."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from rich.console import Console
 
 from exflow import cli, console
 from exflow.cli import options
+from exflow.job import outcome
 from exflow.placement.formats.exporters import registry as exporters
 from exflow.placement.formats.importers import registry as plan_importers
 from exflow.placement.make_plan import BASELINES, place
 from exflow.placement.plan.topology import Topology
-from exflow.placement.solve.objective import Objective
 from exflow.placement.solve.solve import METHODS
 from exflow.profiling.importers import registry as importers
 from exflow.profiling.trace import RoutingTrace
@@ -90,7 +90,7 @@ class Terminal:
             pass
 
     def text(self) -> str:
-        """What was written; closes it."""
+        """Return the text written so far, and close the file."""
         self.file.close()
         self._reader.join()
         os.close(self._ours)
@@ -105,7 +105,7 @@ def run(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Run:
     """run(line, terminal=True): exit code, stdout and stderr, which is a terminal or not."""
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
+    monkeypatch.setattr(outcome, "answer_signals", lambda: None)  # pytest's own stay
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("NO_COLOR", "COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -193,7 +193,7 @@ def test_quiet_and_verbose_exclude_each_other(run: Run) -> None:
 
 
 def on_terminal(*arguments: str, folder: Path, **environment: str) -> str:
-    """What `exflow ARGUMENTS` shows where stdout and stderr are a terminal."""
+    """Return what `exflow ARGUMENTS` shows where stdout and stderr are a terminal."""
     screen = Terminal()
     clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     done = subprocess.run(
@@ -255,16 +255,12 @@ def test_completion_installs_itself(tmp_path: Path) -> None:
 def test_the_names_that_are_completed_are_those_there_are() -> None:
     from exflow.comm import transport
     from exflow.model import device
-    from exflow.placement.plan import strategy
 
     assert set(options.TRACE_FORMATS) == set(importers.FORMATS)
     assert set(options.PLAN_FORMATS) == set(exporters.FORMATS) == set(plan_importers.FORMATS)
-    assert options.STRATEGIES == strategy.NAMES
     assert options.TRANSPORTS == transport.NAMES
     assert options.METHODS == METHODS + BASELINES
     assert set(options.DTYPES) == set(device.DTYPES)
-    for name in options.OWNED:
-        Objective(name)  # type: ignore[arg-type]  # refuses what it does not know
 
 
 # Every verb.

@@ -1,9 +1,10 @@
-"""What stdout cannot take: characters that its encoding lacks, and a result where there is no room."""
+"""Output that stdout cannot take: characters its encoding lacks, a full disk, a closed stream."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_reader_that_goes_away(folder: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["1", "2"])
 def test_a_stream_that_is_closed(folder: Path, closed: str) -> None:
-    """What is for the other stream does not go there, and nothing fails."""
+    """Output for a closed stream goes nowhere: not to the other stream, and nothing fails."""
     command = [sys.executable, "-m", "exflow.cli", "-v", "evaluate", "plan.json", "none"]
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], cwd=folder, capture_output=True, timeout=60
@@ -86,9 +87,10 @@ def test_a_stream_that_is_closed(folder: Path, closed: str) -> None:
 
 
 def test_a_prompt_file_that_can_be_read_once(folder: Path) -> None:
+    """Only the process that starts the ranks reads it."""
     os.mkfifo(folder / "prompts")
-    done = exflow(folder, ["generate", "model", "--prompt-file", "prompts", "--nproc", "2"])
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == (
-        b"exflow: --prompt-file prompts: is a pipe, and each rank has to read it; give a regular file\n"
-    )
+    Thread(target=(folder / "prompts").write_text, args=("Rain\n",), daemon=True).start()
+    generate = ["generate", "model", "--prompt-file", "prompts", "--max-new-tokens", "2"]
+    done = exflow(folder, [*generate, "--nproc", "2", "--strategy", "coherent"])
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Rain")

@@ -11,7 +11,7 @@ ROUND = 1024
 
 
 def test_at_first_every_other_token_is_expected() -> None:
-    """Of 16 tokens 8, and three deviations of 2; in wide rows one; of 2 tokens no more than 2."""
+    """Expect 8 of 16 tokens plus three deviations of 2, one deviation in wide rows; never more than all."""
     expected = CapacityEstimator(0, 3, ROUND)
     assert expected.capacity(0, [16, 2, 0], NARROW).to == [0, 14, 14]
     assert expected.capacity(0, [16, 2, 0], NARROW).come == [0, 2, 0]

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Operation:
-    """In the place of torch's P2POp."""
+    """Stand-in for torch's P2POp."""
 
     kind: Any
     rows: Tensor
@@ -35,7 +35,7 @@ class Operation:
 
 
 class Wire:
-    """In the place of torch's collectives; both ends of a pair must expect the same number of bytes."""
+    """Stand-in for torch's collectives; both ends of a pair must expect the same number of bytes."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.here, self.barrier = range(ranks), local(), Barrier(ranks)
@@ -74,12 +74,12 @@ class Wire:
         return [self]
 
     def wait(self) -> None:
-        """As the work that a collective returns."""
+        """Do nothing: the handle of a collective that is already complete."""
 
     def run(
         self, per_node: int, of_rank: Callable[[Exchange], Result]
     ) -> tuple[list[Result], list[Counters]]:
-        """What `of_rank` returns on each rank, and what each counts."""
+        """Run `of_rank` on each rank; return its results and the counters."""
         exchanges = [Exchange(Cluster(rank, len(self.ranks), per_node, CPU)) for rank in self.ranks]
 
         def as_rank(exchange: Exchange) -> Result:
@@ -114,7 +114,7 @@ def random_rows(dest: list[list[int]], width: int) -> list[Tensor]:
 
 
 def rows_for(rank: int, rows: list[Tensor], dest: list[list[int]]) -> Tensor:
-    """What a rank must receive: the rows for it, ordered by sender."""
+    """Return the rows that a rank must receive, ordered by sender."""
     return torch.cat(
         [of[torch.tensor(to, dtype=torch.int64) == rank] for of, to in zip(rows, dest, strict=True)]
     )

@@ -49,7 +49,7 @@ SIZES = st.lists(
 def test_every_rank_hears_what_the_others_sent(
     on_ranks: OnRanks, sizes: list[list[int]], shared: list[list[int]], exchanged: bool
 ) -> None:
-    """In an exchange, and in a gather that goes with it, or that is waited for before one."""
+    """Test an exchange, a gather deferred beside it, and a gather waited for before it."""
     sent, behind = (
         [[torch.randint(256, (size,), dtype=torch.uint8) for size in row] for row in each]
         for each in (sizes, shared)

@@ -1,4 +1,4 @@
-"""Which transport a job is given, and what is said of the others."""
+"""Choice of a job's transport, and the reasons given against the others."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_auto_is_no_more_until_the_ranks_are_there() -> None:
 )
 def test_what_auto_takes_on_nodes(
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     per_node: int,
     options: dict[str, bool],
     fault: str,
@@ -41,7 +41,7 @@ def test_what_auto_takes_on_nodes(
     monkeypatch.setattr("exflow.comm.transport._fault_of_symmetric_memory", lambda cluster: fault)
     nodes = Cluster(0, 4, per_node, torch.device("cuda"))
     assert choose_transport("auto", nodes, **options) == chosen
-    assert capsys.readouterr().err == (f"exflow: {said}\n" if said else "")
+    assert caplog.messages == ([said] if said else [])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """`exflow balance`: loads as engines count them, and a plan that levels them."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from exflow import cli
 from exflow.commands.balance import plan_of_loads
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
@@ -24,21 +21,21 @@ LOADS = np.array([[0, 0, 0, 0], [8, 1, 1, 6], [3, 3, 3, 3]])  # the first layer 
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(line: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(cli, "answer_signals", lambda: None)
-        monkeypatch.setattr(sys, "argv", ["exflow", "balance", *line.split()])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = capsys.readouterr()
-        return shown.out if stop.value.code == 0 else shown.err
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Callable[[str], tuple[int, str, str]]
+) -> Callable[[str], str]:
+    """run("loads.json --gpus 2 ..."): what `exflow balance` printed on stdout, or the error."""
+    monkeypatch.chdir(tmp_path)
 
-    return run
+    def balance(line: str) -> str:
+        code, out, err = command_line(f"balance {line}")
+        return err if code else out
+
+    return balance
 
 
 def stat_file(path: Path) -> None:
-    """As SGLang's recorder writes it: int32 [steps, layers, experts]."""
+    """Write counts as SGLang's recorder does: int32 [steps, layers, experts]."""
     steps = torch.tensor(np.stack([LOADS, LOADS]), dtype=torch.int32)
     torch.save({"rank": 0, "logical_count": steps, "average_utilization_rate_over_window": None}, path)
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from exflow import cli
+from exflow.job import outcome
 from exflow.placement.formats.exporters.registry import FORMATS, export_plan
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
@@ -22,11 +21,10 @@ Run = Callable[[str], tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, command_line: Run, tmp_path: Path) -> Run:
     """run("export plan.json ...") in a folder with a plan and a trace: exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
-    monkeypatch.setattr(cli, "torchrun_place", lambda: None)
+    monkeypatch.setattr(outcome, "torchrun_place", lambda: None)
     experts = np.random.default_rng(0).integers(0, 4, (40, 2, 2))
     trace = RoutingTrace.from_arrays(experts, num_experts=4, moe_layer_ids=[1, 3], model="tiny")
     trace.save("trace")
@@ -39,18 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     )
     plan.save("plan.json")
     replace(plan, strategy="coherent").save("coherent.json")
-
-    def command(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return command
+    return command_line
 
 
 @pytest.mark.parametrize("format", FORMATS)

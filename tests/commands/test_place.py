@@ -1,4 +1,4 @@
-"""What `exflow place` makes of its options, in JSON and in tables."""
+"""Effect of the options of `exflow place`, in JSON and in tables."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same model, in which other experts go together."""
+    """A second trace of the same model, in which other experts go together."""
     return save_trace(tmp_path_factory.mktemp("placing") / "other", 1, tokens=100)
 
 

@@ -136,6 +136,6 @@ def test_the_whole_command(tmp_path: Path, tiny_checkpoint: Callable[..., Path])
 
 
 def test_a_token_that_the_model_does_not_know(tiny_decoder: Callable[..., Decoder]) -> None:
-    """As an added token of tokenizer.json may be, for which the embedding has no row."""
+    """Refuse a token without a row in the embedding, such as an added token of tokenizer.json."""
     with pytest.raises(InputError, match="the tokenizer gives token 257, the model knows 257 tokens"):
         profile(tiny_decoder(), torch.tensor([[1, 257]]), None)

@@ -12,14 +12,14 @@ from exflow.cost.auto import expected_figures, predictions, step_traffic
 from exflow.cost.machine import Link, Machine
 from exflow.cost.probe import link_of
 from exflow.cost.workload import StepTraffic, Workload
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
-from exflow.model.tokenizer import load_tokenizer
 from exflow.placement.make_plan import place
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.deploy import contiguous_plan, load_model
+from exflow.runtime.deploy import default_plan, load_model
 from exflow.runtime.request import Request
 
 TOPOLOGY = Topology(num_nodes=2, gpus_per_node=2)
@@ -59,8 +59,8 @@ def test_what_any_group_moves_is_what_evaluate_says(trace: RoutingTrace, size: i
 
 
 def test_a_plan_without_figures_is_judged_by_random_routing(tiny_config: Callable[..., ModelConfig]) -> None:
-    """Of 8 experts on 4 ranks a random one is elsewhere three times in four."""
-    plan = contiguous_plan(tiny_config(), TOPOLOGY)
+    """Three of four random choices are on another rank, for 8 experts on 4 ranks."""
+    plan = default_plan(tiny_config(), TOPOLOGY)
     assert expected_figures(plan, top_k=1)["dispatch_combine"]["dispatch"] == pytest.approx(0.75, abs=0.03)
 
 
@@ -84,7 +84,7 @@ def test_every_strategy_is_weighed(trace: RoutingTrace, tiny_config: Callable[..
 
 @pytest.mark.distributed
 def test_ranks_resolve_it_alike(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """By default, as told by the one line that rank 0 says; the tokens are those of one process."""
+    """The default is `auto`: rank 0 says its choice in one line, and the tokens are those of one process."""
     model = tiny_checkpoint()
     command = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--nproc", "2", "--json"]
     command += ["--prompt", "Rain", "--prompt", "Wind", "--max-new-tokens", "4", "--ignore-end"]
@@ -94,5 +94,5 @@ def test_ranks_resolve_it_alike(tiny_checkpoint: Callable[..., Path], tmp_path: 
     (why,) = [line[8:] for line in done.stderr.splitlines() if line.startswith("exflow: auto: ")]
     assert result["strategy"] in ("dispatch-combine", "coherent", "replicated")
     assert why.startswith(f"auto: {result['strategy']}, ") and " ms predicted against " in why
-    ids = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind"])]
+    ids = [encoding.ids for encoding in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
     assert result["tokens"] == load_model(model).generate(Request(ids, 4)).tokens

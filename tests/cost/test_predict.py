@@ -1,4 +1,4 @@
-"""What a step is said to take: by hand for round numbers, and laws that any machine must obey."""
+"""Predicted time of a step: by hand for round numbers, and laws that hold on any machine."""
 
 import math
 from collections.abc import Callable

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exflow import cli
 from exflow.cost import machines as times
 from exflow.cost.auto import predictions
 from exflow.cost.crossover import crossovers, quantities
@@ -30,6 +28,7 @@ from exflow.cost.simulate import (
 from exflow.cost.workload import Workload
 from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
@@ -91,10 +90,10 @@ def test_a_split_trace_is_the_same_rows_in_short_sequences() -> None:
 
 
 def test_experts_read_are_those_that_batches_touch() -> None:
-    """As many as in batches that are drawn from the trace, on a single rank."""
+    """The count equals that of batches drawn from the trace, on a single rank."""
     trace, rng = skewed(), np.random.default_rng(0)
     plan = place(trace, Topology(gpus_per_node=1), solving=Solving("contiguous"))
-    variant = Variant.of("dispatch-combine", "contiguous", plan, trace)
+    variant = Variant.of(Strategy.DISPATCH_COMBINE, "contiguous", plan, trace)
     for batch in (1, 3, 10):
         drawn = trace.experts[rng.integers(trace.num_tokens, size=(2000, batch))]
         touched = np.mean([[len(set(row[:, layer].ravel().tolist())) for layer in range(3)] for row in drawn])
@@ -111,7 +110,7 @@ def test_a_token_chooses_as_many_slots_as_experts(redundant: int) -> None:
 
 
 def test_level_routing_takes_what_the_cost_model_says() -> None:
-    """Where all experts are as likely, the simulator is `auto`'s own prediction, strategy by strategy."""
+    """Uniform routing: the simulator gives `auto`'s own prediction, strategy by strategy."""
     experts = np.stack([np.random.default_rng(layer).permutation(240) % 8 for layer in range(3)], axis=1)
     trace = RoutingTrace.from_arrays(
         experts[:, :, None], num_experts=8, sequence=np.arange(240) // 2, model="small", num_hidden_layers=3
@@ -125,7 +124,7 @@ def test_level_routing_takes_what_the_cost_model_says() -> None:
     }
     assert set(expected) == set(strategies_on(NODES))
     for name, prediction in expected.items():
-        found = step(Variant.of(name, "contiguous", plan, trace), Point(model, 16, 32, machine))
+        found = step(Variant.of(Strategy(name), "contiguous", plan, trace), Point(model, 16, 32, machine))
         assert found.seconds == pytest.approx(prediction.step_s)
         assert found.prediction.memory_bytes == prediction.memory_bytes
 
@@ -170,7 +169,7 @@ def test_one_gpu_exchanges_nothing(machine: Machine, batch: int) -> None:
     plan = place(trace, Topology(gpus_per_node=1), solving=Solving("contiguous"))
     (name,) = strategies_on(plan.topology)
     prediction = step(
-        Variant.of(name, "contiguous", plan, trace), Point(MODEL, batch, 32, machine)
+        Variant.of(Strategy(name), "contiguous", plan, trace), Point(MODEL, batch, 32, machine)
     ).prediction
     assert prediction.exchange_s == prediction.background_s == 0
 
@@ -207,25 +206,15 @@ Run = Callable[[str], tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Run) -> Run:
     """run(line): exit code, stdout and stderr of the command, in a folder with a trace, plans and a model."""
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
     monkeypatch.chdir(tmp_path)
     skewed().save(tmp_path / "trace")
     skewed(top_k=1).save(tmp_path / "other")
     place(skewed(), NODES, solving=Solving("contiguous")).save(tmp_path / "plan.json")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(MODEL.model_dump_json())
-
-    def command(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0), *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return command
+    return command_line
 
 
 def test_the_command(run: Run) -> None:

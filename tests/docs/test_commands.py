@@ -1,4 +1,4 @@
-"""What README and docs say to type is typed: block by block, in a folder with what the page begins with.
+"""Commands of README and docs are run: block by block, in a folder with what the page begins with.
 
 A block of `sh` or `python` that cannot be run here has the reason above it, `<!-- not run: REASON -->`.
 """
@@ -22,6 +22,7 @@ import typer
 from safetensors.numpy import save_file
 
 from exflow import cli
+from exflow.job import outcome
 from exflow.placement.formats.exporters.registry import export_plan
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.topology import Topology
@@ -57,7 +58,7 @@ class Block:
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """Those of `sh` and `python`, and what is indented and looks as if it were to be typed."""
+    """Yield the blocks of `sh` and `python`, and indented lines that look like commands."""
     lines = (ROOT / page).read_text().splitlines()
     at = 0
     while at < len(lines):
@@ -222,7 +223,7 @@ def test_what_is_to_be_typed_works(page: str, tmp_path: Path, monkeypatch: pytes
     for begin in BEGINNINGS.get(page, (repository, placed)):
         begin(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
+    monkeypatch.setattr(outcome, "answer_signals", lambda: None)  # pytest's own stay
     names: dict[str, Any] = {}
     for block in RUN[page]:
         if block.excuse:
@@ -235,7 +236,7 @@ def test_what_is_to_be_typed_works(page: str, tmp_path: Path, monkeypatch: pytes
 
 
 def run(command: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, which has torch already; ranks are started by one of their own."""
+    """Run a command in this process, which has loaded torch; a job of ranks in a process of its own."""
     program, *words = shlex.split(command, comments=True)
     assert program == "exflow", f"{where}: cannot be run here; say why above it, <!-- not run: REASON -->"
     typed = [

@@ -37,7 +37,7 @@ PAGES += [str(path.relative_to(ROOT)) for path in WRITTEN]
 
 
 def parts(html: str) -> dict[str, int]:
-    """How many of each kind there are."""
+    """Count the parts of each kind."""
     return {tag: len(re.findall(f"<{tag}[ >]", html)) for tag in ("pre", "li", "table", "tr", "h2", "h3")}
 
 

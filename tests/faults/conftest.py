@@ -122,7 +122,7 @@ class Job:
 
 
 def _is_told_to_end(process: int) -> bool:
-    """Whether a SIGTERM waits for the process to go on."""
+    """Return whether a SIGTERM is pending for the stopped process."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     pending = dict(line.split(":\t", 1) for line in lines)["ShdPnd"]
     return bool(int(pending, 16) & 1 << (signal.SIGTERM - 1))

@@ -72,7 +72,7 @@ def test_a_disk_that_is_full(verb: str, folder: Path, verbs: Any) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_refuses_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """What was written is lost only when it is to reach the disk: by a quota, or over a network."""
+    """A quota or a network file system may lose written data only at fsync."""
 
     def refuse(file: object) -> None:
         raise OSError(number, os.strerror(number))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
 
@@ -64,11 +64,11 @@ def two_hosts(job: Any, model: Path) -> Iterator[Callable[..., list[Any]]]:
 @pytest.mark.all
 @pytest.mark.parametrize("quality", [["200kbit"], ["100mbit", "20ms", "2%"]], ids=["slow", "late and lossy"])
 def test_a_bad_cable(hosts: Any, two_hosts: Any, model: Path, quality: list[str]) -> None:
-    """All arrives in the end, and nobody is taken for dead."""
+    """Lost packets are sent again, and no rank is taken for dead."""
     first, second = two_hosts(hosts(*quality), "--max-new-tokens", "6", "--json", "--patience", "5")
     (code, out, err), (code_of_second, _, _) = first.end(), second.end()
     assert (code, code_of_second) == (0, 0), err
-    prompts = [each.ids for each in load_tokenizer(model).encode_batch(["Rain", "Wind"])]
+    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
     assert json.loads(out)["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from exflow.model.checkpoint import load_decoder
+from exflow.model.checkpoint import Checkpoint
 from exflow.placement.plan.plan import Plan
 from exflow.profiling.trace import RoutingTrace
 
@@ -43,7 +43,7 @@ def work(inputs: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def is_answered(process: int) -> bool:
-    """Whether the command has come so far as to answer signals itself."""
+    """Return whether the command has installed its signal handlers."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     caught = dict(line.split(":\t", 1) for line in lines)["SigCgt"]
     return bool(int(caught, 16) & 1 << (signal.SIGTERM - 1))
@@ -57,7 +57,7 @@ def begun(verbs: Any, folder: Path, line: str) -> Any:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    """What writers make before a file is whole."""
+    """Return the temporary files that writers make before a file is whole."""
     return [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
@@ -67,7 +67,7 @@ def check_whole(folder: Path) -> None:
     Plan.load(folder / "plan.json")
     assert (folder / "report.html").read_text().startswith(("an old page", "<!DOCTYPE html>"))
     for checkpoint in folder.glob("run/step-*"):
-        load_decoder(checkpoint, torch.device("cpu"), torch.float32)
+        Checkpoint.open(checkpoint).decoder(torch.device("cpu"), torch.float32)
 
 
 def go_on(verb: str, verbs: Any, folder: Path) -> None:
@@ -80,7 +80,7 @@ def go_on(verb: str, verbs: Any, folder: Path) -> None:
 
 
 def result(folder: Path) -> object:
-    """What came of the whole command, to be compared."""
+    """Return the result of the whole command, for comparison."""
     run = {path.name: path.read_bytes() for path in folder.glob("run/step-000024/*")}
     return RoutingTrace.load(folder / "trace").digest(), run
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from exflow.errors import InputError
 from exflow.job.cluster import join_cluster
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 PROMPTS = ("Rain", "Wind and", "Sun", "Fog")
 MOMENTS = {
-    "loading": ("exflow.model.checkpoint:load_decoder", 1),
+    "loading": ("exflow.model.checkpoint:Checkpoint.decoder", 1),
     "prompts": ("exflow.runtime.kv_cache:PrefillAttention.attend", 2),
     "decoding": ("exflow.runtime.kv_cache:DecodeAttention.attend", 9),
     "gather": ("exflow.runtime.kv_cache:KVSharing.finish", 9),  # which then is under way
@@ -93,7 +93,7 @@ def test_ctrl_c(generate: Callable[..., Any]) -> None:
 
 
 def test_a_rank_that_stops(generate: Callable[..., Any], fault: Any) -> None:
-    """In a group's gather, which has a patience of its own."""
+    """A rank stops in a group's gather, which has a timeout of its own."""
     stops = fault(MOMENTS["gather"][0], "SIGSTOP", call=9)
     with generate("--patience", "3", "--max-new-tokens", "190000", fault=stops, nproc=2) as job:
         first = job.process.stderr.readline()
@@ -120,7 +120,7 @@ def test_a_slow_rank_is_waited_for(generate: Callable[..., Any], fault: Any, mod
     with generate("--patience", "4", "--max-new-tokens", "6", "--json", fault=slow, nproc=2) as job:
         code, out, err = job.end()
     assert (code, err) == (0, "")
-    prompts = [each.ids for each in load_tokenizer(model).encode_batch(list(PROMPTS))]
+    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(list(PROMPTS))]
     assert json.loads(out)["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
 
 

@@ -94,7 +94,7 @@ def test_sglang_reads_the_map(plan: Plan, tmp_path: Path, run_engine_file: Calla
 def test_sglang_serves_from_the_nearest_replica(
     plan: Plan, tmp_path: Path, run_engine_file: Callable[..., Any]
 ) -> None:
-    """Where rank 1 has a replica itself, SGLang takes the slot that we count."""
+    """SGLang takes the slot that we count where rank 1 has a replica itself."""
     path = tmp_path / "map.json"
     export_plan(plan, "sglang", path)
     chosen = sglang(path, run_engine_file, REDUNDANT, "deepep").logical_to_rank_dispatch_physical_map
@@ -145,7 +145,7 @@ def test_tensorrt_llm_reads_the_map(
 def vllm_ascend(
     path: Path, run_engine_file: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> list[Any]:
-    """What the engine makes of the file on rank 1, for each MoE layer."""
+    """Return the engine's tables of the file on rank 1, for each MoE layer."""
     monkeypatch.setattr(torch.Tensor, "npu", lambda self: self, raising=False)
     module = run_engine_file(
         "vllm_ascend/eplb/core/eplb_utils.py",
@@ -175,7 +175,7 @@ def test_vllm_ascend_reads_the_map(
 
 
 def test_vllm_releases_read_no_map_yet(engine_file: Callable[[str], Path]) -> None:
-    """Once this fails there is a map to write: see what it looks like."""
+    """A failure here means that vLLM now reads a map: write an exporter for its format."""
     tree = ast.parse(engine_file("vllm/config/parallel.py").read_text(encoding="utf-8"))
     (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EPLBConfig")
     names = {ast.unparse(node.target) for node in config.body if isinstance(node, ast.AnnAssign)}

@@ -36,7 +36,7 @@ def ids() -> npt.NDArray[np.int32]:
 
 
 class Withable:
-    """What SGLang's recorder keeps its current layer in."""
+    """Stand-in for the object in which SGLang's recorder keeps its current layer."""
 
     value: Any = None
 

@@ -1,4 +1,4 @@
-"""What variables make of a process: alone, a rank, one of a crowd, or bad input."""
+"""Role of a process by its environment: alone, a rank, one of many, or bad input."""
 
 import os
 import signal
@@ -142,7 +142,7 @@ def test_what_a_rank_is_told_in_a_crowd(
 @pytest.mark.slow
 @pytest.mark.parametrize("variables", [{"TORCHELASTIC_RUN_ID": "x"}, HERE | {"RANK": "2"}])
 def test_only_what_can_be_a_job_refuses(variables: dict[str, str], tmp_path: Path) -> None:
-    """And before it reads anything."""
+    """The refusal comes before any file is read."""
     lines = {
         ("generate", "model", "--prompt", "Rain", "--nproc", "2"): 2,
         ("bench", "decode", "model"): 2,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
 
@@ -63,5 +63,5 @@ def test_two_hosts_generate_what_one_process_does(
 
 
 def alone(model: Path, prompts: list[str], new_tokens: int) -> list[list[int]]:
-    encodings = load_tokenizer(model).encode_batch(prompts)
+    encodings = Checkpoint.open(model).tokenizer().encode_batch(prompts)
     return load_model(model).generate(Request([each.ids for each in encodings], new_tokens)).tokens

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from exflow import cli
-from exflow.cli import run
+from exflow.cli import run_job
 from exflow.errors import InputError, WrongResult
+from exflow.job import outcome
 from exflow.job.environment import Place
 from exflow.job.launch import LostContact
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config_file import load_model_config
-from exflow.model.tokenizer import load_tokenizer
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.deploy import contiguous_plan, load_model
+from exflow.runtime.deploy import default_plan, load_model
 from exflow.runtime.request import Request
 
 
@@ -28,7 +29,7 @@ from exflow.runtime.request import Request
 def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The ranks are as many, so it is allowed, and said on stderr; stdout holds the JSON alone."""
     model, plan = tiny_checkpoint(), tmp_path / "plan.json"
-    contiguous_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=1)).save(plan)
+    default_plan(load_model_config(model), Topology(num_nodes=2, gpus_per_node=1)).save(plan)
     generate = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--json", "--ignore-end"]
     generate += ["--prompt", "Rain", "--prompt", "Wind and", "--max-new-tokens", "6", "--nproc", "2"]
     generate += ["--strategy", "coherent"]
@@ -42,7 +43,9 @@ def test_a_plan_for_two_nodes_runs_on_one(tiny_checkpoint: Callable[..., Path], 
     note = "the plan is for 2 ranks (2 nodes of 1), these are 2 ranks (1 node of 2)"
     assert done.stderr == f"exflow: {plan}: {note}\n"
     result = json.loads(done.stdout)
-    prompts = [encoding.ids for encoding in load_tokenizer(model).encode_batch(["Rain", "Wind and"])]
+    prompts = [
+        encoding.ids for encoding in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind and"])
+    ]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
     assert (result["strategy"], result["dtype"], result["ranks"]) == ("coherent", "float32", 2)
     assert result["verified"]["choices"] == 2 * 6
@@ -57,8 +60,8 @@ def end_of(monkeypatch: pytest.MonkeyPatch, error: BaseException, place: Place |
     def verb() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
-    monkeypatch.setattr(cli, "torchrun_place", lambda: place)
+    monkeypatch.setattr(outcome, "answer_signals", lambda: None)  # pytest's own stay
+    monkeypatch.setattr(outcome, "torchrun_place", lambda: place)
     monkeypatch.setattr(cli, "app", verb)
     monkeypatch.setattr(os, "_exit", sys.exit)  # which would end pytest
     with pytest.raises(SystemExit) as stop:
@@ -124,8 +127,10 @@ def test_a_wrong_result_is_told_by_the_rank_that_has_it(
 def test_nproc_must_not_contradict_torchrun(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)
-    monkeypatch.setattr(run, "torchrun_place", lambda: Place(0, num_ranks=4, local_rank=0, ranks_per_node=4))
+    monkeypatch.setattr(outcome, "answer_signals", lambda: None)
+    monkeypatch.setattr(
+        run_job, "torchrun_place", lambda: Place(0, num_ranks=4, local_rank=0, ranks_per_node=4)
+    )
     monkeypatch.setattr(sys, "argv", ["exflow", "generate", "model", "--prompt", "Rain", "--nproc", "2"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -1,4 +1,4 @@
-"""Who is blamed for the end of a job, and what the signals do; jobs are in faults/test_ranks.py."""
+"""Blame for the end of a job, and the effect of signals; whole jobs are in faults/test_ranks.py."""
 
 import signal
 from signal import SIGKILL, SIGSEGV, SIGTERM

@@ -12,15 +12,14 @@ import pytest
 import torch
 
 from exflow.commands.profile import profile, windows_of_text
-from exflow.model.checkpoint import load_decoder
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
-from exflow.model.tokenizer import load_tokenizer
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.deploy import contiguous_plan, load_model
+from exflow.runtime.deploy import default_plan, load_model
 from exflow.runtime.request import Request
 
 WORDS = ("Rain", "Storm")
@@ -35,7 +34,7 @@ def test_commands_at_once(
     """Two jobs of two ranks, two recordings into sibling folders, two that compile into the same cache."""
     model = tiny_checkpoint(tiny_config(top_k=2))
     plan, routing = tmp_path / "plan.json", tmp_path / "routing"
-    contiguous_plan(load_model_config(model), Topology(gpus_per_node=2)).save(plan)
+    default_plan(load_model_config(model), Topology(gpus_per_node=2)).save(plan)
     experts = np.random.default_rng(0).permuted(np.tile(np.arange(8), (400, 4, 1)), axis=2)[:, :, :2]
     RoutingTrace.from_arrays(experts, num_experts=8, sequence=np.arange(400) // 10).save(routing)
     commands = {}
@@ -59,8 +58,8 @@ def test_commands_at_once(
         assert process.returncode == 0, err
         results[key] = json.loads(out)
 
-    tokenizer = load_tokenizer(model)
-    decoder = load_decoder(model, torch.device("cpu"), torch.float32)
+    tokenizer = Checkpoint.open(model).tokenizer()
+    decoder = Checkpoint.open(model).decoder(torch.device("cpu"), torch.float32)
     expected = json.loads(json.dumps(evaluate(Plan.load(plan), RoutingTrace.load(routing))))
     for word in WORDS:
         alone = load_model(model).generate(Request([tokenizer.encode(word).ids], 12))

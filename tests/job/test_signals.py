@@ -1,4 +1,4 @@
-"""What Ctrl-C and its like do, at whatever moment they come; commands that they end are in faults/."""
+"""Signals such as Ctrl-C, at any moment; commands that they end are in faults/."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from exflow.job import signals
+from exflow.job import outcome, signals
 from exflow.job.signals import ANSWERED, Stopped, answer_signals, ctrl_c_ends_the_search, leave_signals
 
 
@@ -93,7 +93,7 @@ def test_an_exception_that_python_drops_is_heard() -> None:
 
 
 def test_an_import_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch's own, the exception would reach C++ code that aborts."""
+    """An exception during torch's import would reach C++ code that aborts."""
     (tmp_path / "sends_to_itself.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhole = True\n"
     )
@@ -112,16 +112,14 @@ def test_no_signal_is_answered_after_the_work() -> None:
 
 
 def test_an_error_after_a_signal_is_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch makes a ValueError of the exception that comes up while it looks at a storage."""
-    from exflow import cli
+    """Torch may turn the exception of a signal into a ValueError while it looks at a storage."""
 
     def fails() -> None:
         raise ValueError("could not determine the shape")
 
-    monkeypatch.setattr(cli, "app", fails)
     monkeypatch.setattr(signals, "_raised_at", {})
     with pytest.raises(ValueError, match="shape"):
-        cli.carry_out()
+        outcome._do(fails)
     signals._raised_at[signal.SIGTERM] = 1.0
     with pytest.raises(signals.Stopped, match="stopped by SIGTERM"):
-        cli.carry_out()
+        outcome._do(fails)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exflow.model.tokenizer import load_tokenizer
+from exflow.model.checkpoint import Checkpoint
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
 
@@ -50,7 +50,9 @@ def test_two_nodes_generate_what_one_process_does(
     result = json.loads(outputs[0][0])
     assert outputs[1][0] == ""  # rank 0 speaks for the job
     assert result["ranks"] == 2
-    prompts = [each.ids for each in load_tokenizer(model).encode_batch(["Rain", "Wind and", "Sun"])]
+    prompts = [
+        each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind and", "Sun"])
+    ]
     assert result["tokens"] == load_model(model).generate(Request(prompts, 12)).tokens
     assert result["decode"]["dispatch_intra"] == 0  # whatever moved, moved between nodes
     assert result["decode"]["dispatch_inter"] > 0

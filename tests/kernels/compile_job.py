@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class NoDevice:
-    """What Triton asks of a driver before it launches anything."""
+    """Stand-in for the driver that Triton asks before it launches anything."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

@@ -1,4 +1,4 @@
-"""What every back end of the expert MLP must do; a new one is tested by being in BACKENDS."""
+"""Contract of every back end of the expert MLP; a new one is tested by being in BACKENDS."""
 
 import sys
 from dataclasses import dataclass

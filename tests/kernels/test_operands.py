@@ -1,4 +1,4 @@
-"""What wrappers of kernels assert."""
+"""Assertions of the kernels' wrappers."""
 
 import pytest
 import torch

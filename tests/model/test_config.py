@@ -49,7 +49,7 @@ def test_heads_may_be_wider_or_narrower_than_their_share(
 
 
 def test_a_configuration_of_before_is_read(tmp_path: Path, tiny_config: Callable[..., ModelConfig]) -> None:
-    """Without the keys that came later."""
+    """An older configuration lacks the keys that came later."""
     content = tiny_config().model_dump()
     del content["head_dim"], content["activation"]
     assert load_model_config(write(tmp_path, content)) == tiny_config(head_dim=8, activation="gelu")

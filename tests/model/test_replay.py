@@ -33,7 +33,7 @@ def random_trace(lengths: dict[int, int], layers: int = 4, top_k: int = 3, seed:
 
 
 def logits(decoder: Decoder) -> Tensor:
-    """Of every choice that a greedy run makes, in order."""
+    """Return the logits of every choice of a greedy run, in order."""
     seen: list[Tensor] = []
     engine = Engine(decoder, single_process())
     engine.generate(Request(PROMPTS, 6), lambda _, logits_TV: seen.append(logits_TV))

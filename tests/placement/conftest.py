@@ -1,4 +1,4 @@
-"""Small placement problems that the solvers' tests share. The fixture is a factory."""
+"""Small placement problems that the solvers' tests share, and the trace of the golden placement files."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from exflow.placement.solve.problem import PlacementProblem
+from exflow.profiling.trace import RoutingTrace
 
 
 def _random_problem(
@@ -88,3 +89,17 @@ def _replica_of(num_layers: int, num_experts: int, num_parts: int, rng: np.rando
 @pytest.fixture(scope="session")
 def random_problem() -> Callable[..., PlacementProblem]:
     return _random_problem
+
+
+@pytest.fixture(scope="session")
+def golden_trace() -> RoutingTrace:
+    """A trace of the model of the golden files."""
+    experts = np.random.default_rng(0).integers(0, 4, (40, 2, 2))
+    return RoutingTrace.from_arrays(
+        experts,
+        num_experts=4,
+        moe_layer_ids=[1, 3],
+        num_hidden_layers=4,
+        model="tiny",
+        sequence=np.arange(40) // 8,
+    )

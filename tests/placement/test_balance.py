@@ -32,7 +32,7 @@ def loaded(load: list[list[int]], num_parts: int, max_load: float) -> PlacementP
 
 
 def least_busiest(load: np.ndarray, num_parts: int) -> float:
-    """By looking at every partition."""
+    """Return the least load of the busiest part, by brute force over all partitions."""
     partitions = _balanced_partitions(len(load), num_parts)
     return min(float(part_loads(load, parts, num_parts).max()) for parts in partitions)
 

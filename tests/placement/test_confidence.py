@@ -20,7 +20,7 @@ TWO_BY_TWO = Topology(num_nodes=2, gpus_per_node=2)
 
 
 def trace_of(choices: np.ndarray, ids: np.ndarray | None = None) -> RoutingTrace:
-    """From [sequences, tokens, LAYERS] experts of a top-1 router."""
+    """Make a trace from [sequences, tokens, LAYERS] experts of a top-1 router."""
     sequences, tokens, layers = choices.shape
     ids = np.arange(sequences) if ids is None else ids
     return RoutingTrace.from_arrays(
@@ -210,7 +210,7 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_level_loads_are_not_taken_for_uneven_ones() -> None:
-    """All imbalance is chance, and there is more of it in a draw: percentiles would miss 1 always."""
+    """All imbalance is chance, and a resample has more of it: plain percentiles would always miss 1."""
     times = 60
     intervals = []
     for seed in range(times):

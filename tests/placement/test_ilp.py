@@ -116,7 +116,7 @@ def test_names_by_first_layer_keep_the_placement(random_problem: ProblemFactory)
 
 
 def test_the_solver_starts_from_the_start(random_problem: ProblemFactory) -> None:
-    """Without any time HiGHS knows exactly one solution: the one it was given."""
+    """HiGHS without any time knows exactly one solution: the one it was given."""
     problem = random_problem((8, 8, 4))
     start = random(8, 8, 4, seed=5)
     reports: list[tuple[float, float]] = []

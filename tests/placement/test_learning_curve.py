@@ -138,7 +138,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def points_of(*figures: tuple[float, float], width: float = 0.0) -> list[Point]:
-    """From pairs of messages on a point's own and on held-out tokens."""
+    """Make points from pairs of messages: on a point's own and on held-out tokens."""
     return [
         Point(1000 << i, 10 << i, own, held_out, held_out - width / 2, held_out + width / 2)
         for i, (own, held_out) in enumerate(figures)

@@ -44,7 +44,7 @@ def test_by_default_there_are_as_few_slots_as_can_be() -> None:
 
 
 def test_ranks_that_fill_up_do_not_push_two_replicas_together() -> None:
-    """By load alone 6, 2 and 1 would fill ranks 1 and 2, and leave both replicas of the last to rank 0."""
+    """Sorting by load alone would fill ranks 1 and 2 with 6, 2 and 1, and leave rank 0 both last replicas."""
     packs = _pack(np.array([9.0, 6, 2, 1, 1]), np.array([1, 2, 2, 2, 2]), 3)
     assert packs.sum(axis=1).tolist() == [3, 3, 3]
     assert packs.sum(axis=0).tolist() == [1, 2, 2, 2, 2]
@@ -87,7 +87,7 @@ def test_replicas_of_an_expert_are_spread_over_ranks_and_nodes_as_evenly_as_can_
 @settings(deadline=None, max_examples=300)
 @given(cases())
 def test_the_busiest_rank_has_no_more_than_the_bounds_allow(case: Case) -> None:
-    """From the mean of all ranks to as many of the heaviest replicas as a rank holds."""
+    """Bounds: the mean of all ranks, and the load of the heaviest replicas that fill one rank."""
     load, num_ranks, _, num_slots = case
     counts = replica_counts(load, num_slots, num_ranks)
     for row, count, loads in zip(load_only(*case), counts, load, strict=True):
@@ -159,7 +159,7 @@ def test_replicas_for_no_rank_are_refused() -> None:
 
 
 def test_where_the_hot_experts_lie_together_it_beats_the_contiguous_order() -> None:
-    """By more slots yet, since then the hottest are split; the same loads give the same slots."""
+    """Redundant slots widen the lead, since they split the hottest experts; equal loads give equal slots."""
     load = np.array([[32, 16, 8, 4, 2, 2, 1, 1]])
 
     def imbalance(slots: np.ndarray, count: np.ndarray) -> float:

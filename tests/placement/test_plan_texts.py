@@ -3,7 +3,6 @@
 import codecs
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from exflow.encodings import utf8_text, wide_encoding
@@ -19,36 +18,31 @@ TWO = Topology(gpus_per_node=2)
 YAML = (GOLDEN / "trtllm.yaml").read_text()
 
 
-@pytest.fixture(scope="module")
-def trace() -> RoutingTrace:
-    """Of the model of the golden files."""
-    experts = np.random.default_rng(0).integers(0, 4, (40, 2, 2))
-    return RoutingTrace.from_arrays(experts, num_experts=4, moe_layer_ids=[1, 3], num_hidden_layers=4)
-
-
-def slots(path: Path, trace: RoutingTrace, format: str | None = None) -> list[list[int]]:
+def slots(path: Path, golden_trace: RoutingTrace, format: str | None = None) -> list[list[int]]:
     rows: list[list[int]] = read_plan(
-        path, format, trace=trace, topology=TWO
+        path, format, trace=golden_trace, topology=TWO
     ).physical_to_logical_map.tolist()
     return rows
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_mark_of_utf8_changes_nothing(name: str, trace: RoutingTrace, tmp_path: Path) -> None:
+def test_a_mark_of_utf8_changes_nothing(name: str, golden_trace: RoutingTrace, tmp_path: Path) -> None:
     content = (GOLDEN / name).read_bytes()
     (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
     for format in (None, name.split(".")[0]):
-        assert slots(tmp_path / name, trace, format) == slots(GOLDEN / name, trace)
+        assert slots(tmp_path / name, golden_trace, format) == slots(GOLDEN / name, golden_trace)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_wide_encodings_are_named(name: str, encoding: str, trace: RoutingTrace, tmp_path: Path) -> None:
+def test_wide_encodings_are_named(
+    name: str, encoding: str, golden_trace: RoutingTrace, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes((GOLDEN / name).read_text().encode(encoding))
     wide = encoding[:6].upper()
     for format in (None, name.split(".")[0]):
         with pytest.raises(InputError) as caught:
-            read_plan(tmp_path / name, format, trace=trace, topology=TWO)
+            read_plan(tmp_path / name, format, trace=golden_trace, topology=TWO)
         assert str(caught.value) == (
             f"{tmp_path / name}: is not UTF-8 text: it is {wide} text; save it as UTF-8"
         )
@@ -94,26 +88,26 @@ def test_texts_and_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("updates", ["layer_updates_per_iter: 0\n", "", "# none\n"])
 def test_updates_that_tensorrt_llm_leaves_out_are_none(
-    updates: str, trace: RoutingTrace, tmp_path: Path
+    updates: str, golden_trace: RoutingTrace, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(YAML.replace("layer_updates_per_iter: 0\n", updates))
     for format in (None, "trtllm"):
-        assert slots(path, trace, format) == slots(GOLDEN / "trtllm.yaml", trace)
+        assert slots(path, golden_trace, format) == slots(GOLDEN / "trtllm.yaml", golden_trace)
 
 
 @pytest.mark.parametrize("value", ["1", "null", "false", "''", ""])
-def test_other_updates_are_refused(value: str, trace: RoutingTrace, tmp_path: Path) -> None:
+def test_other_updates_are_refused(value: str, golden_trace: RoutingTrace, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(YAML.replace("per_iter: 0", f"per_iter: {value}"))
     with pytest.raises(
         InputError, match=r"layer_updates_per_iter: is .* instead of 0, with which nothing mov"
     ):
-        read_plan(path, trace=trace, topology=TWO)
+        read_plan(path, trace=golden_trace, topology=TWO)
 
 
-def test_settings_that_have_no_default_are_asked_for(trace: RoutingTrace, tmp_path: Path) -> None:
+def test_settings_that_have_no_default_are_asked_for(golden_trace: RoutingTrace, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(YAML.split("num_slots")[0])
     with pytest.raises(InputError, match=r"the file: has no key 'num_slots'; add it"):
-        read_plan(path, trace=trace, topology=TWO)
+        read_plan(path, trace=golden_trace, topology=TWO)

@@ -251,7 +251,7 @@ def test_owners_are_kept_up_to_date(case: Setting, data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=60)
 @given(cases(), st.data())
 def test_the_change_that_a_swap_is_accepted_for_is_the_true_one(case: Setting, data: st.DataObject) -> None:
-    """But for the last layer; the table of owners stays as it is: the messages of all tokens, counted."""
+    """Compare a swap's gain with the messages of all tokens, the table of owners unchanged."""
     trace, _, problem, start = case
     fixed_home = problem.is_uniform and data.draw(st.booleans())
     layer = data.draw(st.integers(0, problem.num_layers - 1))

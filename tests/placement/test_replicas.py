@@ -88,7 +88,7 @@ def test_everyone_is_served_by_the_nearest(case: Case) -> None:
 @settings(deadline=None, max_examples=200)
 @given(cases())
 def test_turns_are_even(case: Case) -> None:
-    """Of the ranks with none near, no replica serves two more than another; the same inside a node."""
+    """Ranks without a near replica take turns: no replica serves two more than another, nor in a node."""
     slots, num_experts, topology = case
     node = topology.node_of_rank
     serving, hosts = (

@@ -27,7 +27,7 @@ def domain(seed: int, tokens: int, groups: np.ndarray, noise: list[float]) -> Ro
 
 @pytest.fixture(scope="module")
 def opposite() -> list[RoutingTrace]:
-    """In one domain experts 0 to 3 of all layers go together, in the other the even ones.
+    """Two domains: in one, experts 0 to 3 of all layers go together; in the other, the even ones.
 
     The first says so in the first layers mainly, the other in the last; and it has the most tokens by far.
     """
@@ -105,7 +105,7 @@ def test_it_knows_redundant_experts(opposite: list[RoutingTrace]) -> None:
 
 
 def test_other_weights_are_not_overruled_by_the_tokens() -> None:
-    """In order of id is best for the long trace, and for both together; the weights say the other counts."""
+    """The order of ids is best for the long trace and for both together; the weights favour the other."""
     halves, parity = np.arange(8) // 4, np.arange(8) % 2
     traces = [domain(0, 2000, halves, [0.05] * 3), domain(1, 200, parity, [0.05] * 3)]
     plan = place(traces, TWO, weights=[1.0, 100.0], solving=Solving("exact"))

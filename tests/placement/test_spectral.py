@@ -80,7 +80,7 @@ def test_any_number_of_steps_proves_a_bound(random_problem: ProblemFactory) -> N
 def test_lapack_may_find_fewer_eigenvalues(
     random_problem: ProblemFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it does, if seldom, where those at the edge of the range are next to equal."""
+    """LAPACK seldom does so: where the eigenvalues at the edge of the range are nearly equal."""
     numbers = itertools.count()
 
     def fewer(matrix: Any, subset_by_index: list[int]) -> Any:

@@ -126,7 +126,7 @@ def test_no_step_makes_it_dearer_or_breaks_a_limit(
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_equal_distances_of_any_length_change_nothing(random_problem: ProblemFactory, seed: int) -> None:
-    """Where no two ways cost the same, which the two might break apart differently."""
+    """Compare where no two ways cost the same: ties may be broken differently."""
     whole = random_problem((3, 6, 3), seed)
     problem = replace(whole, inter=whole.inter + np.random.default_rng(seed).random(whole.inter.shape))
     farther = replace(problem, distance=2 * problem.distances)

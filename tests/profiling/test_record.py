@@ -202,7 +202,7 @@ def test_padding_is_left_out() -> None:
 
 
 def test_layers_may_be_on_several_devices() -> None:
-    """To torch "cpu" and "cpu:0" are two devices, though one memory."""
+    """Torch takes "cpu" and "cpu:0" for two devices, though they share one memory."""
     layout = RoutingLayout("spread", 4, (0, 1, 2, 3), 8, 2)
     devices = [torch.device(name) for name in ("cpu", "cpu:0", "cpu:0", "cpu")]
     ids = [torch.full((3, 2), layer) for layer in range(4)]

@@ -284,7 +284,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_gate_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
-    """In an array, and in a file; past the rows that are looked at together."""
+    """Put such a weight into an array and into a file, beyond the first block of rows."""
     experts = np.zeros((20_000, 2, 1), np.uint8)
     weights = np.full(experts.shape, 65504.0)  # the largest there is
     RoutingTrace.from_arrays(experts, num_experts=2, weights=weights).save(tmp_path / "t")

@@ -58,7 +58,7 @@ def test_blocks_of_any_size_become_shards_of_one_size(tmp_path: Path) -> None:
 
 
 def test_complete_shards_are_readable_while_writing(tmp_path: Path) -> None:
-    """What a killed process leaves: the writer is never closed here."""
+    """Read what a killed process leaves: the writer is never closed here."""
     writer = write(tmp_path / "t")
     with pytest.raises(InputError, match="the trace holds no tokens"):
         RoutingTrace.load(tmp_path / "t")
@@ -109,7 +109,7 @@ def test_an_old_trace_stays_until_the_new_one_has_a_shard(tmp_path: Path) -> Non
 
 
 class Stop(BaseException):
-    """As a signal's."""
+    """Exception that stands for a signal's."""
 
 
 def stop_before(line: int) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 import json
 import re
 import struct
-import sys
 import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exflow import cli
 from exflow.placement.counts.affinity import count_affinity
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
@@ -45,19 +43,14 @@ def make_trace(experts: int = 8, layers: int = 4, top_k: int = 2, model: str = "
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command_line: Callable[[str], tuple[int, str, str]]
+) -> Run:
     """run("report trace ...", code=0) in a folder of its own; what it printed on stdout, or on stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "answer_signals", lambda: None)  # pytest's own stay
 
     def command(line: str, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["exflow", *line.split()])
-        ended = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            ended = int(stop.code or 0)
-        out, err = capsys.readouterr()
+        ended, out, err = command_line(line)
         assert ended == code, err
         return err if code else out
 
@@ -287,7 +280,7 @@ def test_times_are_predicted_for_a_model_that_is_given(run: Run) -> None:
         f"{command} --machine date.yaml", code=2
     )
     Path("typo.yaml").write_text(machine + "memory: 1.0}")
-    assert "typo.yaml: unknown 'memory'" in run(f"{command} --machine typo.yaml", code=2)
+    assert "typo.yaml: unknown key 'memory'" in run(f"{command} --machine typo.yaml", code=2)
     Path("model/config.json").write_text(json.dumps(config | {"top_k": 1}))
     assert "the model has top_k 1, the trace 2" in run(command, code=2)
 

@@ -112,7 +112,7 @@ def make_page(folder: Path, trace: RoutingTrace, topology: Topology) -> Path:
 
 
 def read(page: Path, *options: str, width: int = 1200) -> dict[str, Any]:
-    """What the reader saw of the page."""
+    """Return what the reader saw of the page."""
     text = page.read_text().replace("<style>", f"{FIRST}<style>", 1).replace("</body>", f"{LAST}</body>")
     played = page.with_name("played.html")
     played.write_text(text)

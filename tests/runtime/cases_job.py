@@ -19,16 +19,18 @@ from torch import Tensor
 import exflow.runtime.decode_step
 from exflow.job.cluster import Cluster, join_cluster
 from exflow.job.launch import LOST_CONTACT, LostContact
+from exflow.model.checkpoint import Checkpoint
 from exflow.model.decoder import Rows
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.runtime.deploy import Deployment, deploy
 from exflow.runtime.request import Request
 
 
 def run_case(job: dict[str, Any], case: dict[str, Any], cluster: Cluster) -> dict[str, Any]:
     deployment = Deployment(
-        Path(job["model"]),
-        case["strategy"],
+        Checkpoint.open(Path(job["model"])),
+        Strategy(case["strategy"]),
         Plan.load(case["plan"]),
         torch.float32,
         case["transport"],

@@ -1,11 +1,16 @@
-"""Jobs of several ranks."""
+"""Jobs of several ranks, and the models and plans of their cases."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from exflow.model.config import ModelConfig
+from exflow.model.decoder import Decoder
+from tests.runtime.distributed_cases import Bench
 
 
 def _run_jobs(script: str, jobs: dict[Path, int]) -> None:
@@ -19,3 +24,15 @@ def _run_jobs(script: str, jobs: dict[Path, int]) -> None:
 def run_jobs() -> Callable[[str, dict[Path, int]], None]:
     """run_jobs(script, {folder: ranks}): main(folder) of a module beside this file, on every rank."""
     return _run_jobs
+
+
+@pytest.fixture(scope="module")
+def bench(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_config: Callable[..., ModelConfig],
+    tiny_decoder: Callable[..., Decoder],
+    hugging_face_model: Callable[..., Any],
+) -> Bench:
+    folder = tmp_path_factory.mktemp("plans")
+    return Bench(folder, tiny_checkpoint, tiny_config, tiny_decoder, hugging_face_model)

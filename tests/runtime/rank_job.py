@@ -92,10 +92,12 @@ dist.batch_isend_irecv = spy.point_to_point(dist.batch_isend_irecv)
 from exflow.comm.pairwise import PairwiseExchange  # noqa: E402
 from exflow.errors import InputError  # noqa: E402
 from exflow.job.cluster import Cluster, join_cluster  # noqa: E402
+from exflow.model.checkpoint import Checkpoint  # noqa: E402
 from exflow.model.decoder import MoE, Rows  # noqa: E402
 from exflow.model.replay import ReplayedRouting  # noqa: E402
 from exflow.model.sampling import Sampling  # noqa: E402
 from exflow.placement.plan.plan import Plan  # noqa: E402
+from exflow.placement.plan.strategy import Strategy  # noqa: E402
 from exflow.profiling.trace import RoutingTrace  # noqa: E402
 from exflow.runtime.deploy import Deployment, deploy  # noqa: E402
 from exflow.runtime.engine import Engine  # noqa: E402
@@ -108,11 +110,15 @@ PairwiseExchange.defer = spy.in_rounds(PairwiseExchange.defer, "gather")  # type
 
 
 def run_case(case: dict[str, Any], cluster: Cluster, folder: Path) -> tuple[dict[str, Any], Any]:
-    """What this rank saw of the case, and the logits by which it chose tokens: [n, 2] places and [n, V]."""
+    """Run a case; return what this rank saw, and its logits: [n, 2] places and [n, V] values."""
     models = case["models"]  # one for each rank, or one for all
     try:
         engine = deploy(
-            Deployment(Path(models[cluster.rank % len(models)]), case["strategy"], Plan.load(case["plan"])),
+            Deployment(
+                Checkpoint.open(Path(models[cluster.rank % len(models)])),
+                Strategy(case["strategy"]),
+                Plan.load(case["plan"]),
+            ),
             replace(cluster, ranks_per_node=case["ranks_per_node"]),
         )
     except InputError as error:
@@ -163,7 +169,7 @@ def live_caches() -> int:
 
 
 def computed_choices(engine: Engine) -> list[int]:
-    """How many choices of tokens this rank's experts compute in each MoE layer, counted from now on."""
+    """Count, from now on, the choices that this rank's experts compute in each MoE layer."""
     layers = [module for module in engine.decoder.modules() if isinstance(module, MoE)]
     counted = [0] * len(layers)
 

@@ -129,7 +129,7 @@ def make_job(
 
 @pytest.fixture(scope="module", params=MODELS)
 def outcome(request: pytest.FixtureRequest, make_job: Callable[..., tuple[Path, Path]]) -> Found:
-    """Of ranks on one node."""
+    """Job of ranks on one node."""
     folder, model = make_job(request.param, Topology(gpus_per_node=RANKS), CASES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
     worker = str(Path(__file__).with_name("cases_job.py"))
@@ -189,7 +189,7 @@ def start_nodes(folder: Path) -> list[subprocess.Popen[str]]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def on_nodes(request: pytest.FixtureRequest, make_job: Callable[..., tuple[Path, Path]]) -> Found:
-    """Of two nodes of two GPUs."""
+    """Job on two nodes of two GPUs."""
     if GPUS < 4:
         pytest.skip(f"needs four CUDA GPUs, torch sees {GPUS}")
     folder, model = make_job(request.param, Topology(num_nodes=2, gpus_per_node=2), ON_NODES)

@@ -14,7 +14,7 @@ from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.sampling import Sampling
 from exflow.placement.plan.topology import Topology
-from exflow.runtime.deploy import contiguous_plan, load_model
+from exflow.runtime.deploy import default_plan, load_model
 from exflow.runtime.engine import Engine
 from exflow.runtime.expert_parallel import PlanTables
 from exflow.runtime.request import Request
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def capturing(decoder: Decoder) -> Engine:
     cluster = Cluster(0, 1, 1, CPU)
-    tables = PlanTables.of(contiguous_plan(decoder.config, Topology(gpus_per_node=1)), CPU)
+    tables = PlanTables.of(default_plan(decoder.config, Topology(gpus_per_node=1)), CPU)
     capture = captured.Capture(decoder, tables, cluster, 1, False, "one-sided")
     return Engine(decoder, single_process(), capture)
 
@@ -41,7 +41,7 @@ def capturing(decoder: Decoder) -> Engine:
 def test_published_models_have_the_scores_of_eager_steps(
     hugging_face_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, family: str, many_rows: bool
 ) -> None:
-    """With grouped products too; the past is longer than a window, and in two parts."""
+    """Grouped products are used too; the past is longer than a window, and in two parts."""
     if many_rows:
         monkeypatch.setattr("exflow.runtime.step_buffers.MANY_ROWS", 0)
     decoder = load_model(hugging_face_model(family).folder).decoder

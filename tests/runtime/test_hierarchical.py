@@ -16,13 +16,13 @@ from exflow.errors import InputError
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Name
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.traffic import count_traffic
 from exflow.profiling.trace import DECODE, RoutingTrace
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
-from exflow.runtime.strategies import check_relays
+from exflow.runtime.strategies import check_relays, strategy_named
 from exflow.runtime.trace_recorder import JobRecorder
 
 pytestmark = pytest.mark.distributed
@@ -40,7 +40,7 @@ NEW = 12
 
 @dataclass
 class Outcome:
-    """What the job found by case, and of one process the tokens and the routing of the last request."""
+    """Findings of the job by case; tokens and routing of the last request in one process."""
 
     found: dict[str, Any]
     tokens: list[Any]
@@ -129,14 +129,14 @@ def test_fewer_messages_cross_between_nodes(outcome: Outcome) -> None:
     ],
 )
 def test_where_there_is_nothing_to_relay(
-    topology: Topology, top_k: int, strategy: Name, device: str, message: str
+    topology: Topology, top_k: int, strategy: Strategy, device: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        check_relays(topology, top_k, strategy, device)
+        check_relays(topology, top_k, strategy_named(strategy, topology.num_nodes), device)
 
 
 @pytest.mark.parametrize(
     ("top_k", "strategy", "device"), [(2, "coherent", "cpu"), (2, "auto", "cuda"), (1, "coherent", "cuda")]
 )
-def test_where_there_is(top_k: int, strategy: Name, device: str) -> None:
-    check_relays(TOPOLOGY, top_k, strategy, device)
+def test_where_there_is(top_k: int, strategy: Strategy, device: str) -> None:
+    check_relays(TOPOLOGY, top_k, strategy_named(strategy, 2), device)

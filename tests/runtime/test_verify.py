@@ -14,7 +14,7 @@ from exflow.model.sampling import Sampling
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.traffic import count_traffic
 from exflow.profiling.trace import DECODE, PREFILL
-from exflow.runtime.deploy import contiguous_plan
+from exflow.runtime.deploy import default_plan
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Generation, Request
 from exflow.runtime.strategies import single_process
@@ -73,7 +73,7 @@ def test_another_token_is_noticed(decoder: Decoder) -> None:
 
 
 def test_a_token_that_rounding_puts_first_will_do(decoder: Decoder) -> None:
-    """With rows of the embedding alike two tokens have the same logit, and either may be chosen."""
+    """Equal rows of the embedding give two tokens the same logit; either may be chosen."""
     best = watched(decoder)[1].tokens[2][-1]
     twin = (best + 1) % 257
     decoder.embedding.weight[twin] = decoder.embedding.weight[best]
@@ -100,7 +100,7 @@ def test_a_sample_is_bounded_and_looks_at_every_sequence(sequences: int) -> None
 def counted_right(decoder: Decoder, ranks: int, group: int) -> tuple[Generation, RunRecord]:
     """A generation as a job of so many ranks should have counted it."""
     seen, generation = watched(decoder)
-    plan, config = contiguous_plan(decoder.config, Topology(gpus_per_node=ranks)), decoder.config
+    plan, config = default_plan(decoder.config, Topology(gpus_per_node=ranks)), decoder.config
     counters = []
     for phase, owners in ((PREFILL, 1), (DECODE, group)):
         rows = seen.trace.select(seen.trace.phase == phase)
@@ -123,7 +123,7 @@ def counted_right(decoder: Decoder, ranks: int, group: int) -> tuple[Generation,
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_counter_that_is_off_by_one_is_noticed(decoder: Decoder, phase: str, counter: str) -> None:
     generation, seen = counted_right(decoder, ranks=4, group=4)
-    plan = contiguous_plan(decoder.config, Topology(gpus_per_node=4))
+    plan = default_plan(decoder.config, Topology(gpus_per_node=4))
     check_counters(generation, seen.trace, plan, 4, decoder)
     counters: Counters = getattr(generation, phase)
     setattr(counters, counter, getattr(counters, counter) + 1)
@@ -134,7 +134,7 @@ def test_a_counter_that_is_off_by_one_is_noticed(decoder: Decoder, phase: str, c
 
 def test_replicated_sends_no_messages(decoder: Decoder) -> None:
     generation, seen = counted_right(decoder, ranks=4, group=4)
-    plan = contiguous_plan(decoder.config, Topology(gpus_per_node=4))
+    plan = default_plan(decoder.config, Topology(gpus_per_node=4))
     with pytest.raises(WrongResult, match="comes to 0"):
         check_counters(generation, seen.trace, plan, 0, decoder)
     check_counters(replace(generation, prefill=Counters(), decode=Counters()), seen.trace, plan, 0, decoder)

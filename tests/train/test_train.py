@@ -1,71 +1,24 @@
 """Training: it learns, is the same every time, and goes on after a stop as if there had been none."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from exflow.cli.training import TrainingLog
 from exflow.errors import InputError, WrongResult
-from exflow.model.checkpoint import load_decoder
-from exflow.model.decoder import Decoder, Routing
-from exflow.model.tokenizer import load_tokenizer
-from exflow.train.config import OptimiserConfig, TrainConfig, load_train_config
+from exflow.model.checkpoint import Checkpoint
+from exflow.train.config import TrainConfig
 from exflow.train.corpus import Corpus
 from exflow.train.loop import (
     Progress,
-    StepFigures,
-    balance_loss,
-    busiest_over_mean,
     held_out_bits_per_byte,
-    sample_batch,
     train,
 )
-from exflow.train.optimizer import learning_rate
 
 CPU = torch.device("cpu")
-WORDS = ["the", "cat", "dog", "mat", "sat", "saw", "on", "a", "and", "ran"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """800 lines of random words: which words there are, and how long a line is, can be learnt."""
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("".join(" ".join(rng.choice(WORDS, 6)) + "\n" for _ in range(800)))
-    return path
-
-
-@pytest.fixture
-def settings(text: Path) -> dict[str, Any]:
-    """What the YAML file of a tiny run holds."""
-    return {
-        "model": {
-            "vocab_size": 280,
-            "max_positions": 32,
-            "num_hidden_layers": 2,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_kv_heads": 1,
-            "intermediate_size": 32,
-            "num_experts": 4,
-        },
-        "data": {"texts": [str(text)], "held_out": 0.1},
-        "training": {
-            "steps": 8,
-            "batch_size": 4,
-            "sequence_length": 24,
-            "learning_rate": 0.01,
-            "warmup_steps": 2,
-            "evaluate_tokens": 500,
-        },
-        "checkpoint_steps": [0, 4],
-    }
 
 
 class Log(list[Progress]):
@@ -106,7 +59,7 @@ def test_it_learns(settings: dict[str, Any], tmp_path: Path) -> None:
     held_out = [progress.held_out_bits_per_byte for progress in log if progress.held_out_bits_per_byte]
     losses = [progress.figures.loss for progress in log if progress.figures]
     text = Path(settings["data"]["texts"][0]).read_text()
-    tokens = len(load_tokenizer(tmp_path / "step-000000").encode(text).ids)
+    tokens = len(Checkpoint.open(tmp_path / "step-000000").tokenizer().encode(text).ids)
     assert held_out[0] == pytest.approx(math.log2(280) * tokens / len(text), rel=0.05)  # knows nothing yet
     assert held_out[-1] < 0.6 * held_out[0]
     assert losses[-1] < 0.6 * losses[0]
@@ -115,7 +68,10 @@ def test_it_learns(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_the_final_checkpoint_is_a_whole_model(settings: dict[str, Any], tmp_path: Path) -> None:
     log = run(settings, tmp_path)
     folder = tmp_path / "step-000008"
-    decoder, tokenizer = load_decoder(folder, CPU, torch.float32), load_tokenizer(folder)
+    decoder, tokenizer = (
+        Checkpoint.open(folder).decoder(CPU, torch.float32),
+        Checkpoint.open(folder).tokenizer(),
+    )
     text = Path(settings["data"]["texts"][0]).read_text()
     held_out = text[text.rfind("\n", 0, int(len(text) * 0.9)) + 1 :]
     stream = np.array([*tokenizer.encode(held_out).ids, tokenizer.token_to_id("<|endoftext|>")], np.uint16)
@@ -258,29 +214,6 @@ def test_too_little_text(settings: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
-def routing(experts: list[list[int]], probability: list[list[float]]) -> Routing:
-    return Routing(
-        torch.tensor(experts), torch.ones(len(experts), len(experts[0])), torch.tensor(probability)
-    )
-
-
-def test_balance_of_even_and_of_collapsed_routing() -> None:
-    even = routing([[0], [1], [2], [3]], [[0.25] * 4] * 4)
-    collapsed = routing([[2]] * 4, [[0.0, 0.0, 1.0, 0.0]] * 4)
-    half = routing([[0, 1], [0, 1]], [[0.5, 0.5, 0.0, 0.0]] * 2)
-    assert [balance_loss(each).item() for each in (even, collapsed, half)] == [1, 4, 2]
-    assert busiest_over_mean([even]).item() == 1
-    assert busiest_over_mean([even, collapsed, half]).item() == 4
-
-
-def test_the_balance_loss_pulls_the_gate_towards_idle_experts() -> None:
-    logits_TE = torch.zeros(4, 4, requires_grad=True)
-    probability_TE = logits_TE.softmax(dim=-1)
-    loss = balance_loss(Routing(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), probability_TE))
-    (gradient_TE,) = torch.autograd.grad(loss, logits_TE)
-    assert (gradient_TE[:, 0] > 0).all() and (gradient_TE[:, 1:] < 0).all()
-
-
 def test_the_balance_loss_keeps_all_experts_at_work(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["training"] |= {"steps": 40, "batch_size": 8, "learning_rate": 0.001}
     busiest = {}
@@ -290,135 +223,3 @@ def test_the_balance_loss_keeps_all_experts_at_work(settings: dict[str, Any], tm
         busiest[weight] = log[-2].figures
     assert busiest[0.0].balance == 4  # all tokens of a layer go to one expert of the four
     assert busiest[0.1].balance < 2.5
-
-
-def optimizer(**changes: Any) -> OptimiserConfig:
-    base = {"steps": 100, "batch_size": 3, "sequence_length": 4, "learning_rate": 1.0, "warmup_steps": 10}
-    return OptimiserConfig.model_validate(base | changes)
-
-
-def test_learning_rate() -> None:
-    rates = [learning_rate(optimizer(), step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.55)
-    assert rates[100] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(optimizer(warmup_steps=0), 0) == 1.0
-
-
-def test_batches_are_windows_of_the_stream_drawn_from_seed_and_step() -> None:
-    stream = np.arange(50, dtype=np.uint16)
-    batches = [sample_batch(stream, optimizer(), step) for step in range(200)]
-    for batch_BS in batches:
-        assert batch_BS.shape == (3, 5)
-        assert (batch_BS.diff(dim=1) == 1).all()
-    assert torch.stack(batches).unique().tolist() == list(range(50))  # to the first and the last token
-    assert torch.equal(batches[7], sample_batch(stream, optimizer(), 7))
-    assert not torch.equal(batches[7], batches[8])
-    assert not torch.equal(batches[7], sample_batch(stream, optimizer(seed=1), 7))
-
-
-def test_bits_per_byte_of_a_model_that_knows_nothing(tiny_decoder: Callable[..., Decoder]) -> None:
-    decoder = tiny_decoder()
-    decoder.embedding.weight.zero_()  # all scores equal: log2(257) bits a token
-    corpus = Corpus(np.zeros(0, np.uint16), np.arange(200, dtype=np.uint16), held_out_bytes=400)
-    for evaluate_tokens in (1, 60, 10_000):
-        config = optimizer(sequence_length=20, evaluate_tokens=evaluate_tokens)
-        found = held_out_bits_per_byte(decoder, corpus, config)
-        assert found == pytest.approx(math.log2(257) * 200 / 400)
-
-
-def test_the_configuration_of_the_demo_is_read() -> None:
-    config = load_train_config(Path(__file__).parents[2] / "configs" / "gpt-moe-demo.yaml")
-    assert config.model.name == "gpt-moe-demo"
-    assert config.training.steps == max(config.checkpoint_steps)
-
-
-@pytest.mark.parametrize(
-    ("part", "changes", "message"),
-    [
-        (
-            "training",
-            {"lr": 0.1},
-            "unknown key 'training.lr'; remove it (known: steps, batch_size, sequence_length, learning_rate, "
-            "warmup_steps, weight_decay, balance_weight, gradient_clip, seed, evaluate_tokens)",
-        ),
-        (
-            None,
-            {"texts": []},
-            "unknown key 'texts'; remove it (known: model, data, training, checkpoint_steps)",
-        ),
-        ("training", {"steps": 0}, "training.steps = 0: Input should be greater than 0"),
-        ("data", {"held_out": 0.9}, "data.held_out = 0.9: Input should be less than 0.5"),
-        ("model", {"top_k": 5}, "model: top_k 5 is more than num_experts 4"),
-        ("model", {"vocab_size": 256}, "model.vocab_size 256 is not from 257 to 65536"),
-        ("model", {"vocab_size": 65537}, "model.vocab_size 65537 is not from 257 to 65536"),
-        (
-            "training",
-            {"sequence_length": 33},
-            "training.sequence_length 33 is more than model.max_positions 32",
-        ),
-        (None, {"checkpoint_steps": [0, 9]}, "checkpoint_steps names step 9, but training.steps is 8"),
-    ],
-)
-def test_a_wrong_setting_is_named(
-    settings: dict[str, Any], tmp_path: Path, part: str | None, changes: dict[str, Any], message: str
-) -> None:
-    (settings[part] if part else settings).update(changes)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(InputError) as error:
-        load_train_config(path)
-    assert str(error.value) == f"{path}: {message}"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(b"model: {a: [1}", b"model:\n\t- 1", b"\xff\xfe", b"a: \x00", b"a: 2001-13-45", b"[" * 20_000),
-        *(b"a: &a {b: 1}\nc: *a", b"a: &a 1", b"!!python/object:os.system {}", b"a: " + b"9" * 5000),
-    ],
-)
-def test_a_file_that_is_not_yaml(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        load_train_config(path)
-    assert str(error.value).startswith(f"{path}: the configuration is not YAML (")
-    assert str(error.value).endswith("); see configs/") and "\n" not in str(error.value)
-
-
-def test_an_empty_and_a_missing_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    with pytest.raises(InputError) as error:
-        load_train_config(path)
-    assert str(error.value) == (
-        f"{path}: the configuration cannot be read (No such file or directory); see configs/"
-    )
-    path.touch()
-    with pytest.raises(InputError) as error:
-        load_train_config(path)
-    assert str(error.value) == (
-        f"{path}: holds None, not the keys model, data, training, checkpoint_steps; write them"
-    )
-
-
-REPORTS = [
-    Progress(0, held_out_bits_per_byte=5.1234),
-    Progress(50, StepFigures(loss=3.25, balance=1.5, tokens_per_s=12345.6)),
-    Progress(50, held_out_bits_per_byte=2.5),
-]
-
-
-def test_checkpoints_are_noted_and_figures_are_beside_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingLog(steps=100) as log:
-        for progress in REPORTS:
-            log.report(progress)
-        assert (log.task.completed, log.task.total) == (50, 100)
-        assert log.task.fields["detail"] == "loss 3.250, busiest expert 1.50x, 12,346 tokens/s"
-        assert log.held_out_bits_per_byte == 2.5
-    assert capsys.readouterr().err.splitlines() == [
-        "exflow: step 0: held-out text takes 5.123 bits per byte",
-        "exflow: step 50: held-out text takes 2.500 bits per byte",
-    ]

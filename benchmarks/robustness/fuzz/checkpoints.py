@@ -3,7 +3,6 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from safetensors.numpy import save
 
 from benchmarks.robustness.fuzz.inputs import Target
-from exflow.model.checkpoint import load_decoder, save_checkpoint
+from exflow.model.checkpoint import Checkpoint, save_checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
 from exflow.model.decoder import Decoder
 from exflow.model.families import FAMILIES
-from exflow.model.tokenizer import SMALLEST_VOCABULARY, end_tokens, load_tokenizer, train_tokenizer
+from exflow.model.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 
 OWN = {
     "vocab_size": SMALLEST_VOCABULARY,
@@ -65,7 +64,10 @@ def checkpoints() -> Iterator[Target]:
         tokenizer = train_tokenizer([], SMALLEST_VOCABULARY)
         save_checkpoint(folder, decoder.config, state, tokenizer, torch.float32, 20_000)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    read = partial(load_decoder, device=torch.device("cpu"), dtype=torch.float32)
+
+    def read(folder: Path) -> Decoder:
+        return Checkpoint.open(folder).decoder(torch.device("cpu"), torch.float32)
+
     shards = tuple(name for name in files if name.endswith(".safetensors"))
     yield Target("weights own", files, (*shards, "config.json"), read)
     yield Target("weights index", files, ("model.safetensors.index.json",), read)
@@ -73,10 +75,10 @@ def checkpoints() -> Iterator[Target]:
         config = json.dumps(THEIRS | {"model_type": family}).encode()
         theirs = {"config.json": config, "model.safetensors": save(_zeros(family, config))}
         yield Target(f"weights {family}", theirs, tuple(theirs), read)
-    yield Target("tokenizer", files, ("tokenizer.json",), load_tokenizer)
+    yield Target("tokenizer", files, ("tokenizer.json",), lambda folder: Checkpoint.open(folder).tokenizer())
     named = files | {"config.json": config, "generation_config.json": b'{"eos_token_id": [1, 2]}'}
     beside = ("generation_config.json", "config.json")
-    yield Target("end tokens", named, beside, lambda folder: end_tokens(folder, tokenizer, 64))
+    yield Target("end tokens", named, beside, lambda folder: Checkpoint.open(folder).end_tokens(tokenizer))
 
 
 def _zeros(family: str, config: bytes) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class ExportFormat:
     write: Callable[[Plan], bytes]
     usage: Callable[[Plan, Path], Usage]
     ending: str = ""
-    strategy: Strategy = "dispatch-combine"
+    strategy: Strategy = Strategy.DISPATCH_COMBINE
 
 
 FORMATS = {
@@ -40,7 +40,7 @@ FORMATS = {
     "vllm-ascend": ExportFormat(write_vllm_ascend, vllm_ascend_usage, ".json"),
     "vllm": ExportFormat(write_vllm, vllm_usage),
     "eplb": ExportFormat(write_eplb, eplb_usage),
-    "exflow": ExportFormat(write_exflow, exflow_usage, strategy="coherent"),
+    "exflow": ExportFormat(write_exflow, exflow_usage, strategy=Strategy.COHERENT),
 }
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from exflow.errors import InputError
 from exflow.files import atomic_path, read_json
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.plan_file import Count, Index, TopologyDocument
+from exflow.placement.plan.plan_file import Count, Index, OwnedStrategy, TopologyDocument
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.layout import RoutingLayout
@@ -79,7 +79,7 @@ class _Document(BaseModel):
     num_experts: Count
     experts_per_layer: list[Count]
     topology: TopologyDocument
-    strategy: Literal["coherent", "node-coherent", "dispatch-combine"]
+    strategy: OwnedStrategy
     method: str
 
 

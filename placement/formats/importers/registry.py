@@ -17,6 +17,7 @@ from exflow.placement.formats.importers.trtllm import is_trtllm, read_trtllm
 from exflow.placement.formats.importers.vllm import is_vllm, read_vllm
 from exflow.placement.formats.importers.vllm_ascend import is_vllm_ascend, read_vllm_ascend
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 
@@ -77,7 +78,7 @@ def read_plan(
             topology=_topology(path, found, topology, sidecar),
             physical_to_logical_map=found.slots,
             next_owner=None,
-            strategy=sidecar.strategy if sidecar else "dispatch-combine",
+            strategy=sidecar.strategy if sidecar else Strategy.DISPATCH_COMBINE,
             method=sidecar.method if sidecar else f"imported from {name}",
         )
     except InputError as error:
