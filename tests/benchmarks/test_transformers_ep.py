@@ -17,7 +17,7 @@ from exflow.job.cluster import Cluster
 from exflow.model.config import ModelConfig
 
 pytest.importorskip("transformers")
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.all, pytest.mark.slow, pytest.mark.distributed]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "decode" / "transformers_ep.py"
 BATCH, CONTEXT = 6, 16

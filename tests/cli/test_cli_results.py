@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from exflow.model.checkpoint import Checkpoint
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.deploy import load_model
 from exflow.runtime.request import Request
+from tests.one_process import tokens_of_one_process
 
 STRATEGY_KEYS = {
     "messages_per_token_layer",
@@ -91,8 +91,7 @@ def test_profile_then_generate(run: Run, tmp_path: Path, tiny_checkpoint: Callab
         )
     )
     assert [len(tokens) for tokens in result["tokens"]] == [5, 5]
-    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
-    assert result["tokens"] == load_model(model).generate(Request(prompts, 5)).tokens
+    assert result["tokens"] == tokens_of_one_process(model, ["Rain", "Wind"], 5)
     assert len(result["text"]) == 2
     assert json.loads(run(f"generate {model} --prompt Rain --max-new-tokens 5 --ignore-end --json"))[
         "tokens"

@@ -27,6 +27,7 @@ from tests.commands.hugging_face_folders import (
     refusal,
     write,
 )
+from tests.payload import Payload
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -108,16 +109,6 @@ AUTO_MAP = {
     "AutoTokenizer": ["foreign.ForeignTokenizer", None],
     "AutoProcessor": "foreign.ForeignProcessor",
 }
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.write_text, (self.mark, "ran")
 
 
 @pytest.fixture

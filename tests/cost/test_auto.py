@@ -12,15 +12,14 @@ from exflow.cost.auto import expected_figures, predictions, step_traffic
 from exflow.cost.machine import Link, Machine
 from exflow.cost.probe import link_of
 from exflow.cost.workload import StepTraffic, Workload
-from exflow.model.checkpoint import Checkpoint
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
 from exflow.placement.make_plan import place
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.deploy import default_plan, load_model
-from exflow.runtime.request import Request
+from exflow.runtime.deploy import default_plan
+from tests.one_process import tokens_of_one_process
 
 TOPOLOGY = Topology(num_nodes=2, gpus_per_node=2)
 SLOW = Machine(Link(1e-3, 1e9), Link(1e-2, 1e7), 1e9, 1e9)
@@ -94,5 +93,4 @@ def test_ranks_resolve_it_alike(tiny_checkpoint: Callable[..., Path], tmp_path: 
     (why,) = [line[8:] for line in done.stderr.splitlines() if line.startswith("exflow: auto: ")]
     assert result["strategy"] in ("dispatch-combine", "coherent", "replicated")
     assert why.startswith(f"auto: {result['strategy']}, ") and " ms predicted against " in why
-    ids = [encoding.ids for encoding in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
-    assert result["tokens"] == load_model(model).generate(Request(ids, 4)).tokens
+    assert result["tokens"] == tokens_of_one_process(model, ["Rain", "Wind"], 4)

@@ -201,6 +201,8 @@ def several_traces(folder: Path) -> None:
         RoutingTrace.from_arrays(experts, num_experts=16, sequence=sequence).save(folder / name)
 
 
+# what they run is run by README, by other pages of docs/how-to, and by the tests of the demo and of simulate
+LONG = ("docs/tutorial.md", "docs/how-to/sglang.md", "docs/simulate.md")
 BEGINNINGS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (repository, hugging_face, sglang),
     "docs/tutorial.md": (repository,),
@@ -218,7 +220,9 @@ BEGINNINGS: dict[str, tuple[Callable[[Path], None], ...]] = {
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.all] if page in LONG else []) for page in RUN]
+)
 def test_what_is_to_be_typed_works(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for begin in BEGINNINGS.get(page, (repository, placed)):
         begin(tmp_path)

@@ -44,7 +44,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=[pytest.mark.all] if verb == "report" else []) for verb in COMMANDS]
+)
 def test_a_file_that_may_grow_no_more(verb: str, folder: Path, verbs: Any) -> None:
     """RLIMIT_FSIZE, which says of a file what a full disk says of all; of a cache of compiled code, too."""
     line, named = COMMANDS[verb]
@@ -56,7 +58,7 @@ def test_a_file_that_may_grow_no_more(verb: str, folder: Path, verbs: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["profile", "place", "report"])
+@pytest.mark.parametrize("verb", ["profile", pytest.param("place", marks=pytest.mark.all), "report"])
 def test_a_disk_that_is_full(verb: str, folder: Path, verbs: Any) -> None:
     """The cache of compiled code lies on it, and is empty: the command compiles, and keeps nothing."""
     line, named = COMMANDS[verb]

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from exflow.model.checkpoint import Checkpoint
-from exflow.runtime.deploy import load_model
-from exflow.runtime.request import Request
+from tests.one_process import tokens_of_one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 CABLE = {"GLOO_SOCKET_IFNAME": "cable"}
@@ -68,8 +66,7 @@ def test_a_bad_cable(hosts: Any, two_hosts: Any, model: Path, quality: list[str]
     first, second = two_hosts(hosts(*quality), "--max-new-tokens", "6", "--json", "--patience", "5")
     (code, out, err), (code_of_second, _, _) = first.end(), second.end()
     assert (code, code_of_second) == (0, 0), err
-    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind"])]
-    assert json.loads(out)["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
+    assert json.loads(out)["tokens"] == tokens_of_one_process(model, ["Rain", "Wind"], 6)
 
 
 def test_a_pulled_cable(hosts: Any, two_hosts: Any) -> None:

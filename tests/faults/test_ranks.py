@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from exflow.errors import InputError
 from exflow.job.cluster import join_cluster
-from exflow.model.checkpoint import Checkpoint
-from exflow.runtime.deploy import load_model
-from exflow.runtime.request import Request
+from tests.one_process import tokens_of_one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -35,24 +33,24 @@ OUT_OF_MEMORY = (
     "time, or more ranks, or more memory\n"
 )
 DEATHS = {
-    "SIGKILL": "exflow: rank 1 of 4 died (SIGKILL); the job was stopped; if nobody killed it, memory ran out "
-    "(see dmesg)\n",
-    "SIGTERM": "exflow: rank 1 of 4 died (SIGTERM); the job was stopped\n",
+    "SIGKILL": "exflow: rank 1 of {} died (SIGKILL); the job was stopped; if nobody killed it, memory ran "
+    "out (see dmesg)\n",
+    "SIGTERM": "exflow: rank 1 of {} died (SIGTERM); the job was stopped\n",
     "out of memory": f"{OUT_OF_MEMORY}exflow: the job was stopped\n",
 }
 FEW = [
-    ("decoding", "out of memory"),
-    ("gather", "SIGKILL"),
-    pytest.param("loading", "SIGKILL", marks=pytest.mark.all),
-    pytest.param("prompts", "SIGTERM", marks=pytest.mark.all),
+    ("decoding", "out of memory", 2),
+    ("gather", "SIGKILL", 2),
+    pytest.param("loading", "SIGKILL", 4, marks=pytest.mark.all),
+    pytest.param("prompts", "SIGTERM", 4, marks=pytest.mark.all),
 ]
 
 
 @pytest.fixture
 def generate(model: Path, job: Any) -> Callable[..., Any]:
-    """generate(*options, fault=None): the job of 4 ranks, long enough to be disturbed."""
+    """generate(*options, fault=None): a job of ranks, long enough to be disturbed."""
 
-    def start(*options: str, model: Path = model, fault: Any = None, nproc: int = 4) -> Any:
+    def start(*options: str, model: Path = model, fault: Any = None, nproc: int = 2) -> Any:
         command = [sys.executable, "-m", "exflow.cli", "generate", str(model), "--ignore-end"]
         command += ["--strategy", "coherent"]
         for prompt in PROMPTS:
@@ -65,17 +63,20 @@ def generate(model: Path, job: Any) -> Callable[..., Any]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "death" in metafunc.fixturenames:
         many = int(os.environ.get("EXFLOW_FAULTS", "1")) > 1
-        metafunc.parametrize(("moment", "death"), list(product(MOMENTS, DEATHS)) if many else FEW)
+        every = list(product(MOMENTS, DEATHS, [4]))
+        metafunc.parametrize(("moment", "death", "ranks"), every if many else FEW)
 
 
-def test_a_rank_that_dies(generate: Callable[..., Any], fault: Any, moment: str, death: str) -> None:
+def test_a_rank_that_dies(
+    generate: Callable[..., Any], fault: Any, moment: str, death: str, ranks: int
+) -> None:
     at, call = MOMENTS[moment]
-    with generate(fault=fault(at, death, call)) as job:
-        assert job.end() == (1, "", DEATHS[death])
+    with generate(fault=fault(at, death, call), nproc=ranks) as job:
+        assert job.end() == (1, "", DEATHS[death].format(ranks))
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(generate: Callable[..., Any]) -> None:
-    with generate(nproc=2) as job:
+    with generate() as job:
         job.ranks(2)
         job.process.kill()
         job.process.wait()
@@ -86,7 +87,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(generate: Callable[..., Any]) ->
 
 
 def test_ctrl_c(generate: Callable[..., Any]) -> None:
-    with generate(nproc=2) as job:
+    with generate() as job:
         job.ranks(2)
         job.process.send_signal(signal.SIGINT)
         assert job.end() == (130, "", "exflow: interrupted\n")
@@ -95,7 +96,7 @@ def test_ctrl_c(generate: Callable[..., Any]) -> None:
 def test_a_rank_that_stops(generate: Callable[..., Any], fault: Any) -> None:
     """A rank stops in a group's gather, which has a timeout of its own."""
     stops = fault(MOMENTS["gather"][0], "SIGSTOP", call=9)
-    with generate("--patience", "3", "--max-new-tokens", "190000", fault=stops, nproc=2) as job:
+    with generate("--patience", "3", "--max-new-tokens", "190000", fault=stops) as job:
         first = job.process.stderr.readline()
         assert first.startswith("exflow: no sign of life from rank 1 of 2 for 3 s in a ")
         assert first.endswith(", decode step 2; if it was only slow, give more --patience\n")
@@ -105,7 +106,7 @@ def test_a_rank_that_stops(generate: Callable[..., Any], fault: Any) -> None:
 
 def test_a_rank_that_never_comes(generate: Callable[..., Any], fault: Any) -> None:
     stops = fault("exflow.job.cluster:join_cluster", "SIGSTOP")
-    with generate("--patience", "1", fault=stops, nproc=2) as job:
+    with generate("--patience", "1", fault=stops) as job:
         assert job.process.stderr.readline() == (
             "exflow: rank 1 of 2 did not come within 1 s; start torchrun alike on every node, or give more "
             "--patience\n"
@@ -117,11 +118,10 @@ def test_a_rank_that_never_comes(generate: Callable[..., Any], fault: Any) -> No
 def test_a_slow_rank_is_waited_for(generate: Callable[..., Any], fault: Any, model: Path) -> None:
     """Longer than patience in all, never in one place."""
     slow = fault(MOMENTS["decoding"][0], "sleep 1 s", call=9, times=5)
-    with generate("--patience", "4", "--max-new-tokens", "6", "--json", fault=slow, nproc=2) as job:
+    with generate("--patience", "4", "--max-new-tokens", "6", "--json", fault=slow) as job:
         code, out, err = job.end()
     assert (code, err) == (0, "")
-    prompts = [each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(list(PROMPTS))]
-    assert json.loads(out)["tokens"] == load_model(model).generate(Request(prompts, 6)).tokens
+    assert json.loads(out)["tokens"] == tokens_of_one_process(model, list(PROMPTS), 6)
 
 
 def test_a_fault_that_one_rank_finds_is_told_once(
@@ -132,7 +132,7 @@ def test_a_fault_that_one_rank_finds_is_told_once(
     weights = load_file(broken / "model.safetensors")
     weights["blocks.1.mlp.experts.w_in"][7, 0, 0] = torch.nan
     save_file(weights, broken / "model.safetensors")
-    with generate("--max-new-tokens", "2", model=broken, nproc=2) as job:
+    with generate("--max-new-tokens", "2", model=broken) as job:
         code, out, err = job.end()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "blocks.1.mlp.experts.w_in" in err
@@ -148,7 +148,7 @@ def test_a_wrong_result_of_all_ranks_is_told_once(
     for name in ("w_in", "w_out"):
         weights[f"blocks.1.mlp.experts.{name}"] *= 1e30
     save_file(weights, huge / "model.safetensors")
-    with generate("--max-new-tokens", "2", model=huge, nproc=2) as job:
+    with generate("--max-new-tokens", "2", model=huge) as job:
         code, out, err = job.end()
     assert (code, out) == (1, ""), err
     told = r"exflow: sequence \d, step 0 \(.*\): the logits hold NaN or infinite values; .*\n"

@@ -25,6 +25,7 @@ from benchmarks.robustness.fuzz.reading import ran_out
 from benchmarks.robustness.fuzz.targets import targets as every_target
 from exflow.errors import InputError
 from exflow.model.families import FAMILIES
+from tests.payload import Payload
 
 ROOT = Path(__file__).parents[2]
 INPUTS = 20  # of each reader
@@ -200,16 +201,6 @@ def test_yaml_that_unfolds(reader: str, refusal: Refusal) -> None:
     refusal(reader, {YAML[reader]: "\n".join(rows).encode()})
 
 
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
 def _object_array(mark: Path) -> bytes:
     with io.BytesIO() as file:
         np.save(file, np.array([Payload(mark)], dtype=object), allow_pickle=True)
@@ -314,13 +305,16 @@ FORBIDDEN = {
     "yaml.full_load",
 }
 SOURCE = ("exflow", "profiling", "placement", "kernels")
+HANDED_OVER = ("exflow/job/launch.py", "exflow/job/rank.py")  # from parent to child, through a pipe
 
 
 def test_the_source_unpickles_and_evaluates_nothing() -> None:
     for path in [each for folder in SOURCE for each in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                assert not FORBIDDEN & {name.name.split(".")[0] for name in node.names}, path
+                found = FORBIDDEN & {name.name.split(".")[0] for name in node.names}
+                pickles = {"pickle"} if str(path.relative_to(ROOT)) in HANDED_OVER else set()
+                assert found <= pickles, path
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)

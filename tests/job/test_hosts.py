@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from exflow.model.checkpoint import Checkpoint
-from exflow.runtime.deploy import load_model
-from exflow.runtime.request import Request
+from tests.one_process import tokens_of_one_process
 
 pytestmark = [pytest.mark.all, pytest.mark.slow, pytest.mark.distributed]
 
@@ -56,12 +54,7 @@ def test_two_hosts_generate_what_one_process_does(
     result = json.loads(outputs[0][0])
     assert outputs[1][0] == ""  # rank 0 speaks for the job
     assert result["ranks"] == 4
-    assert result["tokens"] == alone(model, ["Rain", "Wind and", "Sun"], 12)
+    assert result["tokens"] == tokens_of_one_process(model, ["Rain", "Wind and", "Sun"], 12)
     assert result["decode"]["dispatch_inter"] > 0
     assert result["decode"]["kv_inter"] == 0  # contexts are shared inside a host
     assert result["decode"]["kv_intra"] > 0
-
-
-def alone(model: Path, prompts: list[str], new_tokens: int) -> list[list[int]]:
-    encodings = Checkpoint.open(model).tokenizer().encode_batch(prompts)
-    return load_model(model).generate(Request([each.ids for each in encodings], new_tokens)).tokens

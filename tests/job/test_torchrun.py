@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exflow.model.checkpoint import Checkpoint
-from exflow.runtime.deploy import load_model
-from exflow.runtime.request import Request
+from tests.one_process import tokens_of_one_process
 
 
 def free_port() -> int:
@@ -50,9 +48,6 @@ def test_two_nodes_generate_what_one_process_does(
     result = json.loads(outputs[0][0])
     assert outputs[1][0] == ""  # rank 0 speaks for the job
     assert result["ranks"] == 2
-    prompts = [
-        each.ids for each in Checkpoint.open(model).tokenizer().encode_batch(["Rain", "Wind and", "Sun"])
-    ]
-    assert result["tokens"] == load_model(model).generate(Request(prompts, 12)).tokens
+    assert result["tokens"] == tokens_of_one_process(model, ["Rain", "Wind and", "Sun"], 12)
     assert result["decode"]["dispatch_intra"] == 0  # whatever moved, moved between nodes
     assert result["decode"]["dispatch_inter"] > 0

@@ -2,6 +2,7 @@
 
 Run as a program, without Triton's interpreter: steps of each model below, on one rank and on simulated ones,
 are run on the CPU, and every launch compiles and does nothing else. Prints the kernels compiled, one a line.
+`compile_job.py one` takes one model on one rank.
 """
 
 import sys
@@ -14,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
-from test_decode_step import SimulatedAllToAll, job, plan_of
+from simulated_ranks import SimulatedAllToAll, job, plan_of
 
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder, initialise
@@ -77,11 +78,13 @@ def main() -> None:
 
     JITFunction.run = only_compile
     step_buffers.programmatic_launch = lambda device: {"PDL": True, "launch_pdl": True}
-    for shape in SHAPES:
-        compile_step(shape)
+    compile_step("sinks")
     compile_step("sinks", many_rows=0)
-    compile_step("own", ranks=2)
-    compile_step("sinks", ranks=4, nodes=2)
+    if sys.argv[1:] != ["one"]:
+        compile_step("own")
+        compile_step("width")
+        compile_step("own", ranks=2)
+        compile_step("sinks", ranks=4, nodes=2)
     print("\n".join(sorted(compiled)))
 
 

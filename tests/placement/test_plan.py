@@ -11,7 +11,7 @@ import pytest
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import STRATEGIES
+from exflow.placement.plan.strategy import OWNED
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.traffic import count_traffic, local_fraction
 from exflow.profiling.trace import RoutingTrace
@@ -102,7 +102,7 @@ def test_a_group_is_that_of_the_strategy(plan: Plan) -> None:
         physical_to_logical_map=np.arange(8).reshape(1, 8).repeat(2, axis=0) % 4,
         next_owner=None,
     )
-    sizes = {strategy: replace(four, strategy=strategy).group_size for strategy in STRATEGIES}
+    sizes = {strategy: replace(four, strategy=strategy).group_size for strategy in OWNED}
     assert sizes == {"coherent": 4, "node-coherent": 2, "dispatch-combine": 1}
 
 

@@ -1,7 +1,6 @@
 """Malformed, damaged and hostile placement files are refused in one line."""
 
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from exflow.placement.formats.importers import registry
 from exflow.placement.formats.importers.registry import FORMATS, read_plan
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
+from tests.payload import Payload
 from tests.placement.golden_plans import FILES, GOLDEN, golden
 
 # Of the golden file: an expert's slots.
@@ -205,16 +205,6 @@ def test_damage_is_an_input_error_or_another_plan(
             assert "\n" not in str(error)
 
 
-class Bomb:
-    """Unpickling it makes the folder `exploded`."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
 @pytest.mark.parametrize("format", [None, *FORMATS])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_pickle_in_disguise(
@@ -222,7 +212,7 @@ def test_a_pickle_in_disguise(
 ) -> None:
     mark = tmp_path / "exploded"
     path = tmp_path / "map.json"
-    path.write_bytes(pickle.dumps({"physical_to_logical_map": Bomb(mark)}, protocol))
+    path.write_bytes(pickle.dumps({"physical_to_logical_map": Payload(mark)}, protocol))
     with pytest.raises(InputError, match=re.escape(str(path))) as caught:
         read_plan(path, format, trace=golden_trace, topology=Topology(gpus_per_node=2))
     assert not mark.exists()

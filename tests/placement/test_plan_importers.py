@@ -13,7 +13,7 @@ from exflow.placement.formats.exporters.registry import export_plan
 from exflow.placement.formats.exporters.sidecar import sidecar_path
 from exflow.placement.formats.importers.registry import FORMATS, read_plan
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import STRATEGIES
+from exflow.placement.plan.strategy import OWNED
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
 from tests.placement.golden_plans import FILES, GOLDEN, golden
@@ -50,7 +50,7 @@ def plans(draw: st.DrawFn, replicas: bool = True, unequal: bool = False) -> Plan
         topology=topology,
         physical_to_logical_map=np.array(rows),
         next_owner=None,
-        strategy=draw(st.sampled_from(STRATEGIES)),
+        strategy=draw(st.sampled_from(OWNED)),
         method="drawn",
     )
 

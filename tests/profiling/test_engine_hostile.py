@@ -1,11 +1,9 @@
 """Hostile and damaged files of the engines: pickles, bombs, endless lines, flipped bytes."""
 
-import os
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,19 +13,10 @@ from hypothesis import strategies as st
 from exflow.errors import InputError
 from exflow.profiling.importers import json_values
 from exflow.profiling.importers.registry import FORMATS, read_trace
+from tests.payload import Payload
 from tests.profiling.engine_files import GOLDEN, SHAPE, dump, lines, npy_header, one
 
 # Files that would harm.
-
-
-class Bomb:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("format", [None, *FORMATS])
@@ -35,11 +24,11 @@ class Bomb:
 def test_a_pickle_in_disguise(format: str | None, kind: str, tmp_path: Path) -> None:
     mark, path = tmp_path / "exploded", tmp_path / "a_0.pt"
     if kind.startswith("protocol"):
-        path.write_bytes(pickle.dumps({"records": Bomb(mark)}, int(kind[-1])))
+        path.write_bytes(pickle.dumps({"records": Payload(mark)}, int(kind[-1])))
     elif kind == "in a record":
-        dump(path, [one(misc_objects=[Bomb(mark)])])
+        dump(path, [one(misc_objects=[Payload(mark)])])
     else:
-        torch.save({"records": Bomb(mark)}, path, _use_new_zipfile_serialization=kind == "torch")
+        torch.save({"records": Payload(mark)}, path, _use_new_zipfile_serialization=kind == "torch")
     with pytest.raises(InputError, match=re.escape(str(path))) as caught:
         read_trace([path], format)
     assert not mark.exists()

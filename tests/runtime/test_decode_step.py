@@ -33,6 +33,8 @@ from exflow.runtime.strategies import single_process
 from exflow.runtime.trace_recorder import JobRecorder
 from tests.runtime.simulated_ranks import DEVICE, SimulatedAllToAll, SimulatedMemory, job, plan_of
 
+ALL = [pytest.mark.all, pytest.mark.slow]
+
 
 @pytest.mark.parametrize(
     ("ranks", "group_size", "top_k", "moe_every", "replicated"),
@@ -40,8 +42,8 @@ from tests.runtime.simulated_ranks import DEVICE, SimulatedAllToAll, SimulatedMe
         (1, 1, 1, 1, False),
         (2, 2, 1, 1, False),
         (4, 2, 2, 2, False),
-        (4, 4, 3, 1, False),
-        (4, 1, 2, 1, False),
+        pytest.param(4, 4, 3, 1, False, marks=ALL),
+        pytest.param(4, 1, 2, 1, False, marks=ALL),
         (2, 2, 2, 1, True),
     ],
 )
@@ -67,10 +69,10 @@ def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
 @pytest.mark.parametrize(
     ("family", "ranks", "group_size", "replicated"),
     [
-        ("mixtral", 2, 2, False),
+        pytest.param("mixtral", 2, 2, False, marks=ALL),
         ("olmoe", 2, 1, False),
         ("qwen3_moe", 2, 2, True),
-        ("gpt_oss", 4, 2, False),
+        pytest.param("gpt_oss", 4, 2, False, marks=ALL),
     ],
 )
 @torch.inference_mode()
@@ -107,7 +109,7 @@ def test_a_rank_that_says_nothing_is_given_up(
 
 @pytest.mark.parametrize(
     ("ranks", "group_size", "top_k", "replicated"),
-    [(2, 2, 1, False), (4, 2, 2, False), (2, 2, 2, True)],
+    [(2, 2, 1, False), pytest.param(4, 2, 2, False, marks=ALL), (2, 2, 2, True)],
 )
 @torch.inference_mode()
 def test_mail_that_a_collective_moves_says_the_same(
@@ -135,11 +137,11 @@ def test_mail_that_a_collective_moves_says_the_same(
     [
         (2, 2, 1, 2),
         (2, 2, 2, 3),
-        (2, 2, 4, 3),
-        (2, 2, 4, 1),
-        pytest.param(2, 2, 1, 1, marks=[pytest.mark.all, pytest.mark.slow]),
-        pytest.param(3, 2, 6, 2, marks=[pytest.mark.all, pytest.mark.slow]),
-        pytest.param(2, 3, 3, 2, marks=[pytest.mark.all, pytest.mark.slow]),
+        pytest.param(2, 2, 4, 3, marks=ALL),
+        pytest.param(2, 2, 4, 1, marks=ALL),
+        pytest.param(2, 2, 1, 1, marks=ALL),
+        pytest.param(3, 2, 6, 2, marks=ALL),
+        pytest.param(2, 3, 3, 2, marks=ALL),
     ],
 )
 @torch.inference_mode()

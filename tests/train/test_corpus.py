@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from exflow.commands.generate import read_prompts
+from exflow.commands.generate_job import read_prompts
 from exflow.errors import InputError
 from exflow.model.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, train_tokenizer
 from exflow.texts import find_texts, read_text
