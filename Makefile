@@ -39,7 +39,7 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	grep -v '^torch==' constraints-oldest.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet -c .venv-oldest/constraints.txt -e . $(TORCH) pytest pytest-xdist hypothesis pebble setuptools
-	.venv-oldest/bin/pytest $(TOGETHER) -p no:warnings
+	.venv-oldest/bin/pytest $(TOGETHER) --disable-warnings
 
 test-newest: export NUMBA_CACHE_DIR := $(CURDIR)/.venv-newest/numba
 test-newest:

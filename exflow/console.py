@@ -1,7 +1,7 @@
-"""Progress, notes and errors on stderr; stdout holds results alone.
+"""Progress, notes and errors on stderr; stdout has only results.
 
-On a terminal, progress is a bar that vanishes when the work is done. Elsewhere there is no progress, but with
-`--verbose` a line now and then. With `--quiet` there are errors alone. rich heeds NO_COLOR.
+On a terminal, progress is a bar that vanishes when the work is done. Elsewhere no progress is shown, except a
+line every few seconds with `--verbose`. With `--quiet` only errors are printed. rich heeds NO_COLOR.
 """
 
 import logging
@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 stderr = Console(stderr=True)
-_EVERY = 5.0  # seconds between the lines that --verbose asks for
+_EVERY = 5.0  # seconds between the progress lines of --verbose
 
 
 @dataclass
 class Verbosity:
-    """State of --quiet and --verbose. first_rank: whether this is the first rank of a job, or alone."""
+    """State of --quiet and --verbose. first_rank: True on rank 0 of a job, and for a single process."""
 
     quiet: bool = False
     verbose: bool = False
@@ -50,14 +50,14 @@ def note(message: str) -> None:
 
 
 def say_error(error: BaseException) -> None:
-    """Print an error as one line, with --verbose after its traceback."""
+    """Print an error as one line; with --verbose its traceback comes first."""
     if verbosity.verbose:
         traceback.print_exception(error)
     say(str(error))
 
 
 class _Notes(logging.Handler):
-    """Prints what the library logs as notes. All ranks log the same: the first one prints."""
+    """Prints the library's log records as notes. All ranks log the same, so only the first prints."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if verbosity.first_rank:
@@ -65,10 +65,10 @@ class _Notes(logging.Handler):
 
 
 def begin() -> None:
-    """Prepare for a command: reset --quiet and --verbose, and print what the library logs.
+    """Prepare for a command: reset --quiet and --verbose, and print the log records of the library.
 
     Characters that stdout's encoding lacks become escapes, so that the rest of a result is not lost.
-    A closed stream is replaced by a null device: Python has None for it, and would print errors to stdout.
+    A closed stream is replaced by a null device: Python sets it to None, and would print errors to stdout.
     """
     verbosity.quiet = verbosity.verbose = False
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the program runs
@@ -86,7 +86,7 @@ class _Pace(ProgressColumn):
 
 
 def pace(task: Task) -> str:
-    """`8,192/32,768 tokens, 2,700/s, 0:00:09 left`, or the parts of it that are known."""
+    """Return `8,192/32,768 tokens, 2,700/s, 0:00:09 left`, or the parts of this text that are known."""
     if task.total is None:
         return str(timedelta(seconds=int(task.elapsed or 0)))
     unit = task.fields["unit"]
@@ -102,7 +102,7 @@ class Work:
     """Progress of a piece of work: its name, the share that is done, and a detail."""
 
     def __init__(self, what: str, unit: str = "", shown: bool = True) -> None:
-        """unit: of the amount; without one only the share is shown. shown: True on one rank of a job."""
+        """unit: unit of the amount; without one only the share is shown. shown: True on one rank of a job."""
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -134,7 +134,7 @@ class Work:
             say(f"{self.task.description}: {how} after {monotonic() - self.began:.1f} s")
 
     def advance(self, done: float, total: float) -> None:
-        """Show that `done` of `total` is done."""
+        """Show that `done` of `total` units are complete."""
         self.progress.update(self.id, completed=done, total=total)
         self._line()
 
@@ -151,7 +151,7 @@ class Work:
 
 
 class TimedWork(Work):
-    """Work that ends when its time is up, if not before."""
+    """Work with a time limit in seconds; its bar shows the time used."""
 
     def __init__(self, what: str, seconds: float) -> None:
         super().__init__(what)

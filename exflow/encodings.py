@@ -1,8 +1,8 @@
-"""Which encoding the bytes of a text are in: UTF-8 is read, another is named."""
+"""Decoding of text files: UTF-8 is read, and any other encoding is named in the error."""
 
 import codecs
 
-_MARKS = {  # the longer ones first: a mark of UTF-16 begins one of UTF-32
+_MARKS = {  # longer marks first: the UTF-32-LE mark begins with the UTF-16-LE one
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -11,7 +11,7 @@ _MARKS = {  # the longer ones first: a mark of UTF-16 begins one of UTF-32
 
 
 def wide_encoding(start: bytes) -> str | None:
-    """UTF-16 or UTF-32, where a text's first four bytes tell it: by a mark, or by the zeros around ASCII."""
+    """Detect UTF-16 or UTF-32 from a text's first four bytes: a byte-order mark, or zeros around ASCII."""
     for mark, name in _MARKS.items():
         if start.startswith(mark):
             return name
@@ -22,7 +22,7 @@ def wide_encoding(start: bytes) -> str | None:
 
 
 def utf8_text(content: bytes) -> str:
-    """The text, without a byte-order mark. ValueError, saying what it is, unless it is UTF-8."""
+    """The text, without a byte-order mark. Raises ValueError unless it is UTF-8; names UTF-16 and UTF-32."""
     wide = wide_encoding(content)
     if wide is not None:
         raise ValueError(f"it is {wide} text; save it as UTF-8")

@@ -1,4 +1,4 @@
-"""The errors that end a command with one line: the user's input is at fault, or what was computed is."""
+"""Errors that end a command with a one-line message: bad input, or a wrong result."""
 
 import re
 
@@ -15,15 +15,15 @@ class InputError(ValueError):
 
 
 class WrongResult(ArithmeticError):
-    """What was computed cannot be right: it is NaN or infinite, or other than a check says.
+    """A computed result is wrong: it is NaN or infinite, or a check contradicts it.
 
-    The message is one line that names the place (sequence, step) and what was found there. The command line
+    The message is one line that names the place (sequence, step) and the value found there. The command line
     prints it without a traceback and exits with code 1.
     """
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """One line on what lacked, if that is what `error` says; None for any other error."""
+    """A one-line message if `error` reports a lack of memory; None for any other error."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, for GPUs
     if not (named or "can't allocate memory" in str(error)):  # torch's words on CPUs
         return None
@@ -33,5 +33,5 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def _printable(character: str) -> str:
-    """Itself, or its escape: what is quoted from a file must not break the line or steer a terminal."""
+    """The character, or its escape: text quoted from a file must not break the line or control a terminal."""
     return character if character.isprintable() else character.encode("unicode_escape").decode()

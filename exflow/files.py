@@ -1,4 +1,4 @@
-"""Reading and writing files so that bad input gets a clear error and a stop leaves nothing half-written."""
+"""File reading with clear errors for bad input, and atomic writing: a stop leaves nothing half-written."""
 
 import errno
 import json
@@ -25,12 +25,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if not.
 
     Readers see the old file or the whole new one, never a part. Raises InputError if the place cannot be
-    written: no such folder can be made, the disk is full.
+    written: the folder cannot be made, or the disk is full.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: is a device or the like, which a file would replace; choose another place")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:  # from here on, so that a signal at any moment finds what it has to remove
+    try:  # the temporary file is made inside, so that a signal at any moment removes it
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         yield temporary
@@ -57,7 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             new.mkdir()
             try:
                 yield new
-            except InputError as error:  # of a place that the user does not know
+            except InputError as error:  # it names the temporary folder, which the user does not know
                 raise InputError(str(error).replace(str(new), str(path))) from error
             for file in filter(Path.is_file, new.rglob("*")):
                 _reach_the_disk(file)
@@ -74,7 +74,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _reach_the_disk(file: Path) -> None:
-    """Wait until it has: a quota, or a file system over a network, refuses what was written only now."""
+    """Wait until the file is on disk: quotas and network file systems may report an error only at fsync."""
     with file.open("rb") as opened:
         os.fsync(opened)
 
@@ -85,7 +85,7 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError if nothing can be made at `path`; asked before long work, changes nothing."""
+    """Raise InputError if nothing can be made at `path`. Called before long work; changes nothing."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{path}: cannot be written ({folder} is no folder to write to); choose another")
@@ -110,7 +110,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def read_yaml(path: Path, what: str, remedy: str) -> Any:
-    """As read_json, of YAML as PlainLoader takes it, at most MAX_YAML_BYTES long."""
+    """Read a YAML file of at most MAX_YAML_BYTES with PlainLoader; `what` and `remedy` as in read_json."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_YAML_BYTES + 1)
@@ -125,15 +125,15 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: the {what} is not YAML ({line}{error.problem}); {remedy}") from error
     except RecursionError as error:
         raise InputError(f"{path}: the {what} is not YAML (nested too deeply); {remedy}") from error
-    except Exception as error:  # PyYAML lets pass what int(), datetime and others say of a scalar
+    except Exception as error:  # PyYAML does not catch the errors of int(), datetime and others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: the {what} is not YAML ({reason}); {remedy}") from error
 
 
 class PlainLoader(yaml.SafeLoader):
-    """SafeLoader without anchors, aliases and tags, by which a small file grows large.
+    """SafeLoader that refuses anchors, aliases and tags, by which a small file grows large.
 
-    Nor does it take long scalars, and keys that overwrite one another.
+    It also refuses long scalars and duplicate keys.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -1,4 +1,4 @@
-"""Text files: which ones a user names, and reading them as UTF-8."""
+"""Text files: lookup of the files that a user names, and reading as UTF-8."""
 
 import os
 import sysconfig
@@ -22,7 +22,10 @@ STDLIB_LEFT_OUT = (
 
 
 def find_texts(names: list[str]) -> list[Path]:
-    """Files and folders (searched for .txt, .md, .rst, .py); "{stdlib}" is the standard library's sources."""
+    """List the text files at `names`: files, folders (their .txt, .md, .rst and .py files), and "{stdlib}".
+
+    "{stdlib}" stands for the Python sources of the standard library.
+    """
     files: list[Path] = []
     for name in names:
         path = Path(name)
@@ -42,15 +45,15 @@ def find_texts(names: list[str]) -> list[Path]:
 def _stdlib_sources() -> list[Path]:
     files: list[Path] = []
     for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
-        subfolders[:] = set(subfolders).difference(STDLIB_LEFT_OUT)  # os.walk then enters these alone
+        subfolders[:] = set(subfolders).difference(STDLIB_LEFT_OUT)  # os.walk enters only these
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8. A byte-order mark is no part of it, and a line ends with \\n alone.
+    """Read a UTF-8 text file, without its byte-order mark and with \\n as line ending.
 
-    Raises InputError, which says what the file is, for any other encoding and for binary files.
+    Raises InputError for binary files and any other encoding; the message names what the file is.
     """
     try:
         content = path.read_bytes()

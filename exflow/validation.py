@@ -12,14 +12,17 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from exflow.errors import InputError
 
 Model = TypeVar("Model")
-_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a misspelt key is told before the missing one
+_UNKNOWN = (
+    "extra_forbidden",
+    "unexpected_keyword_argument",
+)  # a misspelt key comes before a missing one
 
 
 def validated(kind: type[Model], value: Any, source: Path, remedy: str = "") -> Model:
     """Build a model of `kind`, a pydantic model or a dataclass, from the content of the file `source`.
 
     Raises InputError, one line that names the file, the key, its value and the remedy: `remedy`, unless
-    the fault says one itself.
+    the fault itself has one.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -28,7 +31,7 @@ def validated(kind: type[Model], value: Any, source: Path, remedy: str = "") -> 
 
 
 def first_fault(kind: type[Any], error: ValidationError, remedy: str = "") -> str:
-    """The first fault of `error`: `edges[2].latency_us = -1: Input should be greater than 0; REMEDY`."""
+    """The first fault of `error`, as `edges[2].latency_us = -1: Input should be greater than 0; REMEDY`."""
     faults = error.errors()
     fault = next((each for each in faults if each["type"] in _UNKNOWN), faults[0])
     found = reprlib.repr(fault["input"])
@@ -42,7 +45,7 @@ def first_fault(kind: type[Any], error: ValidationError, remedy: str = "") -> st
     if fault["type"] in ("missing", "missing_argument"):
         return f"the key {key!r} is missing; {remedy or 'add it'}"
     reason = " ".join(fault["msg"].removeprefix("Value error, ").split())
-    if fault["type"] == "value_error":  # one of our own, which names the keys, their values and the remedy
+    if fault["type"] == "value_error":  # our own checks name the keys, their values and the remedy
         return f"{key}: {reason}" if key else reason
     return f"{key} = {found}: {reason}{then}"
 

@@ -1,4 +1,4 @@
-"""The end of a step: the tokens chosen become the next step's."""
+"""End of a step: the chosen tokens become the next step's input."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from exflow.kernels.operands import expect, power_of_2
 from exflow.kernels.wire import after_earlier_kernels
 
-NONFINITE_TOKEN = -2  # noted instead of a token whose logits are not finite
+NONFINITE_TOKEN = -2  # recorded instead of a token chosen from NaN or infinite logits
 
 
 @triton.jit
@@ -30,13 +30,13 @@ def advance_kernel(
     NONFINITE_TOKEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (1,), of one warp: `done` and `step` are read by all threads and written by one. Notes the tokens
-    of the owned rows; what has ended is owned by nobody from now on.
+    """Grid (1,), of one warp: all threads read `done` and `step`, and one writes them.
 
-    best [rows] int64, the entry with the largest score, and score [rows], NaN if any entry's is; ends [ENDS]
-    int64; chosen [positions, rows] int64, of which line `done` is written: -1 for rows not owned,
-    NONFINITE_TOKEN instead of a token whose score is not finite. Then token [rows] int64, position [rows]
-    int64, owned [rows] int32, done [1] and step [1] int64 are the next step's.
+    Records the tokens of the owned rows; nobody owns a sequence that has ended.
+    best [rows] int64: the entry with the largest score. score [rows]: its score, NaN if any entry's is NaN.
+    ends [ENDS] int64. chosen [positions, rows] int64: line `done` is written, -1 for rows not owned,
+    NONFINITE_TOKEN for a score that is not finite. token [rows] int64, position [rows] int64, owned [rows]
+    int32, done [1] and step [1] int64 are updated for the next step.
     """
     after_earlier_kernels(PDL)
     row = tl.arange(0, BLOCK)
@@ -70,9 +70,9 @@ def advance(
     step: Tensor,
     launch: dict[str, Any],
 ) -> None:
-    """Launch `advance_kernel`: note the tokens of the owned rows, and make them the next step's.
+    """Launch `advance_kernel`: record the tokens of the owned rows, and make them the next step's input.
 
-    ends [ENDS + 1] int64: the tokens that end a sequence, and one more, so that it is never empty.
+    ends [ENDS + 1] int64: the tokens that end a sequence, and one more, so that the tensor is never empty.
     """
     rows = len(best)
     expect(torch.int64, (rows,), best=best, token=token, position=position)

@@ -1,8 +1,9 @@
-"""After the experts: partial sums go to the tokens' next owners, and the residual stream moves on.
+"""Combine: partial sums go to the tokens' next owners, which add them to the residual stream.
 
-A row on the way back has its exchange's number in one region of the receiver's buffer and the partial sum in
-another. Every sender has a chunk of its own there, so sums are made in order and no two writers meet. With
-relays (relay.py) it goes to the token's relay in this node, whose sum goes to the next owner.
+A row of partial sums is stored in two regions of the receiver's buffer: its exchange's number, and the sum.
+Every sender has a chunk of its own there, so sums are added in a fixed order and no two ranks write to one
+address. With relays (relay.py) a row goes to the token's relay in this node, which sends the sum to the next
+owner.
 """
 
 import torch
@@ -40,7 +41,7 @@ def sum_here(partials, weights, sequence, d, in_row, pairs, D: tl.constexpr, TOP
 @triton.jit
 def add_sums(total, base, place, number, d, in_row, like, ME: tl.constexpr, PEERS: tl.constexpr,
              CHUNK: tl.constexpr, SUMS_AT: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """`total`, float32, with what peers put into their chunks for one row added; and how many of them did."""
+    """Add one row's sums from the peers' chunks to `total`, float32; return it and the number of senders."""
     senders = 0
     for peer in tl.static_range(PEERS):
         if peer != ME:
@@ -54,8 +55,7 @@ def add_sums(total, base, place, number, d, in_row, like, ME: tl.constexpr, PEER
 
 @triton.jit
 def put_sum(chunk, sums_at, place, number, value, d, in_row, D: tl.constexpr):
-    """Store one row of sums, value [BLOCK_D] of the type that travels, in its place of a chunk, and the
-    exchange's number."""
+    """Store one row of sums and the exchange's number in a chunk. value [BLOCK_D], of the payload's type."""
     tl.store(chunk.to(tl.pointer_type(tl.int32)) + place, number)
     sums = pointer_at(chunk + sums_at, tl.pointer_type(value.dtype))
     tl.store(sums + place * D + d, value, mask=in_row)
@@ -88,12 +88,13 @@ def send_partials_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (sequences,). Sends what this rank's experts made of a token to its owner, or to all
-    (REPLICATED), or to its relay in this node (RELAYED, where rows in the buffers are numbered by
-    sequence).
+    """Grid (sequences,). Sends this rank's partial sum of a token to its next owner.
 
-    buffers [2, RANKS] int64: my chunk at each rank, by the number's parity; like: any tensor of the type that
-    travels; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
+    REPLICATED: to all ranks instead. RELAYED: to the token's relay in this node, with rows of the buffers
+    indexed by sequence.
+    buffers [2, RANKS] int64: address of this rank's chunk at each rank, by the number's parity. like: any
+    tensor of the payload's type. sent [sequences, 2] int32: incremented by the copies to other ranks of this
+    node and of other nodes.
     """
     after_earlier_kernels(PDL)
     sequence = tl.program_id(0)
@@ -160,11 +161,12 @@ def combine_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows owned from now on.
+    """Grid (rows,). hidden[row] = residual + every rank's partial sum, for the rows that this rank owns next.
 
-    normed [rows, D]: the norm of it, for what comes next; owned [rows] int32 is replaced; buffers [2]
-    int64: where partial sums arrive, by the number's parity. RELAYED: arrived [RANKS] int64 is where the
-    sums of other nodes' relays do, 0 for the ranks of this node.
+    With RETURNS and WAIT the flags are raised first, and rows are read after all flags (docs/decode.md).
+    normed [rows, D]: the norm of `hidden`, for the next layer. owned [rows] int32: replaced. buffers [2]
+    int64: address of arriving partial sums, by the number's parity. RELAYED: arrived [RANKS] int64 is the
+    address of arriving sums from relays of other nodes, 0 for the ranks of this node.
     """
     PEERS: tl.constexpr = RANKS_PER_NODE if RELAYED else RANKS
     row = tl.program_id(0)
@@ -217,7 +219,7 @@ def send_partials(
     step: Tensor,
     sent: Tensor,
 ) -> None:
-    """Launch `send_partials_kernel`: what this rank's experts made goes to its owner or relay."""
+    """Launch `send_partials_kernel`: partial sums of this rank's experts go to next owners or relays."""
     splits = len(partials)
     expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)
     expect(torch.int32, (geometry.sequences, 2), sent=sent)
@@ -256,9 +258,9 @@ def combine(
     progress: Progress,
     most_polls: int,
 ) -> None:
-    """Launch `combine_kernel`. returns: partial sums arrive in `buffer`, which is not read otherwise.
+    """Launch `combine_kernel`. returns: True if partial sums arrive in `buffer`; else it is not read.
 
-    A token that comes home to a group of one was its owner's to relay: its sums have been waited for.
+    With relays and groups of one rank it does not wait: the owner is the relay, and `relay_sums` has waited.
     """
     rows, splits = geometry.rows, len(partials)
     expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)

@@ -1,8 +1,8 @@
-"""Attention of a decode step: one new token a sequence, over the keys and values of its past.
+"""Attention of a decode step: one new token of each sequence, over the sequence's K/V cache.
 
-Rows that this rank does not own are skipped, so the bytes read are those of its own tokens. The new keys and
-values go into the caches of the whole coherence group from here: each member is ready to own the token in the
-next step, and the rows travel while the past is read.
+Rows that this rank does not own are skipped, so only the caches of its own tokens are read. While it reads
+them, this kernel writes new keys and values into the caches of the whole coherence group. So each member can
+own the token in the next step.
 """
 
 from typing import Any
@@ -21,10 +21,13 @@ from exflow.kernels.wire import after_earlier_kernels, pointer_at
 def _over_the_past(q, new_k, new_v, sink, keys, side, begin, end, with_new, scale, SINKS: tl.constexpr,
                    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
-    """The queries [BLOCK_Q, BLOCK_C] that share a key head, over its past: peak, mass [BLOCK_Q], sums,
-    float32. SINKS: sink [BLOCK_Q] joins the scores."""
+    """Attention of the queries [BLOCK_Q, BLOCK_C] of one key head over positions begin to end.
+
+    Returns the largest score and the sum of exponentials [BLOCK_Q], and the unnormalised output [BLOCK_Q,
+    BLOCK_C], all float32. with_new: the new token is seen too. SINKS: sink [BLOCK_Q] joins the scores.
+    """
     c = tl.arange(0, BLOCK_C)
-    # the new token itself belongs to the first part, and so does the sink
+    # the new token and the sink belong to the first part
     first = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
     peak = tl.where(with_new, first, float("-inf"))
     mass = tl.where(with_new, tl.full([BLOCK_Q], 1.0, tl.float32), 0.0)
@@ -85,12 +88,12 @@ def decode_attention_kernel(
     """Grid (rows, KV_HEADS, SPLITS).
 
     qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64 of the new token;
-    caches [MEMBERS] int64, the address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH],
-    MEMBER this rank's; out [rows, HEADS, WIDTH]. A token sees `window` positions, its own the last; where
-    SINKS, sinks [HEADS] join the scores and add no value. With SPLITS > 1 the past is cut into parts: sums
-    [rows, HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written, to be merged.
-    attended [rows] int32 counts the tokens run here. Where NEW_KV, new_kv [layers, rows, 2 KV_HEADS * WIDTH]
-    gets the owned rows' new keys and values, and new_kv_owned [layers, rows] int32 says which those are.
+    caches [MEMBERS] int64: address of each member's cache [layers, 2, rows, KV_HEADS, positions, WIDTH];
+    MEMBER: index of this rank; out [rows, HEADS, WIDTH]. A token sees the last `window` positions, its own
+    included. SINKS: sinks [HEADS] join the scores and add no value. SPLITS > 1: the cache is read in parts,
+    and sums [rows, HEADS, SPLITS, WIDTH] and peaks [rows, HEADS, SPLITS, 2] float32 are written, to be
+    merged. attended [rows] int32: incremented for owned rows. NEW_KV: new_kv [layers, rows, 2 KV_HEADS *
+    WIDTH] gets the new keys and values of owned rows, and new_kv_owned [layers, rows] int32 marks these rows.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
@@ -155,7 +158,7 @@ def merge_splits_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, HEADS). Joins the parts of the past in `sums` and `peaks` of `decode_attention_kernel`."""
+    """Grid (rows, HEADS). Merges the parts in `sums` and `peaks` of `decode_attention_kernel` into `out`."""
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     if tl.load(owned + row) != 0:
@@ -190,10 +193,10 @@ def decode_attention(
     new_kv_owned: Tensor,
     launch: dict[str, Any],
 ) -> None:
-    """Launch `decode_attention_kernel`, and `merge_splits_kernel` where `sums` has several parts of the past.
+    """Launch `decode_attention_kernel`, and `merge_splits_kernel` if `sums` has several parts.
 
-    positions: room of the caches, of which the `member`-th is this rank's. new_kv has no layers where every
-    cache can be written to.
+    positions: number of positions of a cache. member: index of this rank's cache. new_kv: has 0 layers if
+    all caches can be written to.
     """
     rows, heads, splits, width = sums.shape
     kv_heads = (qkv.shape[1] // width - heads) // 2

@@ -1,4 +1,4 @@
-"""The expert MLP over the slots of one rank, with interchangeable back ends for its two products."""
+"""Expert MLP over the slots of one rank, with interchangeable backends for its two products."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,10 +25,10 @@ def expert_mlp(
     b_in_SW: Tensor | None = None,
     b_out_SD: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum over each token's experts that live here -> [T, D].
+    """Weighted sum [T, D] over each token's experts on this rank.
 
-    slots_TK holds local slots, -1 where the expert lives on another rank: summed over all ranks the results
-    are the layer's output. The activation says what W is (reference.rows_of_w_in). Differentiable.
+    slots_TK: local slots, -1 for an expert on another rank. The sum of the results over all ranks is the
+    layer's output. The activation determines W (reference.rows_of_w_in). Differentiable.
     Raises ValueError for shapes that do not fit.
     """
     if slots_TK.shape != weights_TK.shape or len(slots_TK) != len(hidden_TD):
@@ -64,7 +64,7 @@ def grouped_experts(
 ) -> Tensor:
     """`reference.experts` as two torch grouped products; one kernel each for bf16 on SM90 and later.
 
-    Raises ValueError where a row of the weights is not a multiple of 16 bytes.
+    Raises ValueError if a row of the weights is not a multiple of 16 bytes.
     """
     for width in w_out_SDF.shape[1:]:
         if width * rows_RD.element_size() % 16:
@@ -89,7 +89,7 @@ def megablocks_experts(
     b_in_SW: Tensor | None = None,
     b_out_SD: Tensor | None = None,
 ) -> Tensor:
-    """`reference.experts` by the grouped products of megablocks (0.10), which have the counts on the host.
+    """`reference.experts` by the grouped products of megablocks (0.10), which need the counts on the host.
 
     Experimental: written from the source of megablocks, and not yet run (0.10 pins another torch).
     Raises ValueError for anything but bfloat16 on a GPU.
@@ -105,14 +105,14 @@ def megablocks_experts(
 
 
 def _with_biases(rows_RN: Tensor, counts_S: Tensor, biases_SN: Tensor | None) -> Tensor:
-    """Each slot's bias added to its rows."""
+    """Add each slot's bias to its rows."""
     if biases_SN is None:
         return rows_RN
     return rows_RN + biases_SN.repeat_interleave(counts_S, dim=0, output_size=len(rows_RN))
 
 
 def _has_megablocks() -> bool:
-    """megablocks alone is not enough: what it multiplies with is a package of its own."""
+    """True if megablocks and its package of grouped products (grouped_gemm) are installed."""
     return all(find_spec(name) is not None for name in ("megablocks", "grouped_gemm"))
 
 

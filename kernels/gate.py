@@ -1,8 +1,9 @@
-"""Norm, gate, choice of experts and next owner, and the put of each token's row to the ranks that serve it.
+"""Gate and dispatch: norm, gate, choice of experts and next owner, and writes to the ranks that serve a row.
 
-One program a row the rank may own. A row on the wire has two parts, in two regions of the receiver's buffer:
-WORDS int32 (the exchange's number, the next owner, the physical slots, the bits of the gate weights) and the
-hidden state before the layer. The receiver repeats the norm, so that the residual stream travels, once.
+Each row that the rank may own has one program. A row on the wire has two parts, in two regions of the
+receiver's buffer: WORDS int32 (the exchange's number, the next owner, the physical slots, the bits of the
+gate weights) and the hidden state before the layer. The receiver repeats the norm, so only the residual
+stream travels.
 """
 
 import torch
@@ -30,7 +31,7 @@ SLOTS: tl.constexpr = tl.constexpr(2)
 @triton.jit
 def put_row(base, place, words, x, like, WORDS: tl.constexpr, HIDDEN_AT: tl.constexpr, D: tl.constexpr,
             BLOCK_D: tl.constexpr):  # fmt: skip
-    """Store one row, words [WORDS] and hidden state x [BLOCK_D] of like's type, in its place of a buffer."""
+    """Store one row at `place` of a buffer: words [WORDS] and hidden state x [BLOCK_D], of like's type."""
     word = tl.arange(0, WORDS)
     d = tl.arange(0, BLOCK_D)
     tl.store(pointer_at(base, tl.pointer_type(tl.int32)) + place * WORDS + word, words)
@@ -81,19 +82,18 @@ def gate_and_dispatch_kernel(
     STRIP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (rows,). Writes one row to every rank that serves the token, and to itself if it keeps it.
+    """Grid (rows,). Writes an owned row to every rank that serves the token, and to this rank if it keeps it.
 
-    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D], with GATE_BIAS gate_bias [EXPERTS]; serving
-    [RANKS, EXPERTS] int32, by the rank that asks; next_owner [EXPERTS, RANKS] int32; dictated [tokens,
-    layers, TOP_K] int64 with dictated_row [rows] where REPLAY; routing [rows, TOP_K] int32 and routing_weight
-    float32 are written, -1 for rows not owned; buffers [2, RANKS] int64, where to write for each rank, by the
-    number's parity; step [1] int64;
-    sent [rows, 2] int32, copies to other ranks of this node and of others, added to. BY_SEQUENCE: rows in
-    the buffers are numbered by sequence, else by row. AMONG_ALL: a weight is the expert's probability among
-    all of them, else among the chosen. RELAYED: a node that is not this one gets one row, by row, for the
-    relay there (relay.py).
+    hidden [rows, D]; owned [rows] int32; gate [EXPERTS, D]; gate_bias [EXPERTS] with GATE_BIAS; serving
+    [RANKS, EXPERTS] int32: physical slot that serves an expert for each rank; next_owner [EXPERTS, RANKS]
+    int32; with REPLAY dictated [tokens, layers, TOP_K] int64 and dictated_row [rows] int64. Written: routing
+    [rows, TOP_K] int32, -1 for rows not owned, and routing_weight [rows, TOP_K] float32. buffers [2, RANKS]
+    int64: address to write to for each rank, by the number's parity. step [1] int64. sent [rows, 2] int32:
+    incremented by the copies to other ranks of this node and of other nodes. BY_SEQUENCE: rows of the buffers
+    are indexed by sequence, else by row. AMONG_ALL: weights are probabilities among all experts, else among
+    the chosen ones. RELAYED: each other node gets one row, indexed by row, for the relay there (relay.py).
     """
-    # everything whose address is known is read before anything is computed: latencies add up otherwise
+    # all loads with known addresses come before any computation, so that their latencies overlap
     row = tl.program_id(0)
     sequence = sequence_of(row, RANK, RANKS, GROUP)
     home = sequence % RANKS
@@ -134,7 +134,7 @@ def gate_and_dispatch_kernel(
         odds = tl.exp(logits - tl.max(logits, 0))
         probability = odds / tl.sum(odds, 0)
 
-        # choices, the words of the row, who serves them, and who may own the token next
+        # the chosen experts, the words of the row, the ranks that serve it, and the candidates for next owner
         word = tl.arange(0, WORDS)
         words = tl.zeros([WORDS], tl.int32)
         scores = tl.zeros([WORDS], tl.float32)
@@ -178,7 +178,7 @@ def gate_and_dispatch_kernel(
         place = sequence if BY_SEQUENCE else row
         for rank in tl.static_range(RANKS):
             if RELAYED and rank // RANKS_PER_NODE != RANK // RANKS_PER_NODE:
-                if rank % RANKS_PER_NODE == RANK % RANKS_PER_NODE:  # my relay there
+                if rank % RANKS_PER_NODE == RANK % RANKS_PER_NODE:  # the token's relay there
                     there = ranks // RANKS_PER_NODE == rank // RANKS_PER_NODE
                     if tl.sum(tl.where(there, hosts, 0), 0) != 0:
                         beyond += 1
@@ -187,7 +187,7 @@ def gate_and_dispatch_kernel(
             else:
                 serves = tl.sum(tl.where(ranks == rank, hosts, 0), 0) != 0
                 if rank == RANK:
-                    wanted = serves | (owner == RANK) | RELAYED  # the relay in its own node
+                    wanted = serves | (owner == RANK) | RELAYED  # the owner is the relay in its node
                 else:
                     wanted = serves and not REPLICATED
                     if wanted:
@@ -225,7 +225,7 @@ def gate_and_dispatch(
     step: Tensor,
     sent: Tensor,
 ) -> None:
-    """Launch `gate_and_dispatch_kernel`. dictated: the choices of a trace that is replayed."""
+    """Launch `gate_and_dispatch_kernel`. dictated: the experts of a replayed trace, or None."""
     rows, (experts, _) = geometry.rows, gate.weight.shape
     expect(hidden.dtype, (rows, geometry.hidden_size), hidden=hidden)
     expect(gate.weight.dtype, (experts, geometry.hidden_size), gate=gate.weight)

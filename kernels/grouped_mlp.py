@@ -1,10 +1,9 @@
-"""The expert MLP for the few rows of a decode step: each needed expert's weights are read once.
+"""Expert MLP for the few rows of a decode step: the weights of each needed expert are read once.
 
-Bound by the bytes of the weights, so a program holds a tile of weights against all rows of its slot at once,
-up to BLOCK_R; the weights are the left operand of the product, since they have rows enough to fill a matrix
-unit. Two kernels: the first product and the activation, then the second product. The second splits the inner
-width over programs where tiles are too few to fill the GPU; the parts are summed, in order, by whoever reads
-them.
+The bytes of the weights bound the time, so a program multiplies a tile of weights with up to BLOCK_R rows of
+its slot at once. Weights are the left operand, since they have enough rows to fill a matrix unit. One kernel
+computes the first product and the activation, another the second product. The second kernel splits the inner
+width over programs if tiles are too few to fill the GPU; readers of the parts sum them in order.
 """
 
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from exflow.kernels.wire import after_earlier_kernels
 
 @triton.jit
 def product(a, b, acc):
-    """acc + a @ b: exact products of float32, and of what float32 holds exactly."""
+    """acc + a @ b, without rounding of float32 operands to tf32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def activation(x, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """gelu of x; or times up: swiglu silu(x) * up, clamped-swiglu gpt-oss's (reference.ClampedSwiglu)."""
+    """gelu(x); for swiglu silu(x) * up; for clamped-swiglu the function of reference.ClampedSwiglu."""
     if KIND == "gelu":
         out = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "swiglu":
@@ -62,8 +61,8 @@ def expert_up_kernel(
 ):
     """Grid (F / BLOCK_F, slots). inner[pair] = activation(normed[pair // TOP_K] @ w_in[slot].T).
 
-    w_in [slots, F, D] where KIND is gelu, else [slots, 2 F, D], the first half for x of `activation`; with
-    BIASED b_in [slots, F] or [slots, 2 F] is added to the product.
+    w_in [slots, F, D] if KIND is gelu, else [slots, 2 F, D], whose first half gives x of `activation`.
+    BIASED: b_in [slots, F] or [slots, 2 F] is added to the product.
     """
     GATED: tl.constexpr = KIND != "gelu"
     after_earlier_kernels(PDL)
@@ -117,8 +116,8 @@ def expert_down_kernel(
     """Grid (D / BLOCK_D, slots, SPLITS). partials[split, pair] = weight_of[pair] * (a part of inner @
     w_out.T).
 
-    w_out [slots, D, F]; with BIASED b_out [slots, D] is added to the product; weight_of [pairs] float32;
-    partials [SPLITS, pairs, D] float32.
+    w_out [slots, D, F]; weight_of [pairs] float32; partials [SPLITS, pairs, D] float32. BIASED: b_out [slots,
+    D] is added to the product.
     """
     after_earlier_kernels(PDL)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -148,10 +147,11 @@ def expert_down_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product of experts is cut.
+    """Tiling of one product of the experts.
 
-    rows: of a slot, multiplied at once. wide: outputs of a program. deep: of the sum, in one step. splits: of
-    the sum, over programs.
+    rows: rows of a slot that a program multiplies at once. wide: output columns of a program. deep: length of
+    the sum in one step of its loop. splits: parts of the sum in different programs. stages: pipeline stages.
+    warps: warps of a program.
     """
 
     rows: int
@@ -165,8 +165,8 @@ class Tiles:
 def tiles_for(rows_per_slot: float, slots: int, width: int, depth: int, itemsize: int, gated: bool) -> Tiles:
     """Tiles for a product of [rows, depth] with [width, depth] weights in each of `slots` slots.
 
-    Weights are read again for every `rows` of a slot, so that the fullest slot should fit; more rows than are
-    there cost arithmetic. Measured on an H200 (docs/log.md).
+    Weights are read again for every `rows` rows of a slot, so the fullest slot should fit; unused rows cost
+    arithmetic. Measured on an H200 (docs/log.md).
     """
     rows = min(128, max(16, power_of_2(int(rows_per_slot + 4 * rows_per_slot**0.5) or 1)))
     few, many = rows == 16, rows == 128
@@ -190,7 +190,7 @@ def grouped_mlp(
     partials: Tensor,
     launch: dict[str, Any],
 ) -> None:
-    """Launch `expert_up_kernel` and `expert_down_kernel`: each slot's rows through its expert, into partials.
+    """Launch `expert_up_kernel` and `expert_down_kernel`: the weighted outputs of the experts, in `partials`.
 
     inner [pairs, F] of the weights' type; partials [splits, pairs, D] float32.
     """

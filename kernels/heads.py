@@ -1,4 +1,4 @@
-"""Between projection and attention: norms of queries and keys, bounds, and rotary positions, in place."""
+"""Norms, bounds and rotary positions of queries, keys and values before attention, in place."""
 
 from typing import Any, Literal
 
@@ -37,10 +37,11 @@ def prepare_heads_kernel(
 ):
     """Grid (rows, 2), or with CLIP (rows, 3): the queries of an owned row, its keys, and its values.
 
-    qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64. NORM is none, head
-    (weights and biases [WIDTH]) or width ([HEADS * WIDTH] and [KV_HEADS * WIDTH]); then values are bounded by
-    +-clip; then, where ROTARY, number p of a head and number p + WIDTH / 2 are turned by cosines and sines
-    [positions, WIDTH / 2] float32. All as in decoder.Attention.
+    qkv [rows, (HEADS + 2 KV_HEADS) * WIDTH]; owned [rows] int32; position [rows] int64. As in
+    decoder.Attention, norm, bound and rotation follow each other. NORM: none, head (weights and biases
+    [WIDTH]) or width ([HEADS * WIDTH] and [KV_HEADS * WIDTH]). CLIP: queries, keys and values are bounded by
+    +-clip. ROTARY: numbers p and p + WIDTH / 2 of a head are rotated by cosines and sines [positions,
+    WIDTH / 2] float32.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
@@ -56,7 +57,7 @@ def prepare_heads_kernel(
         at = qkv + (row * (HEADS + 2 * KV_HEADS) + before + h) * WIDTH + p
         a = tl.load(at, mask=in_a, other=0.0).to(tl.float32)
         b = tl.load(at + HALF, mask=in_b, other=0.0).to(tl.float32)
-        if NORM != "none":  # noqa: SIM102 - what is known when compiled comes first
+        if NORM != "none":  # noqa: SIM102 - the compile-time condition comes first
             if part < 2:
                 w = q_weight if part == 0 else k_weight
                 shift = q_bias if part == 0 else k_bias
@@ -91,7 +92,7 @@ def prepare_heads_kernel(
 
 @triton.jit
 def _over(x, NORM: tl.constexpr):
-    """The sum of each head's numbers [BLOCK_H, 1], or of all of them [1, 1]."""
+    """The sum over each head [BLOCK_H, 1], or over all heads [1, 1]."""
     each = tl.sum(x, 1)[:, None]
     return each if NORM == "head" else tl.sum(each, 0)[None, :]
 
@@ -111,9 +112,10 @@ def prepare_heads(
     cos_sin: tuple[Tensor, Tensor] | None,
     launch: dict[str, Any],
 ) -> None:
-    """Launch `prepare_heads_kernel` where a model does anything to queries, keys and values.
+    """Launch `prepare_heads_kernel`, if the model has norms, a bound or rotary positions.
 
-    Both norms are there or none, over each head or the whole width. cos_sin: of every position and pair.
+    q_norm, k_norm: both or none, over each head or the whole width (norm_over). cos_sin [positions, width
+    / 2] float32 each: cosines and sines.
     """
     if q_norm is None and k_norm is None and clip is None and cos_sin is None:
         return
@@ -122,7 +124,7 @@ def prepare_heads(
     expect(torch.int32, (rows,), owned=owned)
     expect(torch.int64, (rows,), position=position)
     of_q, of_k = ({} if norm is None else norm_operands(norm) for norm in (q_norm, k_norm))
-    cosines, sines = cos_sin or (qkv, qkv)  # the latter are not read
+    cosines, sines = cos_sin or (qkv, qkv)  # without ROTARY these are not read
     prepare_heads_kernel[(rows, 2 if clip is None else 3)](
         qkv=qkv,
         owned=owned,

@@ -1,6 +1,6 @@
-"""The experts by torch's grouped GEMM, for many rows a slot: rows are permuted into slot order, and back.
+"""Grouped GEMM path of the experts, for many rows a slot: rows are permuted into slot order, and back.
 
-The three kernels skip what is beyond the rows that came; the products' shapes do not depend on how many did.
+The products are torch's, and their shapes are static. The three kernels skip rows beyond the received ones.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from exflow.kernels.grouped_mlp import activation
 from exflow.kernels.operands import ExpertWeights, Received, expect, or_unread, power_of_2
 from exflow.kernels.wire import after_earlier_kernels, is_sm90
 
-INNER_BLOCK = 1024  # inner widths that a program activates
+INNER_BLOCK = 1024  # inner columns that a program activates
 
 
 @triton.jit
 def slot_of(row, ends, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Whose rows this one is among; SLOTS where it is beyond all."""
+    """The slot of a row, given the ends of all slots; SLOTS if the row is beyond all of them."""
     s = tl.arange(0, BLOCK_S)
     return tl.sum((tl.load(ends + s, mask=s < SLOTS, other=1 << 30) <= row).to(tl.int32), 0)
 
@@ -45,7 +45,7 @@ def permute_kernel(
     """Grid (pairs,). rows[i] = normed[pair // TOP_K] for the pairs of slot 0, then of slot 1, ...
 
     pairs [slots, pairs] int32 and counts [slots] int32 as in `operands.Received`. order [pairs] int32: the
-    pair of each row; ends [slots] int32: where each slot's rows end.
+    pair of each row; ends [slots] int32: the end of each slot's rows.
     """
     after_earlier_kernels(PDL)
     i = tl.program_id(0)
@@ -80,8 +80,10 @@ def activate_kernel(
     BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, F / BLOCK_F). inner [pairs, F] from products [pairs, F], or [pairs, 2 F], and biases as in
-    `expert_up_kernel`."""
+    """Grid (pairs, F / BLOCK_F). inner [pairs, F] = activation of products [pairs, F] or [pairs, 2 F].
+
+    Activation and biases are as in `expert_up_kernel`.
+    """
     after_earlier_kernels(PDL)
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(ends + SLOTS - 1):
@@ -112,8 +114,10 @@ def unpermute_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs,). partials[pair] = weight_of[pair] * its row of outputs, with BIASED and b_out [slots, D];
-    partials [pairs, D] float32."""
+    """Grid (pairs,). partials[pair] = weight_of[pair] * outputs[row of the pair].
+
+    BIASED: b_out [slots, D] is added to the row. partials [pairs, D] float32.
+    """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
     if row < tl.load(ends + SLOTS - 1):
@@ -130,7 +134,7 @@ def unpermute_kernel(
 class Permuted:
     """The rows of all slots in slot order.
 
-    rows [pairs, D]; order [pairs] int32: the pair of each row; ends [slots] int32: where a slot's rows end.
+    rows [pairs, D]; order [pairs] int32: the pair of each row; ends [slots] int32: the end of a slot's rows.
     """
 
     rows: Tensor
@@ -139,7 +143,7 @@ class Permuted:
 
 
 def has_grouped_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped products run without reading sizes on the host."""
+    """True if torch's grouped products run without reading sizes on the host."""
     return device.type == "cpu" or (dtype == torch.bfloat16 and is_sm90(device))
 
 
@@ -152,7 +156,7 @@ def permuted_mlp(
     partials: Tensor,
     launch: dict[str, Any],
 ) -> None:
-    """Launch the three kernels and two grouped GEMMs between them: what `grouped_mlp` does, to one split."""
+    """Launch the three kernels and the two grouped GEMMs between them. Result as `grouped_mlp`, one split."""
     (slots, pairs), top_k = received.pairs.shape, received.weights.shape[1]
     hidden_size, width = received.normed.shape[1], experts.width
     expect(received.normed.dtype, (pairs, hidden_size), rows=permuted.rows)

@@ -1,7 +1,7 @@
-"""What came in: wait for every rank's rows, repeat the norm, and list each slot's rows for the experts.
+"""Receive: wait for all flags, repeat the norm of received rows, and list each slot's rows for the experts.
 
-The first programs take one sequence each, the rest one slot each. Both read the same words, so that neither
-waits for the other.
+The first programs handle one sequence each, the others one slot each. Both read the words of the rows
+themselves, so neither waits for the other.
 """
 
 import torch
@@ -33,7 +33,7 @@ from exflow.kernels.wire import (
 @triton.jit
 def chunk_of(base, sequence, source: tl.constexpr, CHUNK: tl.constexpr, RANKS: tl.constexpr,
              GROUP: tl.constexpr, BY_SEQUENCE: tl.constexpr):  # fmt: skip
-    """Where the `source`-th rank that may have sent this sequence put it: the chunk's address."""
+    """Address of the chunk of the `source`-th rank that may have sent this sequence."""
     return base if BY_SEQUENCE else base + (sequence % RANKS // GROUP * GROUP + source) * CHUNK
 
 
@@ -43,7 +43,7 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, re
               GROUP: tl.constexpr, RANKS_PER_NODE: tl.constexpr, SLOTS_PER_RANK: tl.constexpr,
               WORDS: tl.constexpr, HIDDEN_AT: tl.constexpr, CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr,
               RELAYED: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):  # fmt: skip
-    """One sequence's row, if one came: its norm, and what the kernels to come must know of it."""
+    """Write the fields of `operands.Received` for one sequence, whether its row was received or not."""
     SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
     place = sequence if BY_SEQUENCE else row_of(sequence, RANKS, GROUP)
     address = base * 0
@@ -82,8 +82,7 @@ def _take_row(base, sequence, number, d, w, b, normed, residual_at, owner_of, re
 def _list_slot(base, slot, number, pairs, counts, sequences, TOP_K: tl.constexpr, RANK: tl.constexpr,
                RANKS: tl.constexpr, GROUP: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, WORDS: tl.constexpr,
                CHUNK: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
-    """The (sequence, choice) pairs that came for one of this rank's slots, in ascending order of source and
-    choice."""
+    """List the received (sequence, choice) pairs of one slot, ordered by source, choice, sequence."""
     SOURCES: tl.constexpr = 1 if BY_SEQUENCE else GROUP
     sequence = tl.arange(0, BLOCK_B)
     exists = sequence < sequences
@@ -144,8 +143,9 @@ def receive_kernel(
 ):
     """Grid (sequences + SLOTS_PER_RANK,).
 
-    buffers [2] int64: where rows arrive, by the number's parity. Writes what `operands.Received` describes;
-    relay_of only with RELAYED.
+    buffers [2] int64: address of arriving rows, by the number's parity. Writes the fields of
+    `operands.Received`; relay_of only with RELAYED. With WAIT it raises the flags of this exchange, and reads
+    rows after all flags (docs/decode.md).
     """
     PEERS: tl.constexpr = RANKS_PER_NODE if RELAYED else RANKS
     program = tl.program_id(0)
@@ -178,7 +178,7 @@ def receive(
     progress: Progress,
     most_polls: int,
 ) -> None:
-    """Launch `receive_kernel`. The copies of replicated tokens are this rank's own, and not waited for."""
+    """Launch `receive_kernel`. Rows of replicated tokens are this rank's own, and need no wait."""
     sequences, slots, top_k = geometry.sequences, geometry.slots_per_rank, geometry.top_k
     expect(received.normed.dtype, (sequences, geometry.hidden_size), normed=received.normed)
     expect(torch.int64, (sequences,), residual_at=received.residual_at)

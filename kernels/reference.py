@@ -1,7 +1,7 @@
-"""Dispatch, experts and combine in plain torch: the oracle every faster back end is tested against.
+"""Dispatch, experts and combine in plain torch: the reference against which faster backends are tested.
 
 Shapes: T tokens, K choices a token, R = rows (token, choice) computed here, S slots, D hidden, F inner width,
-W the rows of an expert's w_in: F, or 2F where the activation is gated.
+W rows of an expert's w_in: F, or 2F if the activation is gated.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ Activation = Callable[[Tensor], Tensor]  # [R, W] -> [R, F]
 
 @dataclass(frozen=True)
 class SlotRows:
-    """The (token, choice) pairs whose expert lives here, in ascending order of slot.
+    """The (token, choice) pairs whose expert is on this rank, in ascending order of slot.
 
-    token_R    int64, the row of `hidden` each pair reads and adds to
+    token_R    int64, the row of `hidden` that a pair reads and adds to
     weight_R   gate weight of the pair
     counts_S   int64, pairs per slot; they sum to R
     """
@@ -29,7 +29,7 @@ class SlotRows:
 
 
 def dispatch(slots_TK: Tensor, weights_TK: Tensor, num_slots: int) -> SlotRows:
-    """Group the pairs by slot; a slot of -1 is an expert that lives elsewhere and is left out.
+    """Group the pairs by slot; a slot of -1 is an expert on another rank, and is left out.
 
     Three tokens, two slots, top-2: slots [[1, -1], [0, 1], [-1, -1]] give token_R [1, 0, 1] and
     counts_S [1, 2].
@@ -48,20 +48,20 @@ def swiglu(gate_up_RW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClampedSwiglu:
-    """gpt-oss's: (up + 1) * gate * sigmoid(alpha * gate), the gate at most `limit`, up within +-limit."""
+    """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), gate at most `limit`, up within +-limit."""
 
     alpha: float
     limit: float
 
     def __call__(self, gate_up_RW: Tensor) -> Tensor:
-        """As `swiglu` the first half of a row is the gate, the second is up."""
+        """Map rows [R, 2F] to [R, F]; the first half of a row is the gate, the second is up."""
         gate_RF, up_RF = gate_up_RW.chunk(2, dim=-1)
         gate_RF, up_RF = gate_RF.clamp(max=self.limit), up_RF.clamp(-self.limit, self.limit)
         return (up_RF + 1) * gate_RF * torch.sigmoid(self.alpha * gate_RF)
 
 
 def rows_of_w_in(inner: int, activation: Activation) -> int:
-    """W of an expert whose inner width is F."""
+    """W, the rows of w_in, for an inner width F."""
     return 2 * inner if activation is swiglu or isinstance(activation, ClampedSwiglu) else inner
 
 

@@ -1,10 +1,10 @@
-"""Between nodes a token's row travels once, to its relay there: the rank with the owner's place in its node.
+"""Relays: a token's row goes to another node once, to the rank with the owner's place there, its relay.
 
-A relay passes the row on to the ranks of its node that serve the token. Partial sums come back the same
-way: the ranks of a node give theirs to the relay, which sums them and sends one row to the next owner. In
-its own node the owner is the relay. Inside a node ranks write into each other's memory; what goes to
-another node is written into a chunk that a collective moves, in which rows are numbered by row. A relay
-keeps every row it passes on, so that `receive` tells it of the token, which it may neither serve nor own.
+A relay passes the row on to the ranks of its node that serve the token. Partial sums take the way back: the
+ranks of a node send theirs to the relay, which sums them and sends one row to the next owner. In its own node
+the owner is the relay. Inside a node ranks write into each other's memory. Rows for another node are written
+into a chunk that an all-to-all moves, where they are indexed by row. A relay keeps every row that it passes
+on, so `receive` has the token's next owner even if the relay neither serves nor owns it.
 """
 
 import torch
@@ -49,12 +49,13 @@ def relay_tokens_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (rows, nodes). Gives what came from another node to the ranks of this one that serve it, and to
-    itself.
+    """Grid (rows, nodes). Writes rows from other nodes to this rank, and to its node's ranks that serve them.
 
-    arrived [RANKS] int64: the chunks of ranks of other nodes, 0 where there is none; buffers [2, RANKS]
-    int64: the ranks' buffers, by the number's parity, rows numbered by sequence; like: any tensor of the
-    type that travels; passed [sequences] int32, copies to other ranks of this node, added to.
+    It runs before this rank raises its flag, so the flag covers these rows too.
+    arrived [RANKS] int64: address of the chunk from each rank, 0 for ranks that send none. buffers [2, RANKS]
+    int64: address of each rank's buffer, by the number's parity; its rows are indexed by sequence. like: any
+    tensor of the payload's type. passed [sequences] int32: incremented by the copies to other ranks of this
+    node.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
@@ -115,13 +116,13 @@ def relay_sums_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (sequences,). Sends what the ranks of this node made of a token that this rank relays to its
-    next owner.
+    """Grid (sequences,). Sums the node's partial sums of a token that this rank relays; sends the sum to its
+    next owner. If this rank is the next owner, `combine_kernel` sums instead.
 
-    at [2] int64: where the node's partial sums arrive, by the number's parity, rows numbered by sequence;
-    buffers [2, RANKS] int64: my chunk at each rank of this node, likewise, and the outgoing one for each
-    rank of another; sent [sequences, 2] int32, copies to other ranks of this node and of others, added to.
-    Where this rank is the next owner, `combine_kernel` sums.
+    at [2] int64: address of the node's partial sums, by the number's parity; rows are indexed by sequence.
+    buffers [2, RANKS] int64: address of this rank's chunk at each rank of this node, likewise, and of the
+    outgoing chunk for each rank of other nodes. sent [sequences, 2] int32: incremented by the copies to other
+    ranks of this node and of other nodes.
     """
     after_earlier_kernels(PDL)
     sequence = tl.program_id(0)
@@ -161,7 +162,7 @@ def relay_tokens(
     step: Tensor,
     passed: Tensor,
 ) -> None:
-    """Launch `relay_tokens_kernel`. far: where the rows of other nodes arrive; buffer: where they go."""
+    """Launch `relay_tokens_kernel`. off_node: rows from other nodes; buffer: buffers of this node's ranks."""
     expect(torch.int32, (geometry.sequences,), passed=passed)
     relay_tokens_kernel[(geometry.rows, geometry.nodes)](
         arrived=off_node.at,
@@ -193,7 +194,7 @@ def relay_sums(
     most_polls: int,
     sent: Tensor,
 ) -> None:
-    """Launch `relay_sums_kernel`. returns: where partial sums arrive; sums and its `far`: where sums go."""
+    """Launch `relay_sums_kernel`. returns: arriving partial sums; sums, off_node: buffers for the sums."""
     splits = len(partials)
     expect(torch.float32, (splits, geometry.pairs, geometry.hidden_size), partials=partials)
     expect(torch.int32, (geometry.sequences, 2), sent=sent)

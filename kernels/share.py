@@ -1,4 +1,4 @@
-"""Writes the new keys and values that a collective brought from a coherence group into the K/V cache."""
+"""Writes new keys and values, gathered from a coherence group, into the K/V cache."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def scatter_new_kv_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (rows, LAYERS). Writes what another member made of a row in a layer; this rank's own is there.
+    """Grid (rows, LAYERS). Writes a row's keys and values of a layer, if another member owned the row there.
 
-    everyone [MEMBERS, LAYERS, rows, 2 * KV_HEADS * WIDTH], keys before values; owners [MEMBERS, LAYERS, rows]
-    int32, at most one of the members; position [rows] int64; cache [1] int64, the address of
-    [LAYERS, 2, rows, KV_HEADS, positions, WIDTH].
+    everyone [MEMBERS, LAYERS, rows, 2 * KV_HEADS * WIDTH]: keys before values. owners [MEMBERS, LAYERS, rows]
+    int32: 1 for the member that owned the row, at most one. position [rows] int64. cache [1] int64: address
+    of the cache [LAYERS, 2, rows, KV_HEADS, positions, WIDTH]; this rank's own rows are there already.
     """
     after_earlier_kernels(PDL)
     row = tl.program_id(0)
@@ -62,7 +62,7 @@ def scatter_new_kv(
     width: int,
     launch: dict[str, Any],
 ) -> None:
-    """Launch `scatter_new_kv_kernel`. width: of a head; positions: room of the cache."""
+    """Launch `scatter_new_kv_kernel`. width: width of a head. positions: positions of the cache."""
     members, layers, rows, both = everyone.shape
     expect(everyone.dtype, (members, layers, rows, both), everyone=everyone)
     expect(torch.int32, (members, layers, rows), owners=owners)

@@ -1,4 +1,4 @@
-"""Which GPU each expert lives on: from the traces of a model to a plan, and what the plan is worth.
+"""Expert placement: makes a plan (which GPU each expert lives on) from routing traces, and evaluates it.
 
 The names below are public; the modules that they lie in may move. Nothing is imported before it is used.
 """

@@ -1,4 +1,4 @@
-"""The one way that functions are compiled: by numba, and kept on disk where that can be."""
+"""Compiles functions with numba, and caches the code on disk where a folder can be written."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,16 +25,16 @@ def compiled(function: Function) -> Function:
 
 
 def cache_folder() -> Path | None:
-    """Where the code of this module's functions would be kept, and so of others; None if nowhere."""
+    """Folder of numba's cache, by the example of this module; None if there is none."""
     with suppress(OSError, RuntimeError):
         return Path(FunctionCache(cache_folder).cache_path)  # type: ignore[no-untyped-call]
     return None
 
 
 class _LenientCache(FunctionCache):
-    """numba's own, but its failures end nothing.
+    """numba's cache, except that a failure never reaches the caller.
 
-    They are those of the file system, and whatever unpickling makes of a file that is damaged.
+    Failures are errors of the file system, and whatever unpickling a damaged file raises.
     """
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:

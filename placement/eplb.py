@@ -36,7 +36,7 @@ def rebalance_experts(
     affinity: "AffinityCounts | None" = None,
     time_limit: float = math.inf,
 ) -> tuple[Array, Array, Array]:
-    """Where each replica of each expert goes, given the loads [L, E] `weight`: an array or a torch tensor.
+    """Place the replicas of each expert on GPUs, given the loads `weight` [L, E]: an array or a torch tensor.
 
     num_replicas  P, a multiple of num_gpus, E at least
     num_groups    expert groups; if num_nodes divides it, each group's experts share a node, and groups must
@@ -152,7 +152,8 @@ def _as_array(weight: Any) -> npt.NDArray[np.float64]:
 
 
 def _group_sums(weight: Any, load: npt.NDArray[np.float64], num_groups: int) -> npt.NDArray[np.float32]:
-    """[L, groups], of a tensor by its own sum: so rounding orders equal groups as it does in the original."""
+    """[L, groups]: the load of each group; of a tensor by its own sum, so that rounding orders equal groups
+    as the original does."""
     single: Any = weight.detach().cpu().float() if hasattr(weight, "detach") else load.astype(np.float32)
     return np.asarray(single.reshape(len(load), num_groups, -1).sum(-1))
 

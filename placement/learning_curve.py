@@ -1,4 +1,4 @@
-"""Have I profiled enough tokens? Plans from more and more of a trace, judged by tokens that none saw."""
+"""Tells whether enough tokens were profiled: plans from growing parts of a trace, judged on held-out ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ class Point:
 
     @property
     def gap(self) -> float:
-        """How much less it sends on its own tokens, as a share of what it sends on held-out ones."""
+        """(held-out - own) / held-out messages: how much less the plan sends on its own tokens."""
         return 1 - self.on_its_own / self.held_out if self.held_out else 0.0
 
 
@@ -79,12 +79,10 @@ def learning_curve(
 
 
 def verdict(points: Sequence[Point]) -> str:
-    """One sentence: whether enough tokens were profiled, by which figures, and what more can be expected to
-    bring.
+    """One sentence: whether enough tokens were profiled, by which figures, and what more tokens may bring.
 
-    Enough is where doubling the tokens last brought next to nothing (under 0.5%, or less than can be told
-    from chance: half the interval's width) and the plan does about as well on held-out tokens as on its
-    own.
+    Tokens are enough where the last doubling brought under 0.5%, or less than half the interval's width
+    (which is chance), and the plan does about as well on held-out tokens as on its own.
     """
     if len(points) < 2:
         return (
@@ -122,7 +120,7 @@ def _gap(last: Point) -> str:
 
 
 def _outlook(points: Sequence[Point]) -> str:
-    """What more tokens may bring: the gains go on shrinking as they did, from one doubling to the next.
+    """A sentence on what more tokens may bring, if gains keep shrinking from one doubling to the next.
 
     With endless tokens own and held-out messages are the same, and lie between those of now: the former
     grow, the latter fall. So the gap, to the far end of the interval, bounds what is to be gained.

@@ -1,4 +1,4 @@
-"""From traces to a plan: the `exflow place` command, baselines included."""
+"""Makes a plan from routing traces, by a solver or a baseline: the `exflow place` command."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class InUse:
 
 @dataclass(frozen=True)
 class Solving:
-    """How to solve: see `solve`. `method` may also be a baseline: contiguous, random, load-only."""
+    """Solver options (see `solve`). `method` may also be a baseline: contiguous, random, load-only."""
 
     method: str = "auto"
     seed: int = 0
@@ -132,8 +132,7 @@ def place(
 
 
 def _may_be_beaten(problem: PlacementProblem, solution: Solution) -> bool:
-    """False where pairs alone say that the contiguous placement is far behind, so that no token need be
-    asked."""
+    """True unless the prices of pairs alone show that the contiguous placement is far behind."""
     if problem.has_replicas:
         return True
     return solution.objective > _CLEARLY * problem.cost(contiguous(*problem.shape))
@@ -157,8 +156,8 @@ def _or_contiguous(
 def _true_cost(
     plan: Plan, objective: Objective, trace: RoutingTrace
 ) -> tuple[float, npt.NDArray[np.float64]]:
-    """Per token and layer: messages, at the mean cost of links in and between nodes, and imbalance; and the
-    imbalance [L]."""
+    """Cost per token and layer, and the imbalance [L]. The cost counts messages, at the mean cost of links
+    inside and between nodes, and imbalance."""
     topology, followed = plan.topology, follow(trace, plan, plan.group_size)
     traffic = total(followed, plan, plan.group_size)
     cost, node = topology.distance, topology.node_of_rank
@@ -176,7 +175,7 @@ def _true_cost(
 def _replicas(
     counts: Sequence[AffinityCounts], experts_per_layer: Sequence[int], num_ranks: int, redundant: int
 ) -> npt.NDArray[np.int64]:
-    """[L, E] how many replicas of each expert there shall be; 0 for one that a layer lacks."""
+    """[L, E]: the number of replicas of each expert; 0 for an expert that the layer lacks."""
     if redundant < 0:
         raise InputError(f"redundant experts are {redundant}; choose a number from 0 up")
     most = max(experts_per_layer)
@@ -192,7 +191,7 @@ def _replicas(
 def _refine(
     problem: PlacementProblem, trace: RoutingTrace, objective: Objective, topology: Topology, seed: int
 ) -> Refine | None:
-    """The descent on true messages, for the cases that it knows."""
+    """The descent on true messages; None for a problem that it cannot handle."""
     at_home = objective.strategy == Strategy.DISPATCH_COMBINE
     in_nodes = objective.strategy == Strategy.NODE_COHERENT
     if problem.has_replicas or in_nodes or (at_home and not problem.is_uniform):
@@ -262,7 +261,7 @@ def _check_in_use(plan: Plan, trace: RoutingTrace, topology: Topology) -> None:
 
 
 def _check_cap(objective: Objective, plan: Plan, trace: RoutingTrace) -> None:
-    """A baseline knows no cap."""
+    """Raise InputError if the plan of a baseline breaks the cap on imbalance, which baselines ignore."""
     layers = imbalance(trace, plan)
     if objective.max_imbalance is not None and layers.max() > objective.max_imbalance:
         raise InputError(

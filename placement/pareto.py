@@ -1,4 +1,4 @@
-"""What balance costs: one plan for each of a few prices of imbalance; `exflow place --pareto`."""
+"""Trades messages for balance: one plan for each of several prices of imbalance; `exflow place --pareto`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +17,14 @@ PRICES = (0.0, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Point:
-    """The plan for one price."""
+    """The plan for one price of imbalance."""
 
     balance_price: float
     plan: Plan
 
     def figures(self) -> dict[str, Any]:
-        """Ready for JSON: messages of the plan's strategy per token and MoE layer, all of it on the trace."""
+        """Figures as JSON: messages of the plan's strategy per token and MoE layer, and imbalance, on the
+        trace."""
         expected = self.plan.expected
         return {
             "balance_price": self.balance_price,

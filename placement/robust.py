@@ -26,7 +26,8 @@ def place_for_the_worst(
     tell: Callable[[int, float], None] = lambda rounds, worst: None,
     **options: Any,
 ) -> Plan:
-    """The plan whose messages on the trace where they are most are fewest, of those that weights lead to.
+    """Make the plan with the fewest messages on its worst trace, among plans for weighted means of the
+    traces.
 
     Multiplicative weights (Arora, Hazan and Kale, 2012): each round places for a weighted mean of the traces,
     then a trace gains weight by how far its messages are above the mean. The time limit is shared by the
@@ -50,6 +51,6 @@ def place_for_the_worst(
 
 
 def messages(plan: Plan, trace: RoutingTrace) -> float:
-    """Per token and MoE layer, under the strategy that the plan was made for."""
+    """Messages per token and MoE layer, under the strategy that the plan was made for."""
     traffic = count_traffic(trace, plan, plan.group_size)
     return traffic.per_token_layer(traffic.messages)

@@ -1,4 +1,5 @@
-"""How the MoE families of Hugging Face models hand a token's experts over, and where to listen for it.
+"""Hooks for the MoE families of Hugging Face models: where each passes a token's experts, and how to record
+them.
 
 Most families compute the choice in a router and call their experts with it; that call is what is recorded, so
 group limits, correction biases and hash routing count as they were really used. T tokens, k choices of E.
@@ -26,7 +27,7 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of MoE block is listened to.
+    """A kind of MoE block, and how to record it.
 
     `listen(block, experts, deliver)` hooks a block whose child `experts` holds the experts, and returns the
     hooks. `by_weight` says that the first choice is the one of most weight; otherwise the router's order is
@@ -51,7 +52,7 @@ def router_of(block: nn.Module) -> nn.Module | None:
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """The names of what a module is called with."""
+    """The names of a module's call parameters."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
@@ -72,12 +73,13 @@ def _listen_to_call(block: nn.Module, experts: nn.Module, deliver: Deliver) -> l
 
 
 def _has_router(name: str) -> Callable[[nn.Module, nn.Module], bool]:
-    """Whether the block's router is of the class `name`, told without importing transformers."""
+    """A test for blocks whose router is of the class `name`, without importing transformers."""
     return lambda block, experts: any(kind.__name__ == name for kind in type(router_of(block)).__mro__)
 
 
 def _listen_to_switch(block: nn.Module, experts: nn.Module, deliver: Deliver) -> list[RemovableHandle]:
-    """The experts are called with a one-hot [T, 1, E]; a token turned away for lack of capacity has none set.
+    """Hook a Switch block, whose experts are called with a one-hot [T, 1, E]; a token turned away for lack of
+    capacity has none set.
 
     Such a token is recorded with the expert that it was turned away from, at weight 0.
     """
@@ -101,7 +103,8 @@ def _listen_to_switch(block: nn.Module, experts: nn.Module, deliver: Deliver) ->
 
 
 def _listen_to_llama4(block: nn.Module, experts: nn.Module, deliver: Deliver) -> list[RemovableHandle]:
-    """The router answers (scores [T, E], logits [T, E]); scores are zero but for the k of most logit."""
+    """Hook a Llama 4 block, whose router returns (scores [T, E], logits [T, E]); scores are zero except for
+    the k largest logits."""
 
     def routed(router: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         scores_TE, logits_TE = output

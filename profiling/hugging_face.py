@@ -220,7 +220,7 @@ def _num_experts(layer: MoELayer) -> int:
 
 
 def _top_k(layer: MoELayer) -> int:
-    """From the router or the block, where almost all families have it."""
+    """The experts per token, by the attribute of the router or the block that almost all families have."""
     for owner in (layer.family, router_of(layer.block), layer.block):
         if isinstance(value := getattr(owner, "top_k", None), int):
             return value

@@ -1,4 +1,4 @@
-"""What a trace says about the model: which layers route, among how many experts, how many a token takes."""
+"""The routed part of a model, as a trace holds it: MoE layers, experts of each, experts per token."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class RoutingLayout:
 
     @property
     def expert_counts(self) -> tuple[int, ...]:
-        """How many experts each MoE layer has, whether they differ or not."""
+        """The number of experts of each MoE layer, whether layers differ or not."""
         return self.experts_per_layer or (self.num_experts,) * self.num_layers
 
     @property

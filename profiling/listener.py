@@ -34,7 +34,7 @@ class Recordable(Protocol):
     """A model that announces its routing."""
 
     def routing_layout(self) -> RoutingLayout:
-        """Which layers route, among how many experts."""
+        """The MoE layers and their numbers of experts."""
 
     def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
         """Call `listener` from now on, until the function returned is called."""

@@ -1,4 +1,4 @@
-"""Which token each row of a Hugging Face model's forward pass is: its sequence, its position, or padding.
+"""Identifies the rows of a Hugging Face model's forward pass: the sequence and position of each, or padding.
 
 B rows of a batch with S tokens each, P tokens of each before them (in the cache), T = B * S.
 """
@@ -27,7 +27,7 @@ class PassTokens:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What a cache holds after a pass: the sequences `sequence_B`, and how many `tokens` of each."""
+    """Content of a cache after a pass: the sequences `sequence_B`, and the `tokens` of each."""
 
     sequence_B: Tensor
     tokens: int
@@ -41,7 +41,7 @@ class Batches:
     """
 
     def __init__(self, model: str) -> None:
-        """model: its name, for errors."""
+        """Create an empty register. model: its name, for errors."""
         self._model = model
         self._batches: WeakKeyDictionary[Any, _Batch] = WeakKeyDictionary()  # of each cache
         self._next = 0
@@ -102,11 +102,12 @@ def _cache(arguments: dict[str, Any]) -> Any:
 
 
 def _past(cache: Any, counted: int) -> tuple[int, bool]:
-    """How many tokens of each sequence `cache` holds, of which `counted` were seen to go in.
+    """(tokens of each sequence in `cache`, whether the cache itself counts them); `counted` tokens were seen
+    to go in.
 
-    And whether the cache itself knows: it asks its first layer, which in a hybrid model may be one of linear
-    attention, with a state and no length. Any layer of attention that was used knows; where there is none,
-    tokens are counted.
+    A cache asks its first layer for its length. In a hybrid model this may be a layer of linear attention,
+    with a state and no length. Any layer of attention that was used knows the length; without one, tokens are
+    counted.
     """
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
     if layers is None:
@@ -124,14 +125,15 @@ def _past(cache: Any, counted: int) -> tuple[int, bool]:
 
 
 def _holds_states(cache: Any, layers: list[Any]) -> bool:
-    """Whether layers of linear attention have seen a token."""
+    """True if layers of linear attention have seen a token."""
     kept_by_minimax = getattr(cache, "linear_cache", [])
     kept = (getattr(layer, "has_previous_state", {}) for layer in layers)  # for each state of a layer
     return bool(kept_by_minimax) or any(any(states.values()) for states in kept)
 
 
 def _check_unaware(model: str, arguments: dict[str, Any], past: int, length: int) -> None:
-    """Refuse what a model runs wrongly whose cache does not know its `past`: it masks and places as without.
+    """Raise InputError for a pass that the model runs wrongly because its cache does not know its `past`: it
+    masks and places tokens as if there were none.
 
     A step of one token without padding comes out right, if the model is told its position.
     """

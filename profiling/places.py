@@ -1,4 +1,4 @@
-"""Where the tokens of a Hugging Face model's pass are, by the mask and the positions that it is called with.
+"""Places tokens of a Hugging Face model's pass: positions, and real or padding, by the mask and position ids.
 
 B rows of a batch with S tokens each, C columns of a mask: the tokens that may be attended to.
 """
@@ -14,7 +14,7 @@ from exflow.errors import InputError
 def places(
     arguments: dict[str, Any], past: int, size: int, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions [B, S], and which are real tokens [B, S], or None where all are."""
+    """Positions [B, S], and a mask [B, S] of real tokens, or None where all are real."""
     told = _told(arguments.get("position_ids"))
     position_BS = (torch.arange(past, past + length, device=device)[None] if told is None else told).expand(
         size, length
@@ -45,7 +45,7 @@ def places(
 
 
 def _mask_of_attention(masks: dict[str, Any]) -> Any:
-    """Of a mask for each kind of layer the one that tells most of the past."""
+    """The mask that shows most of the past, of a mask for each kind of layer."""
     if "full_attention" in masks:
         return masks["full_attention"]
     known = [mask for mask in masks.values() if isinstance(mask, Tensor)]

@@ -23,7 +23,7 @@ class Recorder:
     """Collects the passes of a recording; `trace` holds them once the `with` block is left."""
 
     def __init__(self, layout: RoutingLayout, path: Path | None, weights: bool, **writing: Any) -> None:
-        """writing: options of the TraceWriter, where there is a path."""
+        """Prepare a recording. writing: options of the TraceWriter, where there is a path."""
         self._layout = layout
         self._path = path
         self._weights = weights
@@ -36,7 +36,7 @@ class Recorder:
 
     @property
     def resumed(self) -> int:
-        """How many sequences were there already: the next one that is run gets this number."""
+        """The number of sequences that were recorded before; the next sequence gets this number."""
         return 0 if self._writer is None else self._writer.resumed
 
     @property

@@ -39,7 +39,7 @@ def concatenate(blocks: list[Rows]) -> Rows:
 
 
 def joined_in_a_file(blocks: list[Rows]) -> Rows:
-    """As `concatenate`, memory-mapped from a file without a name, which goes when the rows do.
+    """Concatenate `blocks` in a memory-mapped file without a name, which is deleted when the rows are.
 
     So rows of any number take no memory that the system cannot have back. The file is where temporary files
     are (TMPDIR). Raises InputError where it finds no room there.

@@ -1,4 +1,4 @@
-"""The way of recorded rows from the accelerators to host memory, without making the model wait."""
+"""Copies recorded rows from the accelerators to host memory without making the model wait."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Staging:
         devices: Sequence[torch.device],
         sink: Callable[[Rows], None],
     ) -> None:
-        """`devices` says where each MoE layer is."""
+        """Create both buffers. devices: the device of each MoE layer."""
         id_dtype = torch.uint8 if layout.id_dtype == np.uint8 else torch.uint16
         self._choice_dtypes = {"experts": id_dtype} | ({"weights": torch.float16} if weights else {})
         self._row_dtypes = {

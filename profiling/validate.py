@@ -1,4 +1,4 @@
-"""What the arrays of a trace must satisfy, whether they come from a caller or from a file."""
+"""Checks of a trace's arrays, whether they come from a caller or from a file."""
 
 from typing import Any
 

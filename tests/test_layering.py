@@ -25,10 +25,11 @@ FLOORS = (
     ("model", "placement.compiled"),
     ("placement.counts",),
     ("placement.plan",),
+    ("placement.time",),
     ("placement.solve",),
     ("placement.traffic", "placement.eplb"),
     ("placement.make_plan", "placement.formats"),
-    ("placement.pareto", "placement.robust", "placement.learning_curve"),
+    ("placement.pareto", "placement.robust", "placement.learning_curve", "placement.place_for_time"),
     ("runtime", "cost", "train"),
     ("bench", "report"),
     ("commands",),
@@ -149,7 +150,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
     source.mkdir()
-    for name in (*PARTS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*PARTS, "configs", "pyproject.toml", "README.md", "LICENSE"):
         if (REPO / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(REPO / name, source / name, symlinks=True, ignore=ignored)
@@ -171,5 +172,8 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path: Path) -> None:
     }
     report = REPO / "exflow" / "report"  # its templates, style sheets and script
     data = [each for each in report.rglob("*") if each.suffix in (".j2", ".css", ".js")]
-    assert data
-    assert packed == modules | {"exflow/py.typed"} | {str(each.relative_to(REPO)) for each in data}
+    configs = [*REPO.glob("configs/machines/*.yaml"), *REPO.glob("configs/shapes/*/config.json")]
+    assert data and configs
+    named = {str(each.relative_to(REPO)) for each in data}
+    named |= {f"exflow/{each.relative_to(REPO)}" for each in configs}
+    assert packed == modules | {"exflow/py.typed"} | named

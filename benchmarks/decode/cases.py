@@ -31,7 +31,8 @@ SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 
 @dataclass(frozen=True)
 class Source:
-    """Whose routing, None for generated: of all its domains, or these; the first `choices` of each token."""
+    """The source of a case's routing: a model's name (None: generated), its domains (empty: all), and the
+    first `choices` of each token."""
 
     model: str | None
     choices: int
@@ -65,7 +66,7 @@ def grid_config(name: str, experts: int) -> ModelConfig:
 
 
 def routing(source: Source, config: ModelConfig, traces: Path) -> tuple[RoutingTrace, RoutingTrace]:
-    """To place by, and to replay."""
+    """The routing to place by, and the routing to replay."""
     if source.model is None:
         return generated(config.num_experts, source.choices)
     found = joined(read(traces, source.model, source.domains).values())

@@ -14,7 +14,7 @@ from exflow.runtime.expert_parallel import PlanTables
 
 
 class DeepSpeedDecode(HostSyncedDecode):
-    """The same attention and the same batch; the MoE layers are DeepSpeed's."""
+    """The host-synced baseline's attention and batch, with MoE layers of DeepSpeed."""
 
     def __init__(
         self, decoder: Decoder, tables: PlanTables, rank: int, ranks: int, batch: int, context: int, room: int

@@ -37,7 +37,8 @@ LONGEST_PROMPT = 24
 
 @dataclass(frozen=True)
 class Parting:
-    """Where a sequence left the path of the one process: both tokens, and how far apart their logits are."""
+    """The place where a sequence leaves the one process's path: both tokens, and the gap between their
+    logits."""
 
     request: int
     sequence: int

@@ -15,10 +15,9 @@ goes.
 import argparse
 import json
 import os
-import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,150 +26,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.decode.captured import STEPS, TRANSPORTS, captured_rows, exchange_us
+from benchmarks.decode.case import PLACEMENTS, Case
 from benchmarks.decode.host_synced import HostSyncedDecode
-from exflow.bench.timing import (
-    WARM_UP,
-    StepTimes,
-    begin_synthetic_batch,
-    decode_synthetic_batch,
-    step_bytes,
-    time_steps,
-)
-from exflow.comm.buffers import symmetric_memory, tensor_at
-from exflow.comm.transport import Transport
+from benchmarks.decode.show import show, show_auto
+from benchmarks.decode.timing import bandwidths, timed
+from exflow.bench.job import WARM_UP
+from exflow.bench.timing import StepTimes
 from exflow.cost.auto import predictions
-from exflow.cost.machine import Machine
 from exflow.cost.probe import measure
 from exflow.cost.workload import Workload
-from exflow.files import atomic_path, read_json
+from exflow.files import atomic_path
 from exflow.job.cluster import Cluster, join_cluster
-from exflow.model.config import ModelConfig, validated
-from exflow.model.decoder import Decoder
-from exflow.model.random_weights import RandomWeights, random_decoder
-from exflow.model.replay import ReplayedRouting
-from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.topology import Topology
-from exflow.profiling.trace import RoutingTrace
-from exflow.runtime.decode_step import DecodeStep
-from exflow.runtime.deploy import default_plan
-from exflow.runtime.expert_parallel import PlanTables
-from exflow.runtime.graph_runner import Capture, CapturedDecode
+from exflow.placement.time.machine import Machine
 
-PLACEMENTS = ("contiguous", "affinity")
 STRATEGIES = ("dispatch-combine", "coherent", "replicated")
-TRANSPORTS: tuple[Transport, ...] = ("collective", "one-sided")
-STEPS = 24
-COPIED = 1 << 30  # bytes
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with random weights, the routing it replays, and where its experts may live."""
-
-    name: str
-    config: ModelConfig
-    decoder: Decoder
-    plans: dict[str, Plan]
-    tables: dict[str, PlanTables]
-
-    @classmethod
-    def load(cls, folder: Path, cluster: Cluster) -> "Case":
-        path = folder / "config.json"
-        config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
-        plans = {name: Plan.load(folder / f"{name}.json") for name in PLACEMENTS}
-        # which expert a slot holds makes no difference to how long it takes: all placements share the weights
-        held = [list(range(plans["contiguous"].slots_per_rank))] * len(config.moe_layer_ids)
-        decoder = random_decoder(RandomWeights(config), cluster.device, torch.bfloat16, held)
-        decoder.replay = ReplayedRouting.of(RoutingTrace.load(folder / "trace"), config, cluster.device)
-        tables = {name: PlanTables.of(plan, cluster.device) for name, plan in plans.items()}
-        return cls(folder.name, config, decoder, plans, tables)
-
-
-def timed(run: Callable[[], object], repeats: int) -> float:
-    """Median microseconds of `run` on this GPU."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def bandwidths(cluster: Cluster) -> dict[str, float]:
-    """GB/s of a copy on this GPU (read and written), and of one to the other GPU's memory."""
-    here, there = torch.empty(2, COPIED, dtype=torch.uint8, device=cluster.device)
-    here.random_()
-    figures = {"copy_gb_s": 2 * COPIED / timed(lambda: there.copy_(here), 10) / 1e3}
-    peer = symmetric_memory(cluster)(COPIED // 4)
-    address = peer.bases[(cluster.rank + 1) % cluster.num_ranks]
-    part = here[: COPIED // 4]
-    target = tensor_at(address, part)
-    figures["link_gb_s"] = len(part) / timed(lambda: target.copy_(part), 10) / 1e3
-    return figures
-
-
-class ExchangeOnly(DecodeStep):
-    """Gates, puts and takes in what came, layer after layer, without attention and experts."""
-
-    def run(self) -> Iterator[None]:
-        for block in self.decoder.blocks:
-            yield from self._dispatch(block.mlp)
-        self.state.progress.step += 1
-
-
-def captured_rows(
-    case: Case,
-    cluster: Cluster,
-    strategy: str,
-    transport: Transport,
-    batch: int,
-    context: int,
-    hardware: dict[str, float],
-) -> Iterator[dict[str, Any]]:
-    """The figures of one way to run the step, for each placement."""
-    group = 1 if strategy == "dispatch-combine" else cluster.num_ranks
-    capture = Capture(
-        case.decoder, case.tables["contiguous"], cluster, group, strategy == "replicated", transport
-    )
-    captured = decode_synthetic_batch(capture, batch, context, len(PLACEMENTS) * (STEPS + WARM_UP + 1))
-    for placement in PLACEMENTS:
-        captured.use_tables(case.tables[placement])
-        begin_synthetic_batch(captured, batch, context)
-        times = time_steps(captured, STEPS)
-        moved = step_bytes(captured, STEPS + WARM_UP)
-        floor = moved.floor_us(hardware["copy_gb_s"], hardware["link_gb_s"])
-        yield {
-            "strategy": strategy,
-            "transport": transport,
-            "placement": placement,
-            **asdict(times),
-            "tokens_per_s": batch / times.median_us * 1e6,
-            **asdict(moved),
-            "floor_us": floor,
-            "times_floor": times.median_us / floor,
-            "kernels_us": kernel_times(captured),
-            "capture_s": captured.capture_s,
-        }
-
-
-def kernel_times(captured: CapturedDecode) -> dict[str, float]:
-    """Microseconds that a step spends in each kernel on this rank, by the profiler: from the end of the
-    kernel before to its own end, so that they add up to the step. `receive_kernel` and `combine_kernel`
-    contain waiting."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        captured.advance()
-        torch.cuda.synchronize()
-    ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spent: dict[str, float] = {}
-    reached = min(event.time_range.start for event in ran)
-    for event in sorted(ran, key=lambda event: event.time_range.end):
-        name = event.name[:48]
-        spent[name] = spent.get(name, 0.0) + event.time_range.end - reached
-        reached = event.time_range.end
-    return dict(sorted(spent.items(), key=lambda item: -item[1])[:12])
 
 
 def baseline_row(
@@ -199,30 +69,9 @@ def baseline_row(
     }
 
 
-def exchange_us(case: Case, cluster: Cluster, batch: int, context: int) -> dict[str, float]:
-    """Microseconds that an exchange of a layer takes, by leaving it out.
-
-    Gate, exchange and receipt, less gate and receipt of as many sequences by a rank that is alone.
-    """
-    layers = len(case.config.moe_layer_ids)
-    alone = Cluster(0, 1, 1, cluster.device)
-    one = PlanTables.of(default_plan(case.config, Topology(gpus_per_node=1)), cluster.device)
-    lonely = Capture(case.decoder, one, alone, 1, False, "one-sided")
-    captured = decode_synthetic_batch(
-        lonely, batch // cluster.num_ranks, context, STEPS + WARM_UP, ExchangeOnly
-    )
-    figures = {"none": time_steps(captured, STEPS).median_us / layers}
-    for transport in TRANSPORTS:
-        capture = Capture(
-            case.decoder, case.tables["contiguous"], cluster, cluster.num_ranks, False, transport
-        )
-        captured = decode_synthetic_batch(capture, batch, context, STEPS + WARM_UP, ExchangeOnly)
-        figures[transport] = time_steps(captured, STEPS).median_us / layers - figures["none"]
-    return figures
-
-
 def predicted_us(case: Case, batch: int, context: int, machines: list[Machine]) -> list[dict[str, Any]]:
-    """What `auto` thinks that each strategy takes, by what the plan knows of the routing it was made from."""
+    """Predicted microseconds of each strategy, as `auto` gets them, from the routing that the plan was made
+    from."""
     return [
         {
             "transport": machine.transport,
@@ -256,47 +105,6 @@ def rows_of(
         for transport in TRANSPORTS:
             torch.cuda.empty_cache()
             yield from captured_rows(case, cluster, strategy, transport, batch, context, hardware)
-
-
-def show(case: Case, batch: int, rows: list[dict[str, Any]]) -> None:
-    """Ratios are to the host-synced baseline and to captured collectives, both with contiguous placement."""
-    base = {
-        (row["strategy"], row["transport"]): row["median_us"]
-        for row in rows
-        if row["placement"] == "contiguous"
-    }
-    print(f"\n{case.name}, batch {batch}")
-    print(
-        "strategy          transport   placement    step us     p99   tokens/s  x floor"
-        "  x host-synced  x two NCCL"
-    )
-    for row in rows:
-        ratios = [
-            f"{base[baseline] / row['median_us']:10.2f}" if baseline in base else "         -"
-            for baseline in (("host-synced", "eager"), ("dispatch-combine", "collective"))
-        ]
-        print(
-            f"{row['strategy']:17} {row['transport']:11} {row['placement']:10} {row['median_us']:9.0f} "
-            f"{row['p99_us']:7.0f} {row['tokens_per_s']:10.0f} {row.get('times_floor', 0):8.2f} "
-            + "   ".join(ratios),
-            flush=True,
-        )
-
-
-def show_auto(rows: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> None:
-    """What `auto` would take with each transport and placement, and how much longer that is than the best."""
-    taken = {(row["strategy"], row["transport"], row["placement"]): row["median_us"] for row in rows}
-    for each in predicted:
-        here = {
-            name: taken[name, each["transport"], each["placement"]]
-            for name in each["step_us"]
-            if (name, each["transport"], each["placement"]) in taken
-        }
-        chosen = min(here, key=each["step_us"].__getitem__)
-        print(
-            f"auto, {each['transport']}, {each['placement']}: {chosen}, predicted "
-            f"{each['step_us'][chosen]:.0f} us, x best {here[chosen] / min(here.values()):.3f}"
-        )
 
 
 def setting(cluster: Cluster, hardware: dict[str, float], context: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How the decode benchmark's steps scale with GPUs: measured on some numbers of them, predicted on more.
+"""Scaling of the decode benchmark's steps with GPUs: measured on some numbers of them, predicted on more.
 
     python -m benchmarks.decode.scaling results/decode-2xh100.json results/decode-4xh100.json \
         --predict CASES2 CASES4 CASES8 --batch 256 -o FILE.json [--drawing FILE.svg]
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from exflow.cost.auto import predictions
-from exflow.cost.machine import Link, Machine
 from exflow.cost.workload import Workload
 from exflow.files import atomic_path, read_json
 from exflow.model.config import ModelConfig, validated
 from exflow.placement.plan.plan import Plan
+from exflow.placement.time.machine import Link, Machine
 from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, curve, frame, marker
 from exflow.report.draw.svg import WIDTH, drawing, standing_alone, text
 
@@ -30,7 +30,7 @@ TRANSPORTS = ("one-sided", "collective")
 
 
 def machine_of(figures: dict[str, Any]) -> Machine:
-    """As decode.py wrote it down."""
+    """The machine as decode/run.py stored it."""
     known = {field.name for field in fields(Machine)}
     links = {name: Link(**figures[name]) for name in ("inside", "between")}
     return Machine(**{name: value for name, value in figures.items() if name in known} | links)
@@ -53,7 +53,7 @@ def measured(result: dict[str, Any], batch: int) -> dict[tuple[str, int, str], f
 def predicted(
     folder: Path, batch: int, results: list[dict[str, Any]]
 ) -> Iterator[tuple[tuple[str, int, str], float]]:
-    """The same of the cases in a folder, on as many GPUs as their plans have."""
+    """Tokens per second by the cost model, for the cases in a folder, on as many GPUs as their plans have."""
     for at in sorted(folder.iterdir()):
         path = at / "config.json"
         config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
@@ -66,7 +66,7 @@ def predicted(
 
 
 def picture(rows: list[dict[str, Any]], case: str, batch: int) -> str:
-    """Measured with markers, predicted without."""
+    """The drawing: measured points with markers, predicted ones without."""
     mine = [row for row in rows if row["case"] == case]
     gpus = sorted({row["gpus"] for row in mine})
     kinds = [(transport, of) for transport in TRANSPORTS for of in ("measured", "predicted")]

@@ -26,16 +26,12 @@ goes; once --seconds are over nothing more is begun.
 
 import argparse
 import gc
-import inspect
 import json
 import os
-import statistics
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,12 +39,9 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
-from transformers.distributed import DistributedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from benchmarks.decode.transformers_model import ATTENTION, EXPERTS, Bench, transformers_model
+from benchmarks.decode.transformers_step import STEPS, transformers_step
 from exflow.bench.job import CONTEXT, WARM_UP
 from exflow.files import atomic_path
 from exflow.job.cluster import Cluster, all_gather_object, join_cluster
@@ -61,207 +54,10 @@ from exflow.runtime.deploy import default_plan, experts_of
 from exflow.runtime.expert_parallel import PlanTables
 
 DEPTHS = (2, 6)  # layers of the models that are timed
-STEPS = 24
 EXFLOW = ("dispatch-combine", "replicated")
 NO_TIME = "no time left"
 HOWS = ("eager", "captured", *EXFLOW, "compiled")  # what takes longest to prepare comes last
 CODES = {"gpt-oss-20b": ("mixtral", "gpt_oss")}  # whose code runs a shape; the others: Mixtral's
-
-# With a mask transformers' sdpa copies keys and values for every query head. It needs none: all positions of
-# the cache are filled. Attention that it knows no masks for gets none. For sinks there is the eager one, and
-# flash kernels that have to be downloaded.
-ATTENTION = {
-    "mixtral": ("unmasked_sdpa", sdpa_attention_forward),
-    "gpt_oss": ("unmasked_eager", eager_attention_forward),
-}
-EXPERTS = "grouped_mm"  # batched_mm copies the matrices for each token and choice: more bytes at all batches
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all rows share. distributed: how transformers spreads a model, and over what (None: one rank)."""
-
-    cluster: Cluster
-    dtype: torch.dtype
-    context: int
-    distributed: Any
-    mesh: Any
-
-    @classmethod
-    def of(cls, cluster: Cluster, dtype: torch.dtype, context: int) -> "Bench":
-        ranks = cluster.num_ranks
-        # 5.17 has no ep_size; in 5.24 the flag without it means an empty tp_plan, which it then refuses
-        wanted = {"tp_size": ranks, "ep_size": ranks, "enable_expert_parallel": ranks > 1}
-        distributed, _, mesh = PreTrainedModel.prepare_distribute_model(DistributedConfig.from_dict(wanted))
-        return cls(cluster, dtype, context, distributed, mesh)
-
-
-def transformers_model(bench: Bench, shape: ModelConfig, code: str, depth: int) -> Any:
-    """The first `depth` layers of a shape in the code of a family, with this rank's experts."""
-    layers = {"layer_types": ["full_attention"] * depth} if code == "gpt_oss" else {}
-    config = AutoConfig.for_model(
-        code,
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=depth,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_positions,
-        num_local_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-        pad_token_id=None,
-        **layers,
-    )
-    attention, function = ATTENTION[code]
-    AttentionInterface.register(attention, function)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=bench.dtype, attn_implementation=attention, experts_implementation=EXPERTS
-        )
-    # dense weights whole on every rank: a rule of tensor parallelism for experts yields to the ep_plan's
-    model.tp_plan = {"model.layers.*.mlp.experts": "moe_tp_experts"}
-    model = model.maybe_distribute_model(model, bench.distributed, bench.mesh)
-    model.to_empty(device=bench.cluster.device)
-    # its buffers are no weights, and were on no device
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(bench.cluster.device)
-    draw_weights(model, bench.cluster)
-    return model.eval().requires_grad_(False)
-
-
-def held(parameter: Tensor) -> Tensor:
-    """The part of a parameter that lies on this rank."""
-    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return part
-
-
-@torch.no_grad()
-def draw_weights(model: Any, cluster: Cluster) -> None:
-    """Random weights that depend on names and experts alone, and keep the size of what passes through them.
-
-    Biases are small: what they add to all tokens alike would make some experts everyone's choice.
-    """
-    generator = torch.Generator(cluster.device)
-
-    def draw(values: Tensor, key: str) -> None:
-        generator.manual_seed(zlib.crc32(key.encode()))
-        share = 0.1 if "bias" in key else 1.0
-        values.normal_(std=share * values.shape[-1] ** -0.5, generator=generator)
-
-    for name, parameter in model.named_parameters():
-        part = held(parameter)
-        if "norm" in name:
-            part.fill_(1)
-        elif ".experts." in name:
-            first = cluster.rank * len(part)
-            for expert, values in enumerate(part, first):
-                draw(values, f"{name} {expert}")
-        else:
-            draw(part, name)
-
-
-class Decode:
-    """Steps of `batch` sequences, one after another at the same position: the greedy choice is fed back."""
-
-    def __init__(self, bench: Bench, model: Any, batch: int) -> None:
-        config, device = model.config, bench.cluster.device
-        self.forward, self.context, self.vocabulary = model, bench.context, config.vocab_size
-        self.cache: Any = StaticCache(config=config, max_cache_len=bench.context + 1)
-        size = (batch, config.num_key_value_heads, config.head_dim)
-        self.cache.early_initialization(*size, dtype=bench.dtype, device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        for layer in self.cache.layers:
-            layer.keys.normal_(generator=generator)
-            layer.values.normal_(generator=generator)
-        self.token = torch.empty(batch, 1, dtype=torch.int64, device=device)
-        named = "cache" in inspect.signature(model.forward).parameters  # its newer name
-        self.cache_name = "cache" if named else "past_key_values"
-
-    def begin(self) -> None:
-        self.token.copy_(torch.arange(len(self.token), device=self.token.device)[:, None] % self.vocabulary)
-
-    def rewind(self) -> None:
-        """Put the position where it was before a step."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.context)
-
-    def step(self) -> Tensor:
-        """Logits [batch, vocabulary]."""
-        logits: Tensor = self.forward(
-            input_ids=self.token, use_cache=True, **{self.cache_name: self.cache}
-        ).logits[:, -1]
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        return logits
-
-
-def prepared(decode: Decode, how: str) -> Callable[[], Tensor]:
-    """The step in the given way, after what it needs to be fast."""
-    if how == "compiled":
-        torch._dynamo.utils.counters.clear()
-        decode.forward = torch.compile(decode.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    for _ in range(WARM_UP):
-        decode.rewind()
-        decode.step()
-    return captured(decode) if how == "captured" else decode.step
-
-
-def captured(decode: Decode) -> Callable[[], Tensor]:
-    """The eager step as one CUDA graph."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    decode.rewind()
-    with torch.cuda.graph(graph):
-        logits = decode.step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
-
-    return replay
-
-
-def median_us(cluster: Cluster, step: Callable[[], Tensor], rewind: Callable[[], None]) -> float:
-    """Microseconds of a step of the slowest rank, after a warm-up. Collective."""
-    on_gpu = cluster.device.type == "cuda"
-    marks: list[tuple[Any, Any]] = []
-    for _ in range(WARM_UP + STEPS):
-        rewind()
-        start, end = (torch.cuda.Event(enable_timing=True) if on_gpu else Clock() for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        marks.append((start, end))
-    if on_gpu:
-        torch.cuda.synchronize()
-    taken = [1000 * start.elapsed_time(end) for start, end in marks[WARM_UP:]]
-    return float(statistics.median(map(max, zip(*all_gather_object(cluster, taken), strict=True))))
-
-
-class Clock:
-    """What a torch.cuda.Event is, on a CPU."""
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: "Clock") -> float:
-        return 1000 * (end.at - self.at)
-
-
-@torch.no_grad()
-def transformers_step(bench: Bench, model: Any, how: str, batch: int) -> dict[str, Any]:
-    """Time and first logits of one way to run a step. Collective."""
-    decode = Decode(bench, model, batch)
-    decode.begin()
-    step = prepared(decode, how)
-    figures: dict[str, Any] = {"us": median_us(bench.cluster, step, decode.rewind)}
-    decode.begin()
-    decode.rewind()
-    figures["logits"] = step()[0, :8].tolist()
-    figures["experts_here"] = len(held(model.model.layers[0].mlp.experts.down_proj))
-    if how == "compiled":  # graphs that inductor did not capture after all
-        figures["cudagraph_skips"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    return figures
 
 
 @torch.inference_mode()
@@ -289,7 +85,7 @@ def exflow_step(bench: Bench, model: Any, how: str, batch: int) -> dict[str, Any
 
 
 def attempted(cluster: Cluster, work: Callable[[], Any]) -> tuple[Any, str]:
-    """What came of it, and else the first line of some rank's error, on all ranks alike. Collective."""
+    """(result of `work`, ""), or (None, first line of some rank's error), on all ranks alike. Collective."""
     result, fault = None, ""
     try:
         result = work()
@@ -320,7 +116,7 @@ def row_of(bench: Bench, shape: ModelConfig, models: list[Any], how: str, batch:
 def rows(
     bench: Bench, shape: ModelConfig, how: str, batches: list[int], late: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """One for each code that runs the shape, and batch; what failed says why. Collective."""
+    """Yield a row for each code that runs the shape, and batch; a failed one says why. Collective."""
     load = exflow_model if how in EXFLOW else transformers_model
     for code in ("exflow",) if how in EXFLOW else CODES.get(shape.name, ("mixtral",)):
 

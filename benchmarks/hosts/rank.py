@@ -19,7 +19,6 @@ from torch import Tensor
 
 from exflow.comm.collectives import Exchange
 from exflow.comm.pairwise import PairwiseExchange
-from exflow.cost.machine import Machine
 from exflow.cost.probe import link_of
 from exflow.job.cluster import Cluster, join_cluster
 from exflow.model.config import ModelConfig
@@ -27,6 +26,7 @@ from exflow.model.random_weights import RandomWeights, random_decoder
 from exflow.model.replay import ReplayedRouting
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Machine
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.engine import Engine
 from exflow.runtime.expert_parallel import PlanTables, Replicated
@@ -53,7 +53,7 @@ def engine_of(config: ModelConfig, plan: Plan, trace: RoutingTrace, rank: int) -
 
 
 def strategy_of(name: str, exchange: Exchange, plan: Plan, config: ModelConfig) -> RankStrategy:
-    """`replicated`, or coherence groups of so many ranks."""
+    """The strategy of this name: `replicated`, or coherence groups of that number of ranks."""
     tables = PlanTables.of(plan, CPU)
     if name == "replicated":
         return AllTokens(Replicated(exchange, tables), exchange)
@@ -106,7 +106,7 @@ def measure_here(
 def compute_seconds(
     cluster: Cluster, config: ModelConfig, trace: RoutingTrace, tokens: int, steps: int
 ) -> tuple[float, float]:
-    """What a layer takes, and each token in it, of a rank alone."""
+    """Seconds of a layer, and of each token in it, on a rank that is alone."""
     local = config.model_copy(update={"num_experts": config.num_experts // cluster.num_ranks})
     routing = RoutingTrace.from_arrays(
         trace.experts % local.num_experts,
@@ -137,14 +137,14 @@ def compute_seconds(
 
 
 def slowest(seconds: float) -> float:
-    """Of all ranks, on all ranks."""
+    """The longest time of any rank, on all ranks. Collective."""
     worst = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return float(worst)
 
 
 def keep_to_own_cores(rank: int, num_ranks: int, threads: int) -> bool:
-    """Whether every rank can have so many cores and one more; then this one keeps to its own.
+    """Pin this rank to its own cores, if every rank can have `threads` cores and one more; True if so.
 
     The one more is for gloo's thread: those that compute spin for a while when they are done, and would let
     it wait for the end of their time slices, 2 to 4 ms an exchange.

@@ -19,260 +19,31 @@ import json
 import os
 import platform
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
-from benchmarks.hosts.network import CABLE, Host, NoNetwork, hosts
+from benchmarks.hosts.job import Job, run_job
+from benchmarks.hosts.judge import gains, judge
+from benchmarks.hosts.network import NoNetwork, hosts
+from benchmarks.hosts.plans import PLACEMENTS, plans_of
+from benchmarks.hosts.shapes import SHAPES, replayed, split
 from benchmarks.routing.machine import cpu_model
-from benchmarks.routing.recorded import NoTrace, joined, read
-from exflow.cost.auto import step_traffic
-from exflow.cost.machine import Link, Machine
-from exflow.cost.predict import predict
-from exflow.cost.workload import StepTraffic, Workload
+from benchmarks.routing.recorded import NoTrace
 from exflow.files import atomic_path
-from exflow.model.config import ModelConfig
-from exflow.placement.make_plan import Solving, place
-from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.topology import Topology
-from exflow.placement.solve.objective import Objective
-from exflow.profiling.trace import RoutingTrace
-
-# how each is made, and for how many slots there is a spare one, which holds a replica
-PLACEMENTS = {"contiguous": ("contiguous", 0), "affinity": ("auto", 0), "replicas": ("auto", 8)}
-PLACE_SECONDS = 20.0
-PORT = "29500"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Whose routing, and how wide: all domains of the model or these; of the choices so many, None for all.
-
-    In the original K/V width over hidden width is 1024 / 2880 (gpt-oss) and 576 / 2048 (DeepSeek, whose
-    context is a latent); `top1` is one narrow head.
-    """
-
-    model: str
-    domains: tuple[str, ...]
-    choices: int | None
-    hidden: int
-    head_dim: int
-
-
-SHAPES = {
-    "top1": Shape("gpt-oss-20b", ("MMLU",), 1, 2048, 32),
-    "gpt-oss": Shape("gpt-oss-20b", ("MMLU",), None, 1440, 256),
-    "deepseek": Shape("DeepSeek-V2-Lite", (), None, 1024, 144),
-}
-
-
-@dataclass(frozen=True)
-class Split:
-    """One shape's model and routing: to place by, and to replay, in windows of equal length."""
-
-    config: ModelConfig
-    train: RoutingTrace
-    windows: np.ndarray[Any, np.dtype[Any]]  # [windows, length, layers, choices]
-
-
-def split(name: str, folder: Path, length: int) -> Split:
-    """Raises NoTrace if the folder lacks it."""
-    shape = SHAPES[name]
-    found = joined(read(folder, shape.model, shape.domains).values())
-    experts, sequence = found.trace.experts[:, :, : shape.choices], found.trace.sequence
-    config = ModelConfig(
-        name=name,
-        vocab_size=512,
-        max_positions=length + 1,
-        num_hidden_layers=experts.shape[1],
-        hidden_size=shape.hidden,
-        num_attention_heads=1,
-        num_kv_heads=1,
-        head_dim=shape.head_dim,
-        intermediate_size=16,
-        num_experts=found.trace.num_experts,
-        top_k=experts.shape[2],
-    )
-    held_out = found.held_out
-    train = RoutingTrace.from_arrays(
-        experts[~held_out], num_experts=config.num_experts, sequence=sequence[~held_out], model=name
-    )
-    windows = [
-        experts[rows[at : at + length]]
-        for rows in (np.flatnonzero(sequence == each) for each in np.unique(sequence[held_out]))
-        for at in range(0, len(rows) - length + 1, length)
-    ]
-    return Split(config, train, np.random.default_rng(0).permutation(np.stack(windows)))
-
-
-def replayed(parts: Split, batch: int) -> RoutingTrace:
-    """The routing of a batch: a window for each sequence, from the beginning again if there are too few."""
-    chosen = parts.windows[np.arange(batch) % len(parts.windows)]
-    sequences, length = chosen.shape[:2]
-    return RoutingTrace.from_arrays(
-        chosen.reshape(-1, *chosen.shape[2:]),
-        num_experts=parts.config.num_experts,
-        sequence=np.arange(sequences).repeat(length),
-        model=parts.config.name,
-    )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the ranks are told."""
-
-    batch: int
-    steps: int
-    repeats: int
-    seconds: float
-    strategies: list[str]  # replicated, or the ranks of a coherence group
-    placements: list[str]
-    threads: int  # of a rank
-
-
-def run_job(network: list[Host], folder: Path, job: Job) -> None:
-    """Run rank.py on every host. Raises RuntimeError if a rank fails or takes far too long."""
-    (folder / "job.json").write_text(json.dumps(vars(job)))
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": str(job.threads)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(network))]
-    torchrun += ["--nproc-per-node", "1", "--rdzv-backend", "static"]
-    torchrun += ["--master-addr", network[0].address, "--master-port", PORT]
-    program = [str(Path(__file__).with_name("rank.py")), str(folder)]
-    with (folder / "errors.txt").open("w") as errors:
-        agents = [
-            subprocess.Popen(
-                host.command(*torchrun, "--node-rank", str(number), *program),
-                env=environment,
-                stdout=errors,
-                stderr=errors,
-            )
-            for number, host in enumerate(network)
-        ]
-        try:
-            give_up = time.monotonic() + 2 * job.seconds + 240
-            codes = [agent.wait(max(1.0, give_up - time.monotonic())) for agent in agents]
-        finally:
-            for agent in agents:
-                agent.terminate()  # torchrun ends its rank, too
-            for agent in agents:
-                agent.wait(60)
-    if any(codes):
-        raise RuntimeError(f"ranks ended with {codes}:\n{(folder / 'errors.txt').read_text()[-4000:]}")
-
-
-def judge(job: Job, folder: Path, config: ModelConfig, trace: RoutingTrace) -> dict[str, Any]:
-    """What was measured and what the model says of it, variant by variant."""
-    stored = json.loads((folder / "machine.json").read_text())
-    links = {name: Link(**stored.pop(name)) for name in ("inside", "between")}
-    machine = Machine(**links, **stored)
-    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    decoded = trace.select(trace.position > 0)  # the first token of each is its prompt
-    variants = []
-    for placement in job.placements:
-        plan = Plan.load(folder / f"{placement}.json")
-        load = Workload.of(config, plan, job.batch, job.steps // 2, 4)
-        for strategy in job.strategies:
-            mine = [run for run in runs if (run["strategy"], run["placement"]) == (strategy, placement)]
-            if mine:
-                moved = moved_of(strategy, plan, decoded)
-                variants.append(
-                    describe(strategy, placement, mine, job) | predicted(strategy, load, moved, machine, job)
-                )
-                check_counters(variants[-1], mine[0]["counters"], moved, decoded)
-    return {"machine": machine_figures(machine), "variants": variants}
-
-
-def moved_of(strategy: str, plan: Plan, decoded: RoutingTrace) -> StepTraffic:
-    if strategy != "replicated":
-        return step_traffic(plan, decoded, int(strategy))
-    return StepTraffic(1, 0, (0, 0), (0, 0), (0, 0), 1, 1, all_reduces=plan.num_layers)
-
-
-def describe(strategy: str, placement: str, runs: list[dict[str, Any]], job: Job) -> dict[str, Any]:
-    counters, seconds = runs[0]["counters"], [run["step_s"] for run in runs]
-    return {
-        "strategy": strategy,
-        "placement": placement,
-        "tokens_per_s": job.batch / statistics.median(seconds),
-        "step_ms": 1000 * statistics.median(seconds),
-        "step_ms_of_runs": [1000 * each for each in seconds],
-        "per_step": {name: value / job.steps for name, value in counters.items()},
-    }
-
-
-def predicted(
-    strategy: str, load: Workload, moved: StepTraffic, machine: Machine, job: Job
-) -> dict[str, Any]:
-    prediction = predict(strategy, load, moved, machine)
-    return {
-        "predicted_ms": 1000 * prediction.step_s,
-        "predicted_parts_ms": {
-            "exchanges": 1000 * prediction.exchange_s,
-            "compute": 1000 * prediction.compute_s,
-            "background": 1000 * prediction.background_s,
-        },
-        "busiest": moved.expert_imbalance,
-        "attending": moved.attention_imbalance,
-    }
-
-
-def check_counters(
-    variant: dict[str, Any], counters: dict[str, Any], moved: StepTraffic, decoded: RoutingTrace
-) -> None:
-    """The ranks must have sent just what placement counts."""
-    messages = round(sum(moved.dispatch + moved.combine) * decoded.num_tokens * decoded.num_layers)
-    counted = sum(counters[name] for name in counters if name.startswith(("dispatch_", "return_")))
-    if counted != messages:
-        raise RuntimeError(
-            f"{variant['strategy']}: the ranks sent {counted} messages, {messages} are predicted"
-        )
-
-
-def machine_figures(machine: Machine) -> dict[str, float | bool]:
-    return {
-        "exchange_latency_ms": 1000 * machine.between.latency_s,
-        "megabytes_per_s_of_a_rank": machine.between.bytes_per_s / 1e6,
-        "layer_ms": 1000 * machine.layer_s,
-        "token_us": 1e6 * machine.token_s,
-        "shared": machine.shared,
-    }
 
 
 def strategies_of(ranks: int) -> list[str]:
     return [*(str(size) for size in range(1, ranks + 1) if ranks % size == 0), "replicated"]
 
 
-def plans_of(trace: RoutingTrace, count: int) -> dict[str, Plan]:
-    """By placement. All wait for the rank that serves most, and for the one that owns most: a unit of
-    imbalance costs as much time as all messages do."""
-    topology = Topology(num_nodes=count, gpus_per_node=1)
-    baseline = step_traffic(place(trace, topology, solving=Solving("contiguous")), trace, count)
-    messages = sum(baseline.dispatch + baseline.combine)
-    objective = Objective(balance_price=messages, owner_price=messages)
-    return {
-        name: place(
-            trace,
-            topology,
-            objective=objective,
-            solving=Solving(method, time_limit=PLACE_SECONDS),
-            redundant_experts=trace.num_experts // each if each else 0,
-        )
-        for name, (method, each) in PLACEMENTS.items()
-    }
-
-
 def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One shape on so many hosts."""
+    """Run and judge one shape on `count` hosts."""
     parts = split(name, arguments.traces, arguments.steps + 1)
     trace = replayed(parts, arguments.batch * count)
     job = Job(
@@ -296,26 +67,6 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
     shape = {"shape": name, "hosts": count, "batch": job.batch, "steps": job.steps}
     widths = {"hidden": parts.config.hidden_size, "kv": parts.config.kv_width, "top_k": parts.config.top_k}
     return shape | widths | result | {"gains": gains(result["variants"])}
-
-
-def gains(variants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By placement: what the model picks there, over dispatch-combine with contiguous placement."""
-    placed = {name: [each for each in variants if each["placement"] == name] for name in PLACEMENTS}
-    baseline = next((each for each in placed["contiguous"] if each["strategy"] == "1"), None)
-    if baseline is None:
-        return {}
-    return {name: gain(baseline, mine) for name, mine in placed.items() if mine}
-
-
-def gain(baseline: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:
-    picked, best = (min(variants, key=lambda each: each[of]) for of in ("predicted_ms", "step_ms"))
-    return {
-        "picked": picked["strategy"],
-        "gain": baseline["step_ms"] / picked["step_ms"],
-        "predicted_gain": baseline["predicted_ms"] / picked["predicted_ms"],
-        "fastest": best["strategy"],
-        "gain_of_fastest": baseline["step_ms"] / best["step_ms"],
-    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -346,7 +97,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def setting() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The date, hardware, versions and command that the figures depend on."""
     shown = [Path(part).name if part.startswith("/") else part for part in sys.argv]
     return {
         "date": datetime.now(UTC).date().isoformat(),

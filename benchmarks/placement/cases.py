@@ -65,7 +65,8 @@ def generated(tokens: int, layers: int, experts: int, top_k: int) -> Recorded:
 
 
 def routing(traces: Path | None, whole: bool, model: str, domains: Sequence[str] = ()) -> Recorded:
-    """All domains of a model or these; whole, or without what their sequences have in common."""
+    """Routing of all domains of a model or of these; as recorded if `whole`, else without what its sequences
+    share."""
     if traces is None:
         raise SkippedError("needs recorded traces; give --traces DIR")
     parts = read(traces, model, domains).values()

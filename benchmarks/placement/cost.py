@@ -1,4 +1,4 @@
-"""How the time of placement grows with layers, experts, GPUs and tokens: one factor at a time, side by side.
+"""Time of placement as layers, experts, GPUs and tokens grow: one factor at a time, side by side.
 
     python -m benchmarks.placement.cost -o benchmarks/results/placement-cost.json
 

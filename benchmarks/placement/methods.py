@@ -10,6 +10,7 @@ from benchmarks.placement.metis import partition
 from exflow.placement.counts.affinity import AffinityCounts
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous
 from exflow.placement.solve.objective import Objective, make_problem
@@ -20,6 +21,7 @@ ILP_SECONDS = 60.0
 ILP_EXPERTS = 1000  # of all layers: more take longer to write down than to place otherwise
 TIME_LIMIT = 30.0  # the command line's default
 BALANCED, CAP = 2.5, 1.1
+FOR_ENGINES = Objective(strategy=Strategy.DISPATCH_COMBINE, balance_price=BALANCED)
 
 
 class SkippedError(Exception):
@@ -83,6 +85,7 @@ METHODS: dict[str, Callable[[Case], Plan]] = {
     "ours": ours,
     "ours, free load": partial(ours, objective=Objective(balance_price=0)),
     "ours balanced": partial(ours, objective=Objective(balance_price=BALANCED)),
+    "ours balanced, dispatch-combine": partial(ours, objective=FOR_ENGINES),
     "ours capped": partial(ours, objective=Objective(max_imbalance=CAP)),
     "integer program, cold": integer_program,
     "graph partitioner": graph_partitioner,

@@ -19,7 +19,8 @@ def partition(problem: PlacementProblem) -> Assignment:
 
 
 def graph_of(problem: PlacementProblem) -> tuple[tuple[list[int], list[int]], list[int]]:
-    """Where the neighbours of each vertex begin and which they are; and the edges' weights, whole numbers.
+    """The graph for the partitioner: the places where each vertex's neighbours begin, the neighbours, and the
+    edges' weights (integers).
 
     Vertex l * E + e is expert e of layer l. Prices too small to be a whole number make no edge.
     """

@@ -164,7 +164,7 @@ def setting() -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.placement.run", *sys.argv[1:]]),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],  # of all programs: are the seconds ours alone?

@@ -48,7 +48,7 @@ def record(folder: Path, mib: int) -> None:
 
 
 def run(command: list[str], limit_mib: int, scratch: Path) -> dict[str, Any]:
-    """Run a command with so much private memory: how long it took, and the most that it had."""
+    """Run a command under a limit of private memory; return its seconds, exit code and peaks of memory."""
     limit = limit_mib << 20
     start, most = time.monotonic(), {"RssAnon": 0, "VmData": 0, "VmHWM": 0}
     process = subprocess.Popen(

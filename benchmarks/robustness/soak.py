@@ -64,7 +64,7 @@ END_SHARE = 0.05  # of the vocabulary: tokens that end a sequence, so that lengt
 
 @dataclass(frozen=True)
 class Load:
-    """What arrives: it follows from the seed, on every rank and in the replay alike."""
+    """The requests: they follow from the seed, on every rank and in the replay alike."""
 
     seed: int
     rate: float  # sequences a second
@@ -72,7 +72,7 @@ class Load:
     vocabulary: int
 
     def arrivals(self) -> np.ndarray[Any, Any]:
-        """[sequences] seconds after the start."""
+        """[sequences] float: seconds after the start at which each sequence arrives."""
         rng = np.random.default_rng((self.seed, 0))
         gaps = rng.exponential(1 / self.rate, int(self.rate * self.seconds * 1.2) + 100)
         times = gaps.cumsum()
@@ -135,7 +135,7 @@ def own_memory_kib() -> int:
 
 @contextmanager
 def stress(processes: int) -> Iterator[None]:
-    """So many processes that do nothing but take time from others."""
+    """Run processes that do nothing but take time from others."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield
@@ -151,7 +151,7 @@ def lines_of(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Verdict:
-    """What is wrong with the answers, line by line; and the ties that rounding decided."""
+    """The faults of the answers, a line each; and the ties that rounding decided."""
 
     faults: list[str] = field(default_factory=list)
     ties: int = 0
@@ -182,7 +182,8 @@ def judge(model: Path, load: Load, by_rank: list[list[dict[str, Any]]]) -> Verdi
 
 
 def differences(alone: Engine, request: Request, tokens: list[list[int]]) -> Iterator[tuple[str, float]]:
-    """Where a sequence first has another token than one process gives it, and how far its score is behind."""
+    """Yield the first token of each sequence that differs from one process's: a message, and how far its
+    score is behind."""
     seen: dict[tuple[int, int], torch.Tensor] = {}
     first = alone.first_sequence
 
@@ -205,7 +206,8 @@ def differences(alone: Engine, request: Request, tokens: list[list[int]]) -> Ite
 
 
 def growth_mib(lines: list[dict[str, Any]]) -> float | None:
-    """From the median of the first tenth of a rank's requests after the warm-up to that of the last."""
+    """Growth of a rank's memory: median of its last tenth of requests minus that of the first tenth after the
+    warm-up."""
     memory = [line["memory_kib"] for line in lines if line["begun"] >= WARM_UP_S]
     if not (tenth := len(memory) // 10):
         return None
@@ -213,7 +215,7 @@ def growth_mib(lines: list[dict[str, Any]]) -> float | None:
 
 
 def tenths_mib(lines: list[dict[str, Any]]) -> list[float]:
-    """The median in each tenth of a rank's requests: whether it goes on growing."""
+    """Median memory in each tenth of a rank's requests, which shows whether it goes on growing."""
     parts = np.array_split([line["memory_kib"] / 1024 for line in lines], 10)
     return [round(float(np.median(part)), 1) for part in parts if len(part)]
 

@@ -1,4 +1,4 @@
-"""What the results of a benchmark say of the machine they were measured on."""
+"""Describes the machine that a benchmark ran on, for its results."""
 
 import platform
 from pathlib import Path

@@ -46,12 +46,12 @@ class Recorded:
 
     @property
     def unit(self) -> npt.NDArray[np.int64]:
-        """[tokens]: the group of each."""
+        """[tokens]: the group of each token."""
         return self.group[self.trace.sequence]
 
     @property
     def held_out(self) -> npt.NDArray[np.bool_]:
-        """[tokens]: whether it is of the quarter, every fourth group, that plans are judged by."""
+        """[tokens] bool: True for every fourth group, the quarter that plans are judged by."""
         return np.equal(self.unit % 4, 3)
 
 
@@ -68,7 +68,7 @@ def read(folder: Path, model: str, domains: Sequence[str] = ()) -> dict[str, Rec
 
 
 def as_recorded(file: Path) -> Recorded:
-    """All that a file holds. Raises InputError where it is damaged."""
+    """Read everything that a file holds. Raises InputError where it is damaged."""
     trace = read_trace([file])
     with np.load(file, allow_pickle=False) as archive:
         _, first = np.unique(archive["seq"], return_index=True)
@@ -78,13 +78,13 @@ def as_recorded(file: Path) -> Recorded:
 
 
 def each_alone(trace: RoutingTrace) -> Recorded:
-    """Every sequence a group of its own."""
+    """The trace with every sequence in a group of its own."""
     sequences = len(np.unique(trace.sequence))
     return Recorded(trace, np.arange(sequences), np.zeros(sequences, dtype=bool))
 
 
 def joined(parts: Iterable[Recorded]) -> Recorded:
-    """One after the other, sequences and groups numbered on."""
+    """Join the parts one after the other, sequences and groups numbered on."""
     parts = list(parts)
     firsts = np.cumsum([0, *(part.group.max() + 1 for part in parts)])
     return Recorded(
@@ -95,8 +95,8 @@ def joined(parts: Iterable[Recorded]) -> Recorded:
 
 
 def independent(recorded: Recorded) -> Recorded:
-    """Without what the sequences of a file have in common: those that loop, those that another repeats (of a
-    group the last one holds them all), and the prompt that all begin with."""
+    """The recording without what its sequences share: sequences that loop, sequences that another repeats (of
+    a group the last one holds them all), and the prompt that all begin with."""
     last = np.append(np.diff(recorded.group) != 0, True)
     kept = of_sequences(recorded.trace, np.flatnonzero(last & ~recorded.loops))
     return each_alone(without_common_prompt(kept))
@@ -114,5 +114,5 @@ def without_common_prompt(trace: RoutingTrace) -> RoutingTrace:
 
 
 def numbered(trace: RoutingTrace) -> RoutingTrace:
-    """Its sequences numbered 0, 1, ... without gaps."""
+    """The trace with its sequences numbered 0, 1, ... without gaps."""
     return of_sequences(trace, np.arange(len(np.unique(trace.sequence))))

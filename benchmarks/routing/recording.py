@@ -1,4 +1,4 @@
-"""What recording costs: the same run with and without `exflow.record`, in turns, and the ratio.
+"""Measures the cost of recording: one run with and without `exflow.record`, in turns, and the ratio.
 
     python -m benchmarks.routing.recording [--model FOLDER] [--device cuda] [--repeats 15] [-o FILE.json]
 
@@ -83,7 +83,7 @@ Load = Callable[[Any], Callable[[], None]]
 
 
 def load_subject(name: str, device: str) -> tuple[Any, dict[str, Load]]:
-    """What to record, and its two loads."""
+    """The model to record, and its two loads."""
     if name.startswith(hugging_face.PREFIX):
         folder = Path(name.removeprefix(hugging_face.PREFIX))
         model = hugging_face.load_model(folder, hugging_face.load_config(folder), torch.device(device))
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def setting(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The date, hardware, versions and command that the figures depend on."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         "date": datetime.now(UTC).date().isoformat(),

@@ -23,12 +23,12 @@ class Adjacent(Information):
 
     @property
     def expected_chance(self) -> float:
-        """What theory says that the control says."""
+        """Bits of the control by theory."""
         return (self.experts - 1) ** 2 / (2 * self.tokens * math.log(2))
 
 
 def measure(subject: Subject, tell: Callable[[str], None]) -> list[Adjacent]:
-    """One, of all domains together."""
+    """One row, of all domains together."""
     tell(subject.name)
     trace = subject.trace
     found = Adjacent(

@@ -1,4 +1,4 @@
-"""What the study looks at: models, each with the routing of several text domains, and a model in training."""
+"""Subjects of the study: models with the routing of several text domains, and a model in training."""
 
 import re
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def trace(self) -> RoutingTrace:
-        """Of all domains, one after the other."""
+        """The routing of all domains, one after the other."""
         return merge(list(self.domains.values()))
 
 

@@ -1,4 +1,4 @@
-"""Affinity between layers that are not neighbours: what an expert says about one some layers later."""
+"""Affinity between layers that are not neighbours: information of an expert on one some layers later."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Distance:
 
 
 def measure(subject: Subject, tell: Callable[[str], None]) -> list[Distance]:
-    """At every distance that the model has."""
+    """A row for every distance between the model's layers."""
     tell(subject.name)
     trace, found = subject.trace, []
     for distance in range(1, trace.num_layers):

@@ -1,4 +1,4 @@
-"""What a token's expert in one layer says about its expert in a later one, with what chance and topic say.
+"""Information of a token's expert in one layer on its expert in a later one, beside chance and topic.
 
 Shapes: T tokens, L MoE layers, E experts, B blocks of sequences. Of top-k routing the first choice counts.
 """
@@ -21,7 +21,7 @@ Integers = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Information:
-    """In bits, for each pair of layers at one distance.
+    """Figures in bits, for each pair of layers at one distance.
 
     entropy  of the later layer's expert: the most that can be said about it
     plug_in  mutual information as counted
@@ -56,7 +56,7 @@ class Information:
 
 
 def information(trace: RoutingTrace, distance: int = 1, seed: int = 0) -> Information:
-    """Between each layer and the one `distance` later.
+    """Information between each layer and the layer `distance` later.
 
     Raises InputError where the trace has no such pair of layers, or a single sequence.
     """

@@ -59,7 +59,7 @@ PACKAGES = ("exflow", "numpy", "numba", "scipy", "torch")
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What there is to look at, and what is left out and why."""
+    """The subjects to look at, and the reason for each that is left out."""
 
     models: list[Subject]
     training: list[Checkpoint]
@@ -68,7 +68,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Question:
-    """How a question is answered, and its rows shown: as Markdown, and as the content of an SVG file."""
+    """A question: the function that answers it, and its rows shown as Markdown and as the content of an SVG
+    file."""
 
     row: type
     measure: Callable[[Given], list[Any]]
@@ -190,7 +191,7 @@ def with_block(page: str, name: str, content: str) -> str:
 
 
 def setting() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The date, hardware, versions and command that the figures depend on."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),

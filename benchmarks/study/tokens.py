@@ -1,4 +1,4 @@
-"""How many tokens must be profiled? Plans from more and more of them, judged on sequences that none saw."""
+"""Measures how many tokens must be profiled: plans from more and more tokens, judged on held-out ones."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,7 +37,7 @@ class Profiled:
 
 
 def measure(subject: Subject, solving: Solving, tell: Callable[[str], None]) -> list[Profiled]:
-    """All domains together; a quarter of the sequences is held out."""
+    """Rows of all domains together; a quarter of the sequences is held out."""
     train, held_out = split_by_sequence(subject.trace, SHARE)
     contiguous = place(train, subject.topology, solving=Solving(CONTIGUOUS))
     theirs = interval(contiguous, held_out)["messages_per_token_layer"]["value"]

@@ -1,4 +1,4 @@
-"""How affinity, routing entropy and load balance change while a model is trained."""
+"""Affinity, routing entropy and load balance while a model is trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -126,7 +126,7 @@ def table(rows: list[Step]) -> str:
 
 
 def figure(rows: list[Step]) -> str:
-    """Of the checkpoints that are of the same text."""
+    """The drawing of the checkpoints of one text, hence without the final model."""
     rows = [each for each in rows if each.step != FINAL]
     x, labels = list(range(len(rows))), [each.step for each in rows]
 

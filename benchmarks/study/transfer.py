@@ -1,4 +1,4 @@
-"""Does a plan made from one kind of text serve another? Every domain's plan, judged on every domain.
+"""Judges each domain's plan on every domain: does a plan made from one kind of text serve another?
 
 Sequences are dealt into FOLDS parts. Each part is judged by plans that were made without it, so all of a
 domain's sequences count, and none by a plan that has seen it.
@@ -69,7 +69,8 @@ def measure(subject: Subject, solving: Solving, tell: Callable[[str], None]) -> 
 
 
 def plans_from(train: Traces, topology: Topology, solving: Solving) -> dict[str, Plan]:
-    """Of each domain; of MIXED, as many tokens of all of them together; and the contiguous one."""
+    """A plan from each domain; one from MIXED, equally many tokens of all of them together; and the
+    contiguous one."""
     tokens = min(trace.num_tokens for trace in train.values())
     alike = {name: some_tokens(trace, tokens) for name, trace in train.items()}
     mixed = merge([some_tokens(trace, tokens // len(train)) for trace in train.values()])
@@ -80,7 +81,7 @@ def plans_from(train: Traces, topology: Topology, solving: Solving) -> dict[str,
 
 
 def some_tokens(trace: RoutingTrace, count: int) -> RoutingTrace:
-    """So many rows: whole sequences in an order of chance, and the beginning of one more."""
+    """`count` rows: whole sequences in random order, and the beginning of one more."""
     turn = np.random.default_rng(0).permutation(len(np.unique(trace.sequence)))
     rows = np.argsort(turn[trace.sequence], kind="stable")[:count]
     return numbered(trace.select(np.sort(rows)))

@@ -101,7 +101,7 @@ def _arrows() -> list[str]:
 
 
 def _buffers() -> list[str]:
-    """What B's two buffers hold, until when it may be read, and when it is written again."""
+    """The content of B's two buffers, the time until which it may be read, and the time of the next write."""
     rows = []
     for parity, write, read, kind in ((0, A[0], B[2], "exchange"), (1, A[3], B[5], "background")):
         top = BUFFERS + 34 * parity

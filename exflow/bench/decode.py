@@ -1,7 +1,7 @@
-"""The `exflow bench decode` command: decode steps of strategies, transports and placements side by side, in
-one job, on the same weights and the same routing.
+"""The `exflow bench decode` command: times decode steps of strategies, transports and placements in one job.
 
-Every case is a batch in the middle of its decode: `context` positions of noise, no prompts run.
+All cases have equal weights and routing. Each is a batch in the middle of its decode: the cache has `context`
+positions of noise, and no prompts run.
 """
 
 import time
@@ -19,9 +19,9 @@ from exflow.bench.job import ONE_PROCESS, WARM_UP, ResolvedBench
 from exflow.bench.table import Case, Outcome, Report, Result, about, cases_of, predicted, taken_by_auto
 from exflow.comm.collectives import Counters, Exchange
 from exflow.comm.pairwise import PairwiseExchange
-from exflow.comm.transport import Transport, alone, choose_transport
+from exflow.comm.transport import alone, choose_transport
+from exflow.comm.transport_names import Transport
 from exflow.console import Work, note
-from exflow.cost.machine import Machine
 from exflow.cost.predict import memory_bytes
 from exflow.cost.probe import free_bytes, measure
 from exflow.cost.workload import Workload
@@ -31,6 +31,7 @@ from exflow.model.decoder import Decoder, Rows
 from exflow.model.replay import ReplayedRouting, load_replay
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Machine
 from exflow.profiling.trace import DECODE
 from exflow.runtime.decoding import Choices, EagerDecoding
 from exflow.runtime.deploy import decoder_of, experts_of
@@ -43,7 +44,7 @@ Item = TypeVar("Item")
 
 @torch.inference_mode()
 def bench_decode(setting: ResolvedBench, cluster: Cluster | None) -> dict[str, Any] | None:
-    """Run every case, in this process or as a rank of `cluster`. Returns the result on rank 0 or alone."""
+    """Run every case, in this process or as a rank of `cluster`. Returns the result; None on ranks but 0."""
     cluster = cluster or alone(torch.device(setting.device_type))
     first = cluster.rank == 0
     for line in setting.notes if first else []:
@@ -54,7 +55,7 @@ def bench_decode(setting: ResolvedBench, cluster: Cluster | None) -> dict[str, A
         measured = setting.transports if setting.topology is not None else []
         machines = {transport: measure(cluster, transport) for transport in measured}
         report = Report(about(setting, cluster, machines), cases_of(setting), setting.output)
-        if first:  # compiled: of no use to the other ranks
+        if first:  # loads compiled code, which only rank 0 needs
             report.predicted = predicted(setting, machines)
             report.taken_by_auto = taken_by_auto(report.predicted, machines)
     with Work("timing", "cases", shown=first) as work:
@@ -67,9 +68,9 @@ def bench_decode(setting: ResolvedBench, cluster: Cluster | None) -> dict[str, A
 
 
 def working_transports(setting: ResolvedBench, cluster: Cluster) -> list[Transport]:
-    """Those asked for, or all that work here; on one GPU they are alike, and one is enough. Collective.
+    """The transports asked for, or all that work here; on one GPU only one, since they are alike. Collective.
 
-    Raises InputError if one that was asked for does not work.
+    Raises InputError if a transport asked for does not work.
     """
     if setting.transports:
         return [choose_transport(transport, cluster) for transport in setting.transports]
@@ -79,7 +80,7 @@ def working_transports(setting: ResolvedBench, cluster: Cluster) -> list[Transpo
     for transport in ("collective", "one-sided" if cluster.num_nodes == 1 else "relayed"):
         try:
             working.append(choose_transport(transport, cluster))
-        except InputError as error:  # the same on all ranks
+        except InputError as error:  # raised on all ranks
             if cluster.rank == 0:
                 note(f"left out: {error}")
     return working or ["eager"]
@@ -87,9 +88,9 @@ def working_transports(setting: ResolvedBench, cluster: Cluster) -> list[Transpo
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cases share. free: bytes of memory that every rank has, before any weights.
+    """Data shared by all cases.
 
-    tell: is told what is going on.
+    free: bytes of memory that every rank has before weights are loaded. tell: receives progress messages.
     """
 
     setting: ResolvedBench
@@ -101,8 +102,8 @@ class Bench:
 
 
 def results(bench: Bench) -> Iterator[tuple[Case, Result]]:
-    """Of every case, those that can use the same weights together; the weights of the next ones come when
-    these are gone. Collective."""
+    """Yield the result of every case, grouped by weights: one set of weights is in memory at a time.
+    Collective."""
     for together in sharing_weights(bench.setting):
         cases = []
         for case in cases_of(bench.setting):
@@ -117,11 +118,11 @@ def results(bench: Bench) -> Iterator[tuple[Case, Result]]:
 
 
 def sharing_weights(setting: ResolvedBench) -> list[list[str]]:
-    """Placements, by what is in the slots of the ranks while they are timed.
+    """Group the placements that can be timed with the same weights in the ranks' slots.
 
-    What a trace dictates is routed alike whatever experts compute, and a step takes as long with one expert
-    in a slot as with another: placements with as many slots share the weights. Where gates choose, what the
-    experts of a layer compute decides what the gates of the next one choose: each needs its own.
+    With a replayed trace, routing does not depend on the experts' weights, and neither does the time of a
+    step. So placements with the same number of slots share weights. Without a trace, the experts of a layer
+    influence the gates of the next one, so each placement needs its own weights.
     """
     if setting.replay is None:
         return [[name] for name in setting.plans]
@@ -132,7 +133,7 @@ def sharing_weights(setting: ResolvedBench) -> list[list[str]]:
 
 
 def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
-    """Load what is in the slots of the first one's placement, and time them all. Collective."""
+    """Load the weights of the first case's placement, and time all cases with them. Collective."""
     setting, cluster = bench.setting, bench.cluster
     bench.tell(f"loading the weights ({cases[0].placement})")
     held = experts_of(setting.plans[cases[0].placement], cluster.rank)
@@ -156,11 +157,11 @@ def results_on_same_weights(bench: Bench, cases: list[Case]) -> Iterator[tuple[C
 def mid_decode(
     decoder: Decoder, strategy: RankStrategy, batch: int, context: int, steps: int
 ) -> EagerDecoding:
-    """A decoding whose prompts are not run: noise is in their place. Tokens are at home, as after prompts."""
+    """A decoding with noise in place of the keys and values of prompts. Each token is at its home."""
     request = Request([[0] * context] * batch, steps + 1)
     choices = Choices(request, first_sequence=0, device=decoder.embedding.weight.device)
     decoding = EagerDecoding(decoder, strategy, choices)
-    strategy.prefill(decoding.cache, choices.sequence_N, choices.lengths)  # which begins the request
+    strategy.prefill(decoding.cache, choices.sequence_N, choices.lengths)  # begins the request
     fill_with_noise(decoding.cache.values, decoding.cache.held, context)
     here = choices.sequence_N[strategy.admits(choices.sequence_N)]
     decoding.begin(here % decoder.config.vocab_size, Rows(here, torch.full_like(here, context), DECODE))
@@ -168,9 +169,11 @@ def mid_decode(
 
 
 def fill_with_noise(cache: Tensor, sequences: Tensor, context: int) -> None:
-    """Keys and values for the first `context` positions of a cache [layers, 2, N, heads, positions, width],
-    whose n-th row is of sequences[n]: the same for a sequence on every rank that holds it, so that gates
-    choose alike under every strategy."""
+    """Fill the first `context` positions of a cache [layers, 2, N, heads, positions, width] with noise.
+
+    Row n belongs to sequences[n]. The noise depends only on the sequence, so that all ranks have equal values
+    and gates choose the same experts under every strategy.
+    """
     layers, sides, _, heads, _, width = cache.shape
     generator = torch.Generator(cache.device)
     for row, sequence in enumerate(sequences.tolist()):
@@ -180,7 +183,7 @@ def fill_with_noise(cache: Tensor, sequences: Tensor, context: int) -> None:
 
 
 def eager_result(bench: Bench, decoder: Decoder, case: Case) -> Result:
-    """Collective."""
+    """Time a case with eager steps. Collective."""
     setting, cluster = bench.setting, bench.cluster
     strategy = single_process() if setting.topology is None else _strategy(bench, case)
     made = allocated(
@@ -221,7 +224,7 @@ def _group_size(strategy: str, topology: Topology | None) -> int:
 
 
 def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Iterator[tuple[Case, Result]]:
-    """Of cases that differ in their placement alone: one captured step, and other tables in its memory.
+    """Time cases that differ only in their placement with one captured step, whose tables are replaced.
     Collective."""
     from exflow.bench.timing import begin_synthetic_batch, decode_synthetic_batch, time_steps
     from exflow.runtime.graph_runner import Capture
@@ -233,7 +236,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
     capture = Capture(decoder, tables[0], cluster, size, strategy == Strategy.REPLICATED, transport)
     bench.tell(f"{cases[0]}: capturing")
     if cluster.device.type == "cuda":
-        torch.cuda.empty_cache()  # a graph that is gone leaves its memory in a pool that no other uses
+        torch.cuda.empty_cache()  # a freed graph leaves its memory in a pool that no other graph uses
     captured = allocated(
         cluster, lambda: decode_synthetic_batch(capture, batch, setting.context, setting.counted)
     )
@@ -252,7 +255,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
 
 
 def floor_ms(bench: Bench, captured: Any) -> float | None:
-    """What the latest step had to read and send, at the best bandwidths measured. Collective."""
+    """Milliseconds to read and send the latest step's bytes at the best measured bandwidths. Collective."""
     from exflow.bench.timing import step_bytes
 
     if not bench.machines or bench.cluster.num_nodes > 1:
@@ -264,7 +267,7 @@ def floor_ms(bench: Bench, captured: Any) -> float | None:
 
 
 def bytes_per_step(cluster: Cluster, mine: Counters, steps: int) -> tuple[float, float, float]:
-    """Critical, background and all bytes that a rank sends in a step: the mean over ranks. Collective."""
+    """Critical, background and total bytes that a rank sends in a step, mean over ranks. Collective."""
     critical = mine.wire_bytes if mine.all_reduces else mine.hidden_bytes
     sent = torch.tensor(
         [critical, mine.kv_bytes, mine.wire_bytes], dtype=torch.float64, device=cluster.device
@@ -276,7 +279,7 @@ def bytes_per_step(cluster: Cluster, mine: Counters, steps: int) -> tuple[float,
 
 
 def does_not_fit(bench: Bench, case: Case) -> str:
-    """Why a case is not even tried; empty if it may fit. The same on all ranks."""
+    """The reason to skip a case, equal on all ranks; empty if it may fit into memory."""
     if (case.strategy, case.transport) == (Strategy.REPLICATED, "relayed"):
         return "replicated has nothing to relay"
     setting, positions, batch = bench.setting, bench.setting.positions, case.batch
@@ -299,9 +302,9 @@ def does_not_fit(bench: Bench, case: Case) -> str:
 
 
 def allocated(cluster: Cluster, make: Callable[[], Item]) -> Item | str:
-    """What `make` made, or that some rank's memory was not enough for it. Collective.
+    """The result of `make`, or a message if some rank ran out of memory. Collective.
 
-    Raises InputError on all ranks alike.
+    Raises an InputError of any rank on all ranks.
     """
     fault = ""
 
@@ -310,7 +313,7 @@ def allocated(cluster: Cluster, make: Callable[[], Item]) -> Item | str:
         try:
             return make()
         except RuntimeError as error:
-            # on CPUs there is no class of its own for it
+            # on CPUs torch has no class of its own for it
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             fault = f"does not fit: {str(error).splitlines()[0]}"

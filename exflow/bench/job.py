@@ -1,4 +1,4 @@
-"""What `exflow bench decode` is asked to run, checked and read before anything runs."""
+"""Options of `exflow bench decode`, resolved: files are read and checked before anything runs."""
 
 import sys
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from exflow.comm.transport import NAMES as TRANSPORTS
-from exflow.comm.transport import Transport
+from exflow.comm.transport_names import NAMES as TRANSPORTS
+from exflow.comm.transport_names import Transport
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job.launch import PATIENCE_S
@@ -30,10 +30,10 @@ CONTIGUOUS = "contiguous"
 
 @dataclass(frozen=True)
 class ResolvedBench:
-    """A benchmark as each of its ranks is told it: every file is read and checked but weights and traces.
+    """A resolved benchmark, passed to each rank: all files are read and checked, except weights and traces.
 
-    topology: None in a single process, which has no strategies. context: positions in the cache of a
-    sequence. replay: a trace folder, whose files each rank maps into its memory. notes: lines for the user.
+    topology: None in a single process, which has no strategies. context: cached positions of a sequence.
+    replay: a trace folder, whose files each rank maps into memory. notes: lines for the user.
     """
 
     command: str
@@ -55,12 +55,12 @@ class ResolvedBench:
 
     @property
     def counted(self) -> int:
-        """Steps that a case runs."""
+        """Number of steps of a case."""
         return WARM_UP + self.steps
 
     @property
     def positions(self) -> int:
-        """Positions that a sequence has at the end."""
+        """Number of positions of a sequence at the end."""
         return self.context + self.counted + 1
 
 
@@ -82,9 +82,9 @@ class BenchOptions:
     patience_s: float = PATIENCE_S
 
     def resolve(self, topology: Topology | None) -> ResolvedBench:
-        """Read and check everything for ranks of `topology`, or one process.
+        """Read and check everything for ranks of `topology`; None means one process.
 
-        Raises InputError for whatever could not run there.
+        Raises InputError for options that cannot run there.
         """
         checkpoint, device, notes = Checkpoint.open(self.model), choose_device(self.device), list[str]()
         config = checkpoint.config
@@ -120,7 +120,7 @@ def _weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint | RandomWei
 def _plans(
     options: BenchOptions, config: ModelConfig, topology: Topology | None, notes: list[str]
 ) -> dict[str, Plan]:
-    """By their names in the table: the contiguous plan, then those given."""
+    """Plans by their names in the table: the contiguous plan, then the given ones."""
     if topology is None and options.plans:
         raise InputError(f"--plan {options.plans[0]}: one process holds all experts; add --nproc N")
     here = topology or Topology(gpus_per_node=1)
@@ -156,13 +156,13 @@ def _strategies(names: list[str], topology: Topology | None) -> list[str]:
 
 
 def _transports(names: list[str], device_type: str, topology: Topology | None) -> list[Transport]:
-    """The transports asked for, in the order of TRANSPORTS; an empty list stands for those that work."""
+    """The transports asked for, in the order of TRANSPORTS; an empty list means all that work."""
     for name in names:
         if name not in TRANSPORTS:
             raise InputError(f"--transport {name}: no such transport; give {', '.join(TRANSPORTS)}")
         if name != "eager" and device_type != "cuda":
             raise InputError(f"--transport {name}: needs GPUs; give eager, or --device cuda")
-        if name in ("collective", "relayed") and topology is None:  # nor is there a process group
+        if name in ("collective", "relayed") and topology is None:  # and there is no process group
             raise InputError(f"--transport {name}: one process exchanges nothing; give one-sided or eager")
     return [known for name in dict.fromkeys(names) for known in TRANSPORTS if known == name]
 

@@ -1,4 +1,4 @@
-"""The table of `exflow bench decode` as it grows: what was measured, beside what the cost model expects."""
+"""Table of `exflow bench decode`: measured times beside the predictions of the cost model."""
 
 import os
 import platform
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 from exflow.bench.job import WARM_UP, ResolvedBench
-from exflow.comm.transport import NAMES as TRANSPORTS
-from exflow.comm.transport import Transport
+from exflow.comm.transport_names import NAMES as TRANSPORTS
+from exflow.comm.transport_names import Transport
 from exflow.cost.auto import expected_figures, predictions
-from exflow.cost.machine import Machine
 from exflow.cost.predict import Prediction, choose
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
 from exflow.files import write_json
 from exflow.job.cluster import Cluster
 from exflow.model.random_weights import RandomWeights
+from exflow.placement.time.machine import Machine
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a row of the table is about; `placement` is the plan's name in it."""
+    """One row of the table. placement: the plan's name in it."""
 
     batch: int
     strategy: str
@@ -39,10 +39,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step: milliseconds, the slowest rank's; bytes that a rank sends, the mean over ranks.
+    """Measurements of a step: milliseconds of the slowest rank; bytes that a rank sends, mean over ranks.
 
-    critical: hidden states, or what an all-reduce carries; background: keys and values; wire: all that was
-    carried, padding and headers included. floor_ms is known of captured steps on GPUs of one node.
+    critical: hidden states, or the bytes of an all-reduce. background: keys and values. wire: all bytes sent,
+    with padding and headers. floor_ms: only for captured steps on GPUs of one node.
     """
 
     tpot_ms: float
@@ -53,18 +53,18 @@ class Outcome:
     floor_ms: float | None = None
 
 
-Result = Outcome | str  # or why there is none
+Result = Outcome | str  # or the reason why there is no outcome
 Predicted = dict[Case, Prediction]
 
 
 def cases_of(setting: ResolvedBench) -> list[Case]:
-    """In the order of the table."""
+    """Cases of the benchmark, in the order of the table."""
     parts = (setting.batches, setting.strategies, setting.transports, setting.plans)
     return [Case(*each) for each in product(*parts)]
 
 
 def predicted(setting: ResolvedBench, machines: dict[Transport, Machine]) -> Predicted:
-    """What the cost model expects of every strategy, asked for or not; nothing of one process."""
+    """Predictions of the cost model for every strategy, asked for or not; empty for one process."""
     found: Predicted = {}
     here = setting.topology
     if here is None:
@@ -81,8 +81,8 @@ def predicted(setting: ResolvedBench, machines: dict[Transport, Machine]) -> Pre
 
 
 def taken_by_auto(found: Predicted, machines: dict[Transport, Machine]) -> list[Case]:
-    """For each batch what `auto` would run: the first transport that works, and of all placements the one
-    with which it expects most. A batch that fits under no strategy is missing."""
+    """The case that `auto` would run for each batch: the first transport that works, and the placement with
+    the shortest predicted step. Batches that fit under no strategy are left out."""
     taken: dict[int, Case] = {}
     transport = next((name for name in TRANSPORTS if name in machines), None)
     if transport is None:
@@ -103,7 +103,7 @@ def taken_by_auto(found: Predicted, machines: dict[Transport, Machine]) -> list[
 
 @dataclass
 class Report:
-    """Rank 0's table as it grows. about: what the document says of the whole job; cases: in their order."""
+    """Rank 0's table as it grows. about: figures of the whole job. cases: all cases, in order."""
 
     about: dict[str, Any]
     cases: list[Case]
@@ -113,13 +113,13 @@ class Report:
     results: dict[Case, Result] = field(default_factory=dict)
 
     def add(self, case: Case, result: Result) -> None:
-        """Take in a result, and write all there are."""
+        """Add a result, and write all results so far."""
         self.results[case] = result
         if self.output is not None:
             write_json(self.output, self.document())
 
     def document(self) -> dict[str, Any]:
-        """What `exflow bench decode --json` prints. `speedup` is over the first row of the same batch."""
+        """Output of `exflow bench decode --json`. speedup: over the first row of the same batch."""
         rows = [self._row(case) for case in self.cases if case in self.results]
         for row in rows:
             first = next(each for each in rows if each["batch"] == row["batch"])["tpot_ms"]
@@ -141,7 +141,7 @@ class Report:
         }
 
     def _of_model_and_clock(self, case: Case) -> dict[str, Any]:
-        """Predicted and measured, None where there is no such figure."""
+        """Predicted and measured milliseconds; None if there is no figure."""
         found, result = self.predicted.get(case), self.results.get(case)
         return {
             "predicted_ms": 1000 * found.step_s if found else None,
@@ -150,7 +150,7 @@ class Report:
 
 
 def about(setting: ResolvedBench, cluster: Cluster, machines: dict[Transport, Machine]) -> dict[str, Any]:
-    """The job's figures that all cases share: model, hardware, versions, date, command, links."""
+    """Figures shared by all cases: model, hardware, versions, date, command, links."""
     on_gpus = cluster.device.type == "cuda"
     part = torch.cuda.get_device_name() if on_gpus else f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
@@ -172,7 +172,7 @@ def about(setting: ResolvedBench, cluster: Cluster, machines: dict[Transport, Ma
 
 
 def link_figures(machine: Machine, cluster: Cluster) -> dict[str, float | None]:
-    """Of the link that most exchanges wait for; None where there is none."""
+    """Figures of the link on which exchanges wait, inside a node or between nodes, and of memory."""
     link = machine.inside if cluster.num_nodes == 1 else machine.between
     return {
         "latency_us": 1e6 * link.latency_s,

@@ -1,6 +1,6 @@
-"""Times captured decode steps: a batch in the middle of its decode, over routing that a trace may dictate.
+"""Times captured decode steps: a batch in the middle of its decode, with routing that a trace may dictate.
 
-Prompts are not run: the cache is filled with noise, which costs a step what real keys and values cost it.
+Prompts are not run: the cache is filled with noise, which costs as much time as real keys and values.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from exflow.runtime.graph_runner import Capture, CapturedDecode
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Microseconds of a step, the slowest rank's: median and 99th percentile."""
+    """Microseconds of a step on the slowest rank: median and 99th percentile."""
 
     median_us: float
     p99_us: float
 
     @classmethod
     def of(cls, times_us: list[float], num_ranks: int) -> "StepTimes":
-        """Of one rank's measured steps; collective."""
+        """Combine the step times of all ranks. times_us: this rank's steps. Collective."""
         slowest = torch.tensor(times_us, device="cuda")
         if num_ranks > 1:
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -38,7 +38,7 @@ class StepTimes:
 def decode_synthetic_batch(
     capture: Capture, batch: int, context: int, steps: int, kind: type[DecodeStep] = DecodeStep
 ) -> CapturedDecode:
-    """A captured step with `batch` sequences that have `context` tokens each. Collective."""
+    """Capture a step, and begin it with `batch` sequences of `context` tokens each. Collective."""
     captured = capture.make(batch, context + steps + 1, GREEDY, (), kind)
     captured.cache.normal_()
     begin_synthetic_batch(captured, batch, context)
@@ -47,7 +47,7 @@ def decode_synthetic_batch(
 
 @torch.inference_mode()
 def begin_synthetic_batch(captured: CapturedDecode, batch: int, context: int) -> None:
-    """Put `batch` sequences of `context` tokens before their next step. Collective."""
+    """Begin `batch` sequences of `context` tokens each. Collective."""
     shape, device = captured.shape, captured.cache.device
     here = torch.arange(batch, device=device)
     if not shape.replicated:
@@ -75,10 +75,10 @@ def time_steps(captured: CapturedDecode, steps: int) -> StepTimes:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What the latest step had to move, the mean over ranks: the byte floor is their times added.
+    """Bytes that the latest step had to move, mean over ranks. The byte floor is the time of memory and wire.
 
-    memory: weights of the experts touched, the dense weights, keys and values read. wire: hidden states that
-    left a rank, on the critical path; background: new keys and values given to other ranks.
+    memory: weights of the touched experts, dense weights, keys and values read. wire: hidden states sent, on
+    the critical path. background: new keys and values sent to other ranks.
     """
 
     memory: float
@@ -90,11 +90,11 @@ class StepBytes:
 
 
 def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
-    """Of the step last run; wire and background are means over the steps since `begin`. Collective."""
+    """Bytes of the latest step; wire and background are means over the steps since `begin`. Collective."""
     config, shape = captured.capture.decoder.config, captured.shape
     routing, position = captured.step.outputs.routing, captured.step.state.position
     size = captured.cache.dtype.itemsize
-    # hidden layers without experts read the past of as many rows as those with
+    # layers without experts read the caches of as many rows as layers with experts
     attended = float((routing[:, :, 0] >= 0).sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
     kv = attended * config.positions_seen(int(position.max())) * config.kv_width * size
     touched = _touched(captured)
@@ -114,7 +114,7 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
 
 
 def _touched(captured: CapturedDecode) -> int:
-    """Slots of this rank that had a row, over all layers of the latest step. Collective."""
+    """Number of slots of this rank with a row, over all layers of the latest step. Collective."""
     shape, step, tables = captured.shape, captured.step, captured.capture.tables
     routing = step.outputs.routing.long()
     asks = (
@@ -135,8 +135,7 @@ def _touched(captured: CapturedDecode) -> int:
 
 
 def dense_bytes(decoder: Decoder) -> int:
-    """Weights that every step reads on every rank: all but the experts and the embeddings; the head is one of
-    these."""
+    """Bytes of weights that every step reads on every rank: all but experts and embeddings, with the head."""
     weights = sum(
         parameter.nbytes
         for name, parameter in decoder.named_parameters()

@@ -1,15 +1,15 @@
-"""The command line: one thin function a verb, in a file for each stage.
+"""The command line: one thin function for each verb, in a file for each stage.
 
 profile.py      model, or another engine's recording -> trace   profile, import
-place.py        traces -> plan, and what it comes to            place, balance, evaluate
-look.py         trace and plans -> what to expect               report, simulate
+place.py        traces -> plan, and its figures                 place, balance, evaluate
+look.py         trace and plans -> predictions                  report, simulate
 export.py       plans <-> other engines                         export, import-plan
 run.py          model and plan -> tokens                        generate, bench decode
-first_steps.py  where to begin                                  train, doctor, demo
+first_steps.py  first steps                                     train, doctor, demo
 
 options.py has the options that verbs share. The tables print results on stdout; progress and errors go to
-stderr.
-exflow/job/outcome.py has messages and exit codes.
+stderr. exflow/job/outcome.py has messages and exit codes.
+
 Torch and the solvers are imported inside the verbs that need them, so that `exflow --help` answers at once.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m exflow.cli`."""
+"""Entry point of `python -m exflow.cli`."""
 
 from exflow.cli import main
 

@@ -78,7 +78,7 @@ def demo(
 
 
 def print_findings(findings: "list[Finding]", as_json: bool) -> None:
-    """Print what was found, then what is missing, what needs it, and how to get it."""
+    """Print what was found, then each missing part with its use and remedy."""
     if as_json:
         from exflow.commands.doctor import as_json as in_json
 
@@ -118,7 +118,7 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _demo_row(variant: dict[str, Any]) -> dict[str, Any]:
-    """A variant's figures, with its collectives in words and no messages where it sends none."""
+    """A variant's figures, with its collectives in words, and `-` if it sends no messages."""
     counts = {name: variant[f"{name.replace('-', '_')}_per_step"] for name in _COLLECTIVES}
     used = [f"{count:g} {name}" for name, count in counts.items() if count]
     sends = bool(counts["all-to-alls"])

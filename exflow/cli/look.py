@@ -1,4 +1,4 @@
-"""Verbs that show what a plan will do before it is deployed: report, simulate."""
+"""Verbs that judge a plan before it is deployed: report, simulate."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -13,17 +13,19 @@ from exflow.console import verbosity
 from exflow.errors import InputError
 from exflow.placement.plan.strategy import AUTO, Strategy
 
-# Written down again, since completing shall load neither torch nor a solver; a test compares.
+# Repeated here, since shell completion must load neither torch nor a solver; a test compares them.
 TRACE_FORMATS = ("responses", "sglang", "trtllm", "megatron", "npz", "npy")
 PLAN_FORMATS = ("sglang", "trtllm", "vllm-ascend", "vllm", "eplb", "exflow")
 STRATEGIES = (*Strategy, AUTO)
 TRANSPORTS = ("one-sided", "relayed", "collective", "eager")
 METHODS = ("auto", "exact", "search", "sweep", "ilp", "contiguous", "random", "load-only")
+TARGETS = ("exflow", "sglang", "vllm", "vllm-ascend", "tensorrt-llm", "transformers", "eplb")
+OBJECTIVES = ("time", "messages")
 PHASES = ("all", "prefill", "decode")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 
-# Panels of `exflow --help`, in this order, and the panel of options that hardly anybody needs.
+# Panels of `exflow --help`, in this order, and the panel of rarely needed options.
 RECORDING, PLACING, LOOKING, ENGINES, RUNNING, STARTING = (
     "Record routing",
     "Place experts",

@@ -1,4 +1,4 @@
-"""Verbs that make a plan, or count what it moves: place, balance, evaluate."""
+"""Verbs that make a plan, or count its messages: place, balance, evaluate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,9 @@ import typer
 from exflow.cli.options import (
     EXPERTS,
     METHODS,
+    OBJECTIVES,
     PLACING,
+    TARGETS,
     Json,
     NewPlan,
     Nodes,
@@ -38,8 +40,8 @@ _REDUNDANT = (
 @verbs.command(
     rich_help_panel=PLACING,
     epilog=examples(
-        "exflow place trace/ --gpus 8 --nodes 2 -o plan.json",
-        "exflow place trace/ --gpus 8 --nodes 2 --strategy dispatch-combine -o plan.json",
+        "exflow place trace/ --gpus 8 --for sglang --model gpt-oss-20b -o plan.json",
+        "exflow place trace/ --gpus 16 --nodes 2 --machine h200 --batch 128 --holdout 0.25 -o plan.json",
         "exflow place code/ law/ --worst-case --topology cluster.yaml --redundant-experts 8 -o plan.json",
         "exflow place new/ --gpus 8 --from plan.json --max-moves 64 -o next.json",
     ),
@@ -85,24 +87,64 @@ def place(
             help="MiB of one expert in one layer. Needs --gpu-memory.", min=0, rich_help_panel=_WHERE
         ),
     ] = None,
-    strategy: Annotated[
+    target: Annotated[
         str,
         typer.Option(
-            help="Runtime that the plan is for. dispatch-combine: other engines, and ExFlow. "
-            "coherent: ExFlow alone. node-coherent: ExFlow alone; a research setting.",
+            "--for",
+            help="Engine that runs the plan: exflow, sglang, vllm, vllm-ascend, tensorrt-llm, transformers, "
+            "or eplb.",
+            autocompletion=one_of(TARGETS),
+            rich_help_panel=_GOAL,
+        ),
+    ] = "exflow",
+    machine: Annotated[
+        str,
+        typer.Option(
+            help="Hardware that runs the plan: a name in configs/machines, or a YAML file.",
+            rich_help_panel=_GOAL,
+        ),
+    ] = "h200",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model whose sizes count: a name in configs/shapes, or a folder with config.json.",
+            show_default="the model that the trace names",
+            rich_help_panel=_GOAL,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Tokens of each GPU in a decode step.", min=1, rich_help_panel=_GOAL)
+    ] = 64,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens travel. dispatch-combine: every token comes home after each layer, as in all "
+            "engines. coherent: ExFlow alone. node-coherent: ExFlow alone; a research setting.",
+            show_default="what --for runs",
             autocompletion=one_of(OWNED),
             rich_help_panel=_GOAL,
         ),
-    ] = "coherent",
-    balance_price: Annotated[
-        float,
+    ] = None,
+    objective: Annotated[
+        str | None,
         typer.Option(
-            help="Price of imbalance (load of the busiest GPU over the mean), in messages per token and "
-            "layer. Higher: more even load, more messages.",
-            min=0,
+            help="time: the predicted time of a decode step. messages: the number of messages, as in the "
+            "ExFlow paper.",
+            show_default="time; messages with an option of that objective",
+            autocompletion=one_of(OBJECTIVES),
             rich_help_panel=_GOAL,
         ),
-    ] = 0.3,
+    ] = None,
+    balance_price: Annotated[
+        float | None,
+        typer.Option(
+            help="Price of imbalance (load of the busiest GPU over the mean), in messages per token and "
+            "layer. Higher: more even load, more messages. For --objective messages.",
+            min=0,
+            show_default="0.3",
+            rich_help_panel=_GOAL,
+        ),
+    ] = None,
     max_imbalance: Annotated[
         float | None,
         typer.Option(
@@ -185,32 +227,54 @@ def place(
         ),
     ] = "auto",
     owner_price: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Price of uneven token ownership, in messages per token and layer; coherent only. "
-            "Higher: more even attention work, more messages.",
+            "Higher: more even attention work, more messages. For --objective messages.",
             min=0,
+            show_default="0",
             rich_help_panel=EXPERTS,
         ),
-    ] = 0.0,
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the GPU of each expert, so that few messages are sent and the load is even."""
-    from exflow.commands.place import PlaceJob, Where, run_place
+    """Choose the GPU of each expert, so that a decode step takes the least time on your machine."""
+    from exflow.commands.place import Goal, PlaceJob, Where, run_place
     from exflow.placement.make_plan import Solving
-    from exflow.placement.solve.objective import Objective
+    from exflow.placement.solve.objective import BALANCE_PRICE, Objective
 
+    of_messages = {
+        "--balance-price": balance_price is not None,
+        "--max-imbalance": max_imbalance is not None,
+        "--owner-price": owner_price is not None,
+        "--weight": bool(weight),
+        "--worst-case": worst_case,
+        "--from": start is not None,
+        "--max-moves": max_moves is not None,
+        "--pareto": pareto,
+        "--method": method not in ("auto", "contiguous", "random", "load-only"),
+        "--learning-curve": learning_curve,
+    }
+    goal = Goal(_objective(objective, of_messages), target, strategy, machine, model, batch)
+    if goal.objective == "messages" and strategy is None:
+        strategy = "coherent"
     if output is not None:
         check_writable(output)
     elif not (pareto or learning_curve):
         raise InputError("--output is missing: name the file of the plan")
-    solves = 2 if learning_curve else 1  # within the limit each
+    solves = 2 if learning_curve else 1  # each within the time limit
     with TimedWork("placing", solves * time_limit) as work, ctrl_c_ends_the_search():
         result = run_place(
             PlaceJob(
                 traces=traces,
                 where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size),
-                objective=Objective(strategy, balance_price, max_imbalance, owner_price),  # type: ignore[arg-type]
+                goal=goal,
+                objective=Objective(
+                    strategy or "coherent",  # type: ignore[arg-type]
+                    BALANCE_PRICE if balance_price is None else balance_price,
+                    max_imbalance,
+                    owner_price or 0.0,
+                ),
                 solving=Solving(method, seed, time_limit),
                 weights=weight,
                 worst_case=worst_case,
@@ -225,6 +289,14 @@ def place(
         if output is not None:
             result.plan.save(output)
     print_placement(result, output, as_json)
+
+
+def _objective(given: str | None, of_messages: dict[str, bool]) -> str:
+    """The given objective, or the one that the options imply. Raises InputError if they contradict."""
+    asked = [name for name, is_given in of_messages.items() if is_given]
+    if given == "time" and asked:
+        raise InputError(f"{asked[0]}: belongs to --objective messages; give that, or leave {asked[0]} out")
+    return given or ("messages" if asked else "time")
 
 
 @verbs.command(

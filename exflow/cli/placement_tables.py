@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_placement(result: "Placement", output: Path | None, as_json: bool) -> None:
-    """Print what was solved and how well, then the tables that were asked for."""
+    """Print the figures of the plan, then the requested tables."""
     figures = {} if output is None else {"plan": str(output), **plan_figures(result.plan)}
     tables = {
         "pareto": result.pareto,
@@ -23,16 +23,63 @@ def print_placement(result: "Placement", output: Path | None, as_json: bool) -> 
         print_json(figures | {name: table for name, table in tables.items() if table is not None})
         return
     if figures:
-        print_figures(figures | (result.by_trace or {}), as_json=False)
+        print_figures(_flat(figures) | (result.by_trace or {}), as_json=False)
     for rows, columns in ((result.pareto, _PARETO_COLUMNS), (result.learning_curve, _CURVE_COLUMNS)):
         if rows is not None:
             print_table([], columns, rows)
     if result.verdict is not None:
         print(result.verdict)
+    if "time" in result.plan.expected:
+        print_times(result.plan.expected)
+
+
+def print_times(expected: dict[str, Any]) -> None:
+    """Print the plan beside its references; the last line is its gain over experts in order."""
+    held_out = expected.get("held_out", {}).get("time")
+    times, made_for = held_out or expected["time"], expected["made_for"]
+    rows = {"this plan": times, **times["references"]}
+    slowest = times["references"]["contiguous"]["step_us"]
+    print_table(
+        ["placement"],
+        _TIME_COLUMNS,
+        [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()],
+    )
+    print(_TIME_LEGEND)
+    judged = "on held-out tokens" if held_out else "on the tokens placed on (judge a plan with --holdout)"
+    gain = 100 * (1 - times["ratio_to_contiguous"])
+    what = f"{abs(gain):.1f}% {'less' if gain >= 0 else 'more'} time than experts in order"
+    print(
+        f"{what} {judged}: {made_for['target']}, {made_for['strategy']}, {made_for['machine']}, "
+        f"{made_for['model']}, {made_for['batch']} tokens a GPU"
+    )
+
+
+_TIME_COLUMNS = {
+    "step us": "step_us",
+    "exchange us": "exchange_us",
+    "experts us": "experts_us",
+    "of contiguous": "ratio",
+    "busiest link": "busiest_link_rows",
+    "imbalance": "compute_imbalance",
+    "messages": "messages",
+}
+_TIME_LEGEND = """\
+step us       predicted time of all MoE layers in a decode step: exchanges and experts
+of contiguous the step's time, divided by that of experts in order
+busiest link  rows in or out of the GPU with most, per token of a GPU and layer
+imbalance     (token, expert) pairs of the busiest GPU over the mean, in a batch
+messages      hidden states sent, per token and layer"""
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures that are not in the table of times."""
+    return {
+        name: figure for name, figure in figures.items() if name not in ("time", "held_out_time", "made_for")
+    }
 
 
 def plan_figures(plan: "Plan") -> dict[str, Any]:
-    """Figures of a plan: how it was solved, how well, and the traffic of every strategy."""
+    """Figures of a plan: solver, bounds, and the traffic of every strategy."""
     messages = {
         f"messages_{name}": figures["messages_per_token_layer"]
         for name, figures in plan.expected["strategies"].items()
@@ -52,6 +99,7 @@ def plan_figures(plan: "Plan") -> dict[str, Any]:
         "imbalance_mean": plan.expected["imbalance"]["mean"],
         "imbalance_max": plan.expected["imbalance"]["max"],
         **{f"held_out_{name}": figure for name, figure in held_out.items()},
+        **{name: plan.expected[name] for name in ("made_for", "time") if name in plan.expected},
     }
 
 

@@ -1,7 +1,7 @@
 """Runs a job in this process, on ranks that it starts, or as one of the ranks that torchrun started.
 
-A job is resolved once: its files are read and checked before ranks start, and each rank is handed the
-outcome. Under torchrun each process has the command line alone, so each resolves its own.
+A job is resolved once: its files are read and checked before ranks start, and each rank gets the result.
+Under torchrun each process has only the command line, so each resolves the job itself.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Job(Protocol):
-    """A resolved job: what join_cluster needs of it."""
+    """A resolved job, with the properties that join_cluster needs."""
 
     @property
     def device_type(self) -> str: ...
@@ -43,7 +43,7 @@ class Options(Protocol[AnyJob_co]):
     def patience_s(self) -> float: ...
 
     def resolve(self, topology: "Topology | None") -> AnyJob_co:
-        """Read and check everything for ranks of `topology`, or one process; raises InputError."""
+        """Read and check everything for ranks of `topology`; None means one process. Raises InputError."""
 
 
 def run_job(options: Options[AnyJob], nproc: int | None, run: Run[AnyJob], show: Show) -> None:
@@ -91,5 +91,5 @@ def _run_under_torchrun(
 
 
 def _show(result: dict[str, Any] | None, show: Show) -> None:
-    if result is not None:  # on rank 0, or alone
+    if result is not None:  # on rank 0, or in a single process
         show(result)

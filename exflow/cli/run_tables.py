@@ -27,7 +27,7 @@ def print_generation(prompts: list[str], result: dict[str, Any], as_json: bool) 
 
 
 def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
-    """Print the table, why rows of it are empty, and which strategy `auto` would take."""
+    """Print the table, the reasons for empty rows, and the strategy that `auto` would take."""
     if as_json:
         print_json(result)
         return

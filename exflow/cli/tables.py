@@ -26,7 +26,7 @@ def print_table(
 ) -> None:
     """Print a row for each of `lines`: its entries `names`, then the figure under each heading of `columns`.
 
-    width: limit in characters; by default that of the terminal.
+    width: limit in characters; None means the width of the terminal.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
@@ -39,7 +39,7 @@ def print_table(
 
 
 def readable(value: Any) -> str:
-    """Four significant digits; large numbers whole; a figure with an interval as `value (low to high)`."""
+    """Format a figure: four significant digits, large numbers whole, intervals as `value (low to high)`."""
     if isinstance(value, dict) and value.keys() == {"value", "low", "high"}:
         return "{} ({} to {})".format(*(readable(value[key]) for key in ("value", "low", "high")))
     if isinstance(value, float):

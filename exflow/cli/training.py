@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class TrainingLog(Work):
-    """A bar with the latest figures; checkpoints leave lines of their own."""
+    """A progress bar with the latest figures; each checkpoint prints a line of its own."""
 
     def __init__(self, steps: int) -> None:
         super().__init__("training", "steps")

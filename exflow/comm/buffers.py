@@ -2,8 +2,8 @@
 
 Their addresses are fixed, so a CUDA graph can contain them. A one-sided exchange uses symmetric memory: peers
 write rows into it, and each sender raises a flag once all its rows are there. A collective exchange uses a
-pair of buffers that one all-to-all of fixed capacity moves. The kernels are the same for both: they write to
-addresses, and read the rows that bear the exchange's number. With relays, ranks write into each other's
+pair of buffers that one all-to-all of fixed capacity moves. Both use the same kernels, which write to
+addresses and read the rows that bear the exchange's number. With relays, ranks write into each other's
 memory inside a node, and a collective moves rows between nodes.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor
 from exflow.job.cluster import Cluster, coherence_group
 from exflow.kernels.operands import ExchangeBuffer, OffNodeBuffer
 
-_ALIGNMENT = 128  # bytes; of every region, so that rows are stored in whole lines
+_ALIGNMENT = 128  # bytes, of every region: rows are stored in whole cache lines
 
 
 @dataclass(frozen=True)
 class StepShape:
     """The ranks, and the static shape of a decode step on one of them.
 
-    sequences: of the whole batch, a multiple of num_ranks; sequence b has its home on rank b % num_ranks.
-    positions: the most a sequence may have. group_size: ranks of a coherence group; all of them for
-    `replicated`. relayed: the ranks of a node write into each other's memory, and between nodes tokens
-    travel by relays; else every rank writes to every other.
+    sequences: size of the whole batch, a multiple of num_ranks; the home of sequence b is rank b % num_ranks.
+    positions: most positions of a sequence. group_size: ranks in a coherence group; all ranks for
+    `replicated`. relayed: the ranks of a node write into each other's memory, and tokens travel between nodes
+    by relays; otherwise every rank writes to every other.
     """
 
     rank: int
@@ -49,24 +49,27 @@ class StepShape:
 
     @property
     def rows(self) -> int:
-        """Sequences that this rank may own: those of its coherence group."""
+        """Number of sequences that this rank may own: the sequences of its coherence group."""
         return self.sequences // self.num_ranks * self.group_size
 
     def sequence_of_rows(self) -> Tensor:
-        """The sequence of the batch that each row stands for [rows] int64."""
+        """Index in the batch of each row's sequence [rows] int64."""
         row = torch.arange(self.rows)
         first = self.rank // self.group_size * self.group_size
         return row // self.group_size * self.num_ranks + first + row % self.group_size
 
     def sequence_ids(self, first_sequence: int) -> Tensor:
-        """The same as ids [rows] int64, for a request whose first sequence has this id."""
+        """Sequence id of each row [rows] int64. first_sequence: id of the request's first sequence."""
         return self.sequence_of_rows() + first_sequence - first_sequence % self.num_ranks
 
 
 @dataclass(frozen=True)
 class PeerMemory:
-    """Bytes of this rank that the other ranks of its node can write to, and where each rank's lie in this
-    rank's addresses, 0 for ranks of other nodes; `meet` is a barrier of the node's ranks on the GPU."""
+    """Memory of this rank that the other ranks of its node can write to.
+
+    own: uint8. bases: address of each rank's memory in this rank's address space, 0 for ranks of other nodes.
+    meet: a barrier of the node's ranks on the GPU.
+    """
 
     own: Tensor
     bases: list[int]
@@ -99,14 +102,14 @@ def symmetric_memory(cluster: Cluster) -> Allocate:
         for place, rank in enumerate(ranks):
             bases[rank] = handle.get_buffer(place, (size,), torch.uint8).data_ptr()
         torch.cuda.synchronize()
-        dist.barrier(processes)  # nobody writes before everybody's zeros are there
+        dist.barrier(processes)  # no rank writes before all memory is zeroed
         return PeerMemory(own, bases, handle.barrier)
 
     return allocate
 
 
 def tensor_at(address: int, like: Tensor) -> Tensor:
-    """Another rank's bytes as a tensor, as many as `like` has."""
+    """A uint8 tensor over another rank's memory at `address`, of as many bytes as `like`."""
 
     class Bytes:
         __cuda_array_interface__ = {  # noqa: RUF012
@@ -120,7 +123,7 @@ def tensor_at(address: int, like: Tensor) -> Tensor:
 
 
 def local_memory(device: torch.device, num_ranks: int = 1) -> Allocate:
-    """Memory of this rank alone: every rank's address leads to it."""
+    """Memory of this rank alone: the address of every rank is that of this rank."""
 
     def allocate(size: int) -> PeerMemory:
         own = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -135,11 +138,11 @@ def rounded(size: int) -> int:
 
 @dataclass(frozen=True)
 class LayerBuffers:
-    """The buffers of one layer's exchanges: dispatch and combine. `returns` is None where no partial sums
-    travel.
+    """The buffers of one layer's exchanges: dispatch and combine.
 
-    With relays, `returns` brings partial sums to a token's relay in this node, and `sums` those of relays to
-    its next owner, into the same chunks: no sender has both for one token and receiver.
+    returns: None if no partial sums travel. With relays, `returns` carries partial sums to a token's relay in
+    this node, and `sums` carries the relays' sums to its next owner. Both use the same chunks: no sender has
+    both kinds for one token and receiver.
     """
 
     dispatch: ExchangeBuffer
@@ -152,14 +155,17 @@ class LayerBuffers:
 
 
 def words_of(top_k: int) -> int:
-    """int32 beside a hidden state: number, owner, slots, weights; a power of two, as kernels have it."""
+    """Number of int32 words beside a hidden state: exchange number, owner, slots, weights.
+
+    Rounded up to a power of two, as Triton's blocks must be.
+    """
     return 1 << (2 + 2 * top_k - 1).bit_length()
 
 
 def one_sided_buffers(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
 ) -> LayerBuffers:
-    """Buffers in memory that the peers write to. hidden_bytes: the size of one hidden state."""
+    """Buffers in memory that the peers write to. hidden_bytes: size of one hidden state."""
     peers, summed = len(shape.peers), shape.sequences if shape.relayed else shape.rows
     place = shape.rank - shape.peers.start
     words_at = rounded(4 * words_of(top_k) * shape.sequences)
@@ -205,15 +211,16 @@ def one_sided_buffers(
 def relayed_buffers(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, allocate: Allocate
 ) -> LayerBuffers:
-    """Buffers in memory that the node's ranks write to, with chunks for other nodes that an all-to-all moves.
+    """Buffers in memory that the node's ranks write to, and chunks for other nodes that an all-to-all moves.
 
-    Tokens go to the ranks of this rank's place in other nodes, sums to any rank there that may own a token
-    that this one relays. Who sends to whom is symmetric.
+    Tokens go to the ranks with this rank's place in other nodes. Sums go to every rank there that may own a
+    token relayed by this one. If rank A sends to rank B, B sends to A.
     """
     buffers = one_sided_buffers(shape, top_k, hidden_bytes, returns, allocate)
     elsewhere = [rank for rank in range(shape.num_ranks) if rank not in shape.peers]
     relays = [rank for rank in elsewhere if (rank - shape.rank) % shape.ranks_per_node == 0]
-    owners = relays if shape.group_size == 1 else elsewhere  # a token that comes home has its relays' place
+    # without coherence groups an owner has its relays' place
+    owners = relays if shape.group_size == 1 else elsewhere
     words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
     size = hidden_bytes * shape.rows
     return replace(
@@ -224,7 +231,10 @@ def relayed_buffers(
 
 
 def _reaching(buffer: ExchangeBuffer, reached: list[int], chunk: int, payload_at: int) -> ExchangeBuffer:
-    """The buffer with chunks to and from the ranks `reached` of other nodes, which reach this one too."""
+    """`buffer` with chunks to and from the ranks `reached` of other nodes, which also reach this rank.
+
+    chunk, payload_at: size of a chunk and offset of its hidden states, in bytes.
+    """
     num_ranks, device = buffer.to.shape[1], buffer.to.device
     outgoing, incoming = torch.zeros(2, len(reached) * chunk, dtype=torch.uint8, device=device)
     sizes = [chunk if rank in reached else 0 for rank in range(num_ranks)]
@@ -243,7 +253,7 @@ def _reaching(buffer: ExchangeBuffer, reached: list[int], chunk: int, payload_at
 def collective_buffers(
     shape: StepShape, top_k: int, hidden_bytes: int, returns: bool, device: torch.device
 ) -> LayerBuffers:
-    """Buffers that an all-to-all moves: a chunk has space for every row that its receiver may own."""
+    """Buffers that an all-to-all moves: a chunk has room for every row that its receiver may own."""
 
     def buffer(chunk: int, payload_at: int) -> ExchangeBuffer:
         outgoing, incoming = torch.zeros(2, shape.num_ranks * chunk, dtype=torch.uint8, device=device)
@@ -261,7 +271,7 @@ def collective_buffers(
 
     words_at, numbers_at = rounded(4 * words_of(top_k) * shape.rows), rounded(4 * shape.rows)
     size = hidden_bytes * shape.rows
-    if shape.replicated:  # every rank gates every token: what it finds goes to itself
+    if shape.replicated:  # every rank gates every token, and sends rows only to itself
         gated = one_sided_buffers(
             shape, top_k, hidden_bytes, False, local_memory(device, shape.num_ranks)
         ).dispatch

@@ -1,6 +1,6 @@
 """Predicts how many rows two ranks will exchange from counts both have seen.
 
-So both ends allocate the same capacity without sending its size.
+Both ends allocate the same capacity without sending its size.
 
 Shapes: G ranks.
 """
@@ -14,14 +14,14 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 MEMORY = 7 / 8  # weight of a step relative to the one after it
-FIRST_ROWS, FIRST_TOKENS = 1.0, 2.0  # at the start, one of two tokens is expected to go to a rank
-# Bytes that could travel during another round: latency x bandwidth, of a slow network and of NVLink
+FIRST_ROWS, FIRST_TOKENS = 1.0, 2.0  # prior of a pair of ranks: one of two tokens goes there
+# Bytes that could travel during another round (latency x bandwidth): slow network, NVLink
 ROUND_BYTES = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Rows that fit into the chunk to each rank, and into the chunk from each; 0 for the rank itself."""
+    """Rows that fit into the chunk to each rank (`to`) and from each rank (`come`); 0 for the rank itself."""
 
     to: list[int]
     come: list[int]
@@ -30,7 +30,8 @@ class Capacity:
 def deviations(row_bytes: int, round_bytes: int) -> float:
     """Capacity beyond the expected rows, in standard deviations.
 
-    Overflowing rows cost another round, and unused capacity costs bytes: wider rows get a smaller margin.
+    row_bytes: size of a row. round_bytes: bytes that could travel during another round. Overflowing rows cost
+    another round, and unused capacity costs bytes: wider rows get a smaller margin.
     """
     if 16 * row_bytes >= round_bytes:
         return 1.0
@@ -41,21 +42,21 @@ class CapacityEstimator:
     """Each rank's statistics of one request's dispatches; all ranks create a new one for the next request.
 
     It keeps, for every layer and pair of ranks, how many tokens the sender owned and how many of them it sent
-    to the receiver; older steps count less. Both ends see both numbers in every exchange and compute the same
-    capacity: IEEE 754 rounds its additions, products, quotients and square roots alike on every machine.
+    to the receiver; older steps count less. Both ends see both numbers in every exchange, and compute equal
+    capacities: IEEE 754 rounds its additions, products, quotients and square roots alike on every machine.
     """
 
     def __init__(self, rank: int, num_ranks: int, round_bytes: int) -> None:
         self.rank = rank
         self.round_bytes = round_bytes
-        self.of_layer: dict[int, Floats] = {}  # [rows or tokens, out or in, the other rank]
+        self.of_layer: dict[int, Floats] = {}  # [rows or tokens, sent or received, the other rank]
         first = np.array([FIRST_ROWS, FIRST_TOKENS])[:, None, None]
         self.latest: Floats = np.broadcast_to(first, (2, 2, num_ranks))
 
     def capacity(self, layer: int, owned: Sequence[int], row_bytes: int) -> Capacity:
         """Predict the capacity of a layer's next dispatch, when rank r owns at most owned[r] tokens.
 
-        A token goes to another rank once at most.
+        A token goes to another rank at most once.
         """
         rows, tokens = self._seen(layer)
         share, most = rows / tokens, self._of_senders(owned)

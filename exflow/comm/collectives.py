@@ -1,10 +1,9 @@
-"""The collectives of a decode step, over gloo and NCCL alike, each of them counted.
+"""The collectives of prompts and eager decode steps, over gloo or NCCL, with counters of traffic.
 
-The bytes on the wire follow the rows that move, and no counts are exchanged first. In a combine and in a
-gather both ends of a pair know how many rows will come, and exactly these are sent. In a dispatch, a chunk
-has the capacity that both ends predict (capacity.py); a pair with more rows sends the rest point to point. A
-row is a run of bytes. A dispatch's chunk is a header of int32 (the number of rows, then the sender's note),
-the rows, and zeros up to the capacity.
+No counts are exchanged first. In a combine and in a gather both ends of a pair know the number of rows, and
+exactly these rows are sent. In a dispatch, a chunk has the capacity that both ends predict (capacity.py); a
+pair with more rows sends the overflow point to point. A row is a run of bytes. A dispatch's chunk is a header
+of int32 (the number of rows, then the sender's note), the rows, and zeros up to the capacity.
 
 Shapes: N rows to send, M rows received, B bytes a row, G ranks.
 """
@@ -26,12 +25,12 @@ Purpose = Literal["dispatch", "return"]
 
 @dataclass
 class Counters:
-    """What one rank sent in one phase; `total` over ranks gives the job's figures.
+    """Messages, bytes and collectives of one rank in one phase; `total` over ranks gives the job's figures.
 
-    Messages and K/V copies are rows that left for another rank of the same node (intra) or of another one
-    (inter), as placement.traffic predicts them. hidden_bytes and kv_bytes are their size; wire_bytes is what
-    the collectives carried off the rank, padding and headers included. `late` counts the chunks whose
-    rows exceeded their capacity.
+    Messages and K/V copies are rows sent to another rank of the same node (intra) or of another node (inter),
+    as placement.traffic predicts them. hidden_bytes and kv_bytes are their size. wire_bytes counts all bytes
+    that collectives carried off the rank, with padding and headers. `late` counts overflows: chunks with more
+    rows than their capacity.
     """
 
     all_to_alls: int = 0
@@ -54,7 +53,7 @@ class Counters:
 
 
 def total(counters: list[Counters]) -> Counters:
-    """The job's figures: messages and bytes summed over ranks, collectives as each took part in them."""
+    """The job's figures: messages and bytes summed over ranks; collectives count once, as all take part."""
     collectives = ("all_to_alls", "gathers", "all_reduces")
     summed = {name: sum(getattr(each, name) for each in counters) for name in vars(counters[0])}
     return Counters(**(summed | {name: getattr(counters[0], name) for name in collectives}))
@@ -64,7 +63,7 @@ def total(counters: list[Counters]) -> Counters:
 class Dispatched:
     """The result of a dispatch: rows [M, B] uint8 of other ranks, ordered by sender, and every rank's note.
 
-    sent, came: how many rows went to each rank, and came from each.
+    sent, came: number of rows sent to each rank, and received from each.
     """
 
     rows_MB: Tensor
@@ -90,8 +89,8 @@ class PendingGather:
 class Exchange:
     """Collectives among the ranks of `cluster`. `counters` is replaced by the engine at each phase.
 
-    group: whose members the ranks of `cluster` are, in order; without it the whole job's.
-    pairwise: runs the all-to-alls of the whole job where the backend's own are slow.
+    group: the group whose members are the ranks of `cluster`, in order; None means the whole job.
+    pairwise: runs the all-to-alls of the whole job where the backend's all-to-all is slow.
     """
 
     cluster: Cluster
@@ -105,8 +104,8 @@ class Exchange:
     ) -> Dispatched:
         """Send each row to its rank (never this one); receive every other rank's rows and note.
 
-        capacity: the capacity from one rank to another must be the same on both.
-        hidden_bytes: the part of a row that is hidden state, for the count.
+        capacity: the capacity from one rank to another must be equal on both.
+        hidden_bytes: bytes of a row that are hidden state, for the counters.
         """
         rank, row_bytes = self.cluster.rank, rows_NB.shape[1]
         rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
@@ -131,10 +130,10 @@ class Exchange:
 
     @annotate_errors("a combine")
     def combine(self, rows_NB: Tensor, dest_N: Tensor, come: list[int], hidden_bytes: int) -> Tensor:
-        """Send each row to its rank (never this one); the rows of others [M, B], ordered by sender.
+        """Send each row to its rank (never this one); return the rows of others [M, B], ordered by sender.
 
-        come: how many rows each rank has for this one, which it must know.
-        hidden_bytes: as for `dispatch`.
+        come: number of rows that each rank sends to this one; the caller must know it.
+        hidden_bytes: bytes of a row that are hidden state, for the counters.
         """
         row_bytes = rows_NB.shape[1]
         rows_to = _by_rank(rows_NB, dest_N, self.cluster.num_ranks)
@@ -145,7 +144,7 @@ class Exchange:
         return arrived.view(-1, row_bytes)
 
     def _swap(self, chunks: Tensor, sizes_to: list[int], sizes_from: list[int]) -> Tensor:
-        """One all-to-all of chunks that lie one after the other; bytes to each rank, and from each."""
+        """One all-to-all of concatenated chunks. sizes_to, sizes_from: bytes to each rank, and from each."""
         arrived = chunks.new_empty(sum(sizes_from))
         if self.pairwise is None:
             options: dict[str, Any] = {} if self.group is None else {"group": self.group.processes}
@@ -157,7 +156,7 @@ class Exchange:
         return arrived
 
     def _swap_late(self, rows_to: list[Tensor], capacity: Capacity, came: list[int]) -> list[Tensor]:
-        """Exchange the rows beyond the chunks' capacity; returns those from each rank."""
+        """Exchange the rows beyond the chunks' capacity; returns the rows from each rank."""
         late_to = [rows[most:] for rows, most in zip(rows_to, capacity.to, strict=True)]
         late_from = [
             rows_to[0].new_empty(max(0, count - most), rows_to[0].shape[1])
@@ -195,9 +194,9 @@ class Exchange:
     def start_gather(
         self, rows_NB: Tensor, counts: list[int], group: CoherenceGroup, kv_bytes: int
     ) -> PendingGather:
-        """Begin to give all members of `group` each other's rows, of which member i has counts[i].
+        """Start an all-gather of rows in `group`, where member i has counts[i] rows.
 
-        kv_bytes: the part of a row that is keys and values, for the count.
+        kv_bytes: bytes of a row that are keys and values, for the counters.
         """
         me, row_bytes = group.ranks.index(self.cluster.rank), rows_NB.shape[1]
         assert len(rows_NB) == counts[me]
@@ -215,13 +214,13 @@ class Exchange:
     def _share(
         self, mine: Tensor, arrived: Tensor, sizes_from: list[int], group: CoherenceGroup
     ) -> Callable[[], object]:
-        """Begin to send `mine` to all other members, and to receive theirs into `arrived`.
+        """Start to send `mine` to all other members, and to receive their rows into `arrived`.
 
-        Returns a function that waits for it: on GPUs the stream waits, not the host.
+        Returns a function that waits for the end: on GPUs the stream waits, not the host.
         """
         if self.pairwise is None:
             me = group.ranks.index(self.cluster.rank)
-            # an all-gather wants equal parts, on gloo
+            # gloo's all-gather needs equal parts
             sizes_to = [0 if member == me else len(mine) for member in range(group.size)]
             copies = mine.repeat(group.size - 1)
             work: dist.Work = dist.all_to_all_single(
@@ -269,7 +268,7 @@ def _by_rank(rows_NB: Tensor, dest_N: Tensor, ranks: int) -> list[Tensor]:
 
 
 def _as_headers(values: list[list[int]], device: torch.device) -> Tensor:
-    """Lines of numbers as bytes [lines, 4 * numbers]."""
+    """Convert lines of int32 to bytes [lines, 4 * numbers] uint8."""
     return torch.tensor(values, dtype=torch.int32).view(torch.uint8).to(device)
 
 

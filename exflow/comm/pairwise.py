@@ -1,8 +1,8 @@
 """Pairwise exchange: all-to-alls between hosts over gloo, one sender to a host at a time.
 
-gloo's own all-to-all has one connection for each pair of ranks, where the two directions wait for each other.
-It starts all sends at once: packets that a host's port has no room for are lost, and TCP repeats them after
-200 ms. Here each direction has a connection of its own. docs/decode.md has the figures.
+gloo's own all-to-all has one connection for each pair of ranks, on which the two directions wait for each
+other. It also starts all sends at once: packets that overflow a host's port are lost, and TCP repeats them
+after 200 ms. Here each direction has a connection of its own. docs/decode.md has the figures.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from exflow.job.cluster import Cluster, coherence_group
 
-FEW_BYTES = 65536  # to all ranks together: a port buffers this much from everyone, and rounds take longer
+FEW_BYTES = 65536  # to all ranks together: a port can buffer so few bytes from all senders, without rounds
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Bytes that one rank sends to each rank, and receives from each (uint8); empty ones are not sent."""
+    """Bytes that one rank sends to each rank and receives from each (uint8); empty chunks are not sent."""
 
     to: list[Tensor]
     come: list[Tensor]
@@ -30,7 +30,7 @@ class Chunks:
 class PairwiseExchange:
     """This rank's connections to the others: to ranks above it, and to ranks below.
 
-    deferred: chunks that go with those of the next exchange.
+    deferred: chunks that travel with the next exchange.
     """
 
     cluster: Cluster
@@ -40,18 +40,18 @@ class PairwiseExchange:
 
     @classmethod
     def between(cls, cluster: Cluster) -> Self | None:
-        """None where there is one host, or another backend than gloo. Collective."""
+        """Open the connections; None for a job on one host, or on another backend than gloo. Collective."""
         if cluster.num_nodes == 1 or cluster.device.type != "cpu":
             return None
         assert dist.group.WORLD is not None
         return cls(cluster, dist.group.WORLD, coherence_group(cluster, cluster.num_ranks).processes)
 
     def swap(self, chunks: Chunks) -> None:
-        """Exchange these chunks, and the deferred ones. Collective."""
+        """Exchange `chunks` and the deferred ones. Collective."""
         self._exchange([chunks, *self.deferred])
 
     def defer(self, chunks: Chunks) -> None:
-        """Exchange them together with the next chunks: nobody needs them yet. Collective."""
+        """Exchange `chunks` together with the next ones: nobody needs them yet. Collective."""
         self.deferred.append(chunks)
 
     def finish(self) -> None:
@@ -60,10 +60,9 @@ class PairwiseExchange:
             self._exchange(list(self.deferred))
 
     def _exchange(self, every: list[Chunks]) -> None:
-        """In round d each rank sends to the rank d above it and receives from the rank d below: one sender a
-        port.
+        """Run the rounds: in round d a rank sends to the rank d above it and receives from the rank d below.
 
-        A rank with few bytes does not wait for a round's end.
+        Then each port has one sender at a time. A rank with few bytes does not wait for the end of a round.
         """
         self.deferred.clear()
         sent = sum(len(part) for each in every for part in each.to)
@@ -74,7 +73,7 @@ class PairwiseExchange:
                 work.wait()
 
     def _start_round(self, distance: int, every: list[Chunks]) -> Iterator[dist.Work]:
-        """Begin each send and receive when it is asked for."""
+        """Yield the sends and receives of one round; each starts when it is yielded."""
         rank, ranks = self.cluster.rank, self.cluster.num_ranks
         above, below = (rank + distance) % ranks, (rank - distance) % ranks
         for chunks in every:

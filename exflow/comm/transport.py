@@ -1,24 +1,24 @@
-"""How a job's decode steps run: captured over one-sided writes, over relays between nodes, over
-collectives; or eagerly."""
+"""Choice of the transport of a job's decode steps.
+
+Captured steps exchange rows by one-sided writes, by relays between nodes, or by collectives. Other steps run
+eagerly.
+"""
 
 import logging
 import os
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 
+from exflow.comm.transport_names import NAMES, Transport
 from exflow.errors import InputError
 from exflow.job.cluster import Cluster, all_gather_object
-
-Transport = Literal["one-sided", "relayed", "collective", "eager"]
-NAMES: tuple[Transport, ...] = ("one-sided", "relayed", "collective", "eager")
 
 _log = logging.getLogger(__name__)
 
 
 def transport_named(name: str, device_type: str) -> str:
-    """`name` if it can be used on such devices, `auto` included. Else raises InputError."""
+    """Return `name` if this transport, or `auto`, can be used on this device type; else raise InputError."""
     if name not in ("auto", *NAMES):
         raise InputError(f"transport {name!r} is unknown; give auto, {', '.join(NAMES)}")
     if name not in ("auto", "eager") and not _runs_on(device_type, name):
@@ -27,11 +27,10 @@ def transport_named(name: str, device_type: str) -> str:
 
 
 def choose_transport(name: str, cluster: Cluster, replicated: bool = False) -> Transport:
-    """What `name` comes to on these ranks: the fastest that works, where it is `auto`; logs which do not
-    work.
+    """The transport that `name` stands for on these ranks; for `auto` the fastest one that works.
 
-    replicated: for the strategy of that name, which has nothing to relay.
-    Collective. Raises InputError where what was asked for by name does not work.
+    Logs why faster transports do not work. replicated: True for the strategy `replicated`, which has nothing
+    to relay. Collective. Raises InputError if a transport asked for by name does not work.
     """
     if name == "eager" or (name == "auto" and cluster.device.type != "cuda"):
         return "eager"
@@ -51,10 +50,10 @@ def _named(name: str) -> tuple[Transport, ...]:
 
 
 def _candidates(cluster: Cluster, replicated: bool) -> tuple[Transport, ...]:
-    """What `auto` tries, in this order, before steps are eager.
+    """The transports that `auto` tries, in this order, before steps are eager.
 
-    Relays also where a token has one expert, and so no message to save: chunks of fixed capacity are one a
-    node then, instead of one a rank.
+    Relays come first for top-1 too, although they save no messages then: a rank sends one chunk of fixed
+    capacity to each node instead of one to each rank.
     """
     if cluster.num_nodes == 1:
         return ("one-sided", "collective")
@@ -64,7 +63,7 @@ def _candidates(cluster: Cluster, replicated: bool) -> tuple[Transport, ...]:
 
 
 def _fault(transport: str, cluster: Cluster, replicated: bool) -> str:
-    """Why a transport does not work here, the same on all ranks; empty if it does."""
+    """The reason why a transport does not work here, equal on all ranks; empty if it works."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not _runs_on(cluster.device.type, transport):
@@ -84,7 +83,7 @@ def _fault(transport: str, cluster: Cluster, replicated: bool) -> str:
 
 
 def _runs_on(device_type: str, transport: str) -> bool:
-    """Whether there are kernels for such devices: on a CPU only interpreted ones, and collectives."""
+    """True if a transport has kernels for a device type; on CPUs only `collective` has, interpreted ones."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device_type == "cuda" or (transport == "collective" and interpreted)
 

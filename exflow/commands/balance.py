@@ -1,4 +1,4 @@
-"""The balance command: a plan from loads alone, for engines that count and do not record."""
+"""The balance command: makes a plan from expert loads alone, for engines that do not record routing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def run_balance(
 ) -> dict[str, Any]:
     """Place by the sum of the files' loads and save the plan. Returns its balance, for printing.
 
-    advance: called with the files read and the files in all.
+    advance: called with the number of files read, and of all files.
     """
     loads = []
     for file in files:
@@ -52,9 +52,9 @@ def run_balance(
 def plan_of_loads(
     load: np.ndarray, topology: Topology, redundant_experts: int, name: str
 ) -> tuple[Plan, np.ndarray]:
-    """The plan for loads [hidden layers, experts], and each MoE layer's busiest rank over the mean [L].
+    """The plan for loads [hidden layers, experts], and the busiest rank's load over the mean [L].
 
-    A layer without any load has no experts. An expert's replicas are taken to share its load equally. Raises
+    A layer without load counts as one without experts. Replicas of an expert share its load equally. Raises
     InputError if no layer has a load.
     """
     moe_layers = np.flatnonzero(load.any(axis=1))

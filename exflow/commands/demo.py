@@ -1,4 +1,4 @@
-"""`exflow demo`: profile, place and generate with the shipped model, and show what each variant moves.
+"""`exflow demo`: profiles, places and generates with the shipped model, and compares variants' traffic.
 
 This process profiles and places; four ranks then run every variant in one job (demo_rank.py).
 """
@@ -40,11 +40,11 @@ def shipped_model() -> Path:
 
 
 def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[str, Any]:
-    """Run the whole pipeline; the result that `exflow demo --json` prints.
+    """Run the whole pipeline. Returns the result that `exflow demo --json` prints.
 
-    texts: files or folders to profile; none means the language reference that Python ships (which the model
-    was not trained on). report: is told what is going on. Raises InputError, RankDied, or RuntimeError where
-    variants disagree.
+    texts: files or folders to profile; empty means the language reference that Python ships, on which the
+    model was not trained. report: receives progress messages. Raises InputError, RankDied, or RuntimeError
+    if variants disagree.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix="exflow-demo-"))
@@ -80,7 +80,7 @@ def demo(model: Path, texts: list[str], report: Callable[[str], None]) -> dict[s
 
 
 def summary(variants: list[dict[str, Any]], top_k: int) -> str:
-    """What coherence changes alone, and what placement changes alone."""
+    """Sentences about the effect of coherence alone, and of placement alone."""
     of = {(variant["strategy"], variant["placement"]): variant for variant in variants}
     home, stay = of["dispatch-combine", "contiguous"], of["coherent", "contiguous"]
     home_placed, stay_placed = of["dispatch-combine", "affinity"], of["coherent", "affinity"]
@@ -98,7 +98,7 @@ def summary(variants: list[dict[str, Any]], top_k: int) -> str:
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """How many messages fewer or more: `20% fewer`."""
+    """Change of the number of messages, as `20% fewer`."""
     ratio = after["messages_per_token_layer"] / before["messages_per_token_layer"] - 1
     return f"{abs(ratio):.0%} {'more' if ratio > 0 else 'fewer'}"
 

@@ -1,4 +1,4 @@
-"""Strategies and placements side by side in one job: what they move, how fast they are, what they say."""
+"""Strategies and placements side by side in one job: their traffic, speed and tokens."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,15 +26,15 @@ class Variant:
 
 
 class CountersDisagree(RuntimeError):
-    """The traffic counted while running is not what placement.traffic predicts: a bug, never to be hidden."""
+    """Traffic counted in a run differs from the prediction of placement.traffic: a bug, not to be hidden."""
 
 
 def measure(
     checkpoint: Checkpoint, variants: list[Variant], request: Request, cluster: Cluster, dtype: torch.dtype
 ) -> tuple[list[dict[str, Any]], list[Generation]]:
-    """Run `request` under each variant, after a warm-up of two tokens: the figures (on rank 0) and results.
+    """Run `request` under each variant, after a warm-up of two tokens. Returns figures (rank 0) and results.
 
-    Raises CountersDisagree if a run moved anything but what its own routing predicts.
+    Raises CountersDisagree if the traffic of a run differs from the prediction for its routing.
     """
     figures, generations = [], []
     for variant in variants:
@@ -52,14 +52,14 @@ def describe(
     variant: Variant, config: ModelConfig, generation: Generation, trace: RoutingTrace, itemsize: int
 ) -> dict[str, Any]:
     """The figures of one run's decode steps; traffic as the ranks counted it, per token and MoE layer."""
-    from exflow.placement.traffic.evaluate import evaluate  # compiled: of no use to the other ranks
+    from exflow.placement.traffic.evaluate import evaluate  # compiled code, which only rank 0 needs
 
     counted, steps = generation.decode, generation.steps
     decoded = trace.select(trace.phase == DECODE)
     predicted = evaluate(variant.plan, decoded)
     _check_counters(variant, generation, predicted["strategies"][variant.strategy.key])
     token_layers = decoded.num_tokens * decoded.num_layers
-    reduced_rows = 2 * (variant.plan.num_ranks - 1) if counted.all_reduces else 0  # of a ring, all ranks
+    reduced_rows = 2 * (variant.plan.num_ranks - 1) if counted.all_reduces else 0  # of a ring, on all ranks
     return {
         "strategy": variant.strategy,
         "placement": variant.placement,

@@ -1,4 +1,4 @@
-"""What each rank of `exflow demo` runs: every strategy with both placements, one after the other."""
+"""Work of each rank of `exflow demo`: every strategy with both placements, one after the other."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def run_demo_rank(model: Path, folder: Path) -> None:
-    """The part of one rank: run all variants; rank 0 writes `result.json` into `folder`."""
+    """Run all variants as one rank; rank 0 writes `result.json` into `folder`."""
     with join_cluster("cpu") as cluster:
         variants = [
             Variant(strategy, placement, Plan.load(folder / f"{placement}.json"))

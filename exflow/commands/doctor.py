@@ -1,4 +1,4 @@
-"""The doctor command: what this machine can run, and what is missing."""
+"""The doctor command: lists the parts of ExFlow that this machine can run, and missing packages."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-# a package, what it is for, and how to get it where it is not required
+# package: (its use, how to get it)
 OPTIONAL = {
     "transformers": ("exflow profile hf:FOLDER, exflow.record", "pip install 'exflow[transformers]'"),
     "triton": ("captured decode steps on GPUs", "pip install triton, as torch's CUDA builds do"),
@@ -20,7 +20,7 @@ REQUIRED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the result: a thing looked for, what was found (empty: nothing), and what needs it."""
+    """One line of the result. found: version or description, empty if missing."""
 
     name: str
     found: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything that ExFlow may use, on this machine."""
+    """Look for everything that ExFlow may use on this machine."""
     packages = [Finding(name, _version(name), "everything", f"pip install {name}", True) for name in REQUIRED]
     extras = [Finding(name, _version(name), use, remedy) for name, (use, remedy) in OPTIONAL.items()]
     numba, torch = (_version(name) for name in ("numba", "torch"))
@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
-    """Findings by name: those that are there, and those that are missing."""
+    """The findings for JSON, by name: found and missing ones."""
     return {
         "found": {each.name: each.found for each in findings if not each.missing},
         "missing": {
@@ -70,7 +70,7 @@ def _machine() -> list[Finding]:
 
 
 def _cache() -> Finding:
-    """The folder of compiled code; without it place and report compile for some seconds first."""
+    """Find the folder of compiled code; without it place and report first compile for some seconds."""
     from exflow.placement.compiled import cache_folder
 
     remedy = "NUMBA_CACHE_DIR=FOLDER, one that can be written to"
@@ -78,7 +78,7 @@ def _cache() -> Finding:
 
 
 def _torch() -> list[Finding]:
-    """Devices, and the transports between ranks."""
+    """Look for devices, and for transports between ranks."""
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""The commands export and import-plan: plans in other engines' formats, there and back."""
+"""The commands export and import-plan: convert plans to and from other engines' formats."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from exflow.profiling.trace import RoutingTrace
 
 
 def run_export(plan: Path, format: str, output: Path) -> Exported:
-    """Write the plan for another engine. Raises InputError where it cannot be."""
+    """Write the plan for another engine. Raises InputError if the format cannot express it."""
     return export_plan(Plan.load(plan), format, output)
 
 
@@ -38,7 +38,7 @@ def run_import_plan(
 
 
 def given_topology(gpus: int | None, nodes: int, topology: Path | None) -> Topology | None:
-    """Topology from --gpus and --nodes, or from --topology; None if the placement file has to say it."""
+    """Topology from --gpus and --nodes, or from --topology; None if the placement file must have it."""
     if gpus is not None and topology is not None:
         raise InputError("--gpus and --topology both say where the GPUs are; give one")
     if topology is not None:

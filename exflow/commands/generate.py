@@ -18,10 +18,9 @@ from exflow.runtime.verify_counters import check_counters
 
 
 def generate(job: ResolvedJob, cluster: Cluster | None) -> dict[str, Any] | None:
-    """Run the job in this process, or as a rank of `cluster`. Returns the result on rank 0 or alone, else
-    None.
+    """Run the job in this process, or as a rank of `cluster`. Returns the result; None on ranks but 0.
 
-    Raises WrongResult if a check is asked for and fails.
+    Raises WrongResult if a requested check fails.
     """
     if cluster is None:
         with Work("loading the model"):

@@ -1,4 +1,4 @@
-"""`exflow generate`, from its options to a job whose files are read and checked: once, for all ranks."""
+"""Resolves the options of `exflow generate` to a job, once for all ranks: files are read and checked."""
 
 import os
 from contextlib import suppress
@@ -29,10 +29,10 @@ from exflow.texts import read_text
 
 @dataclass(frozen=True)
 class ResolvedJob:
-    """A job as each of its ranks is told it: every file is read and checked but weights and traces.
+    """A resolved job, passed to each rank: all files are read and checked, except weights and traces.
 
-    topology: the ranks that run it. strategy: None stands for `auto`, which needs measured ranks.
-    replay: a trace folder, whose files each rank maps into its memory. trace: the folder to record to.
+    topology: the ranks that run it. strategy: None means `auto`, which needs measured ranks. replay: a trace
+    folder, whose files each rank maps into memory. trace: the folder to record to.
     notes: lines for the user.
     """
 
@@ -68,7 +68,7 @@ class ResolvedJob:
             self.transport,
             self.relays,
         )
-        if self.strategy is not None or cluster.num_ranks == 1:  # strategies are alike on a single rank
+        if self.strategy is not None or cluster.num_ranks == 1:  # all strategies are equal on a single rank
             return given
         return _with_fastest_strategy(given, self.request, cluster)
 
@@ -117,9 +117,9 @@ class GenerateOptions:
     patience_s: float = PATIENCE_S
 
     def resolve(self, topology: Topology | None) -> ResolvedJob:
-        """Read and check everything for a job on ranks of `topology`, or in one process.
+        """Read and check everything for a job on ranks of `topology`; None means one process.
 
-        Raises InputError for whatever could not run there.
+        Raises InputError for options that cannot run there.
         """
         ranks = topology or Topology(gpus_per_node=1)
         checkpoint, device = Checkpoint.open(self.model), choose_device(self.device)
@@ -162,7 +162,7 @@ class GenerateOptions:
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """The prompts given, then the lines of a file. Raises InputError if there is none."""
+    """The prompts of the command line, then the lines of a file. Raises InputError if there are none."""
     lines = read_text(file).split("\n") if file is not None else []
     prompts = [*map(_as_utf8, given), *(line for line in lines if line)]
     if not prompts:
@@ -171,7 +171,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 def _as_utf8(prompt: str) -> str:
-    """The prompt as it was typed, in UTF-8, where the locale kept Python from reading it so."""
+    """The prompt decoded as UTF-8, if the locale made Python decode the command line otherwise."""
     with suppress(UnicodeEncodeError):
         prompt.encode()
         return prompt

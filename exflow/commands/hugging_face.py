@@ -1,7 +1,7 @@
-"""Hugging Face models in a local folder: load the model and its tokenizer, for `exflow profile hf:FOLDER`.
+"""Loads a Hugging Face model and its tokenizer from a local folder, for `exflow profile hf:FOLDER`.
 
-Nothing is downloaded, no code beside the weights is run or asked about, and only safetensors are read. The
-parts are loaded one by one, so that what is wrong with one is not blamed on another.
+Nothing is downloaded, no code beside the weights is run, and only safetensors are read. The parts are loaded
+one by one, so that an error names the part at fault.
 """
 
 import warnings
@@ -32,10 +32,10 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 
 def load_config(folder: Path) -> Any:
-    """The configuration of the model in `folder`, once it is sure that transformers can build that model.
+    """Read the configuration of the model in `folder`, and check that transformers can build the model.
 
-    Raises InputError, which names config.json, where transformers does not know the model or refuses a value,
-    and where the model has no experts.
+    Raises InputError if transformers does not know the model or refuses a value (the message names
+    config.json), or if the model has no experts.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -47,7 +47,7 @@ def load_config(folder: Path) -> Any:
     _check_model_type(path, transformers)
     with _loading(path, "transformers cannot build its model", "copy the file again, or mend it"):
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        # a folder may name kernels to fetch from the hub: code that is not ours
+        # a folder may name kernels to fetch from the hub: foreign code
         config._attn_implementation = config._experts_implementation = None
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -59,9 +59,9 @@ def load_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path, config: Any) -> Encode:
-    """The tokenizer in `folder`: tokenizer.json, else what transformers makes of other files.
+    """Load the tokenizer in `folder`: tokenizer.json, else other files through transformers.
 
-    InputError where there is none: transformers would make up an empty one.
+    Raises InputError if there are no files: transformers would make an empty tokenizer.
     """
     remedy = "copy the model's tokenizer files there"
     if (path := folder / TOKENIZER).is_file():
@@ -84,9 +84,10 @@ def load_tokenizer(folder: Path, config: Any) -> Encode:
 
 
 def load_model(folder: Path, config: Any, device: torch.device) -> Any:
-    """The causal language model of `config`, in its own precision; spread over the GPUs if there are several.
+    """Load the causal language model of `config` in its stored precision, spread over all GPUs.
 
-    Raises InputError where its weights are missing, cannot be read, or have other shapes.
+    Several GPUs need accelerate. Raises InputError if weights are missing, cannot be read, or have wrong
+    shapes.
     """
     _check_weights(folder)
     transformers = _transformers(folder)
@@ -100,7 +101,7 @@ def load_model(folder: Path, config: Any, device: torch.device) -> Any:
             generation_config=transformers.GenerationConfig(),  # the folder's is not needed
             dtype="auto",
             device_map="auto" if spread else None,
-            ignore_mismatched_sizes=True,  # they are told below
+            ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
         )
     if mismatched := sorted(found["mismatched_keys"]):
@@ -125,14 +126,14 @@ def encode(tokenizer: Encode, texts: list[str]) -> np.ndarray[Any, np.dtype[np.i
 
 
 def longest_sequence(config: Any) -> int | None:
-    """How many positions the model has, or None where it says no limit."""
+    """Number of positions of the model; None if its configuration has no limit."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
 @torch.inference_mode()
 def _try(model: Any) -> None:
-    """A model can be built from values that do not fit together: a choice of more experts than there are."""
+    """Run the model on four tokens: it can be built from contradictory values, such as too large a top-k."""
     model.base_model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=model.device), use_cache=False)
 
 
@@ -154,7 +155,7 @@ def _check_model_type(path: Path, transformers: Any) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise InputError, which names the file, unless every file of the weights is there and can be opened."""
+    """Raise InputError, which names the file, if a file of the weights is missing or cannot be opened."""
     if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
         raise InputError(
             f"{folder}: holds neither {WEIGHTS} nor {INDEX}, and pickled weights (pytorch_model.bin) are not "
@@ -165,7 +166,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _transformers(folder: Path) -> Any:
-    """The library, without its own progress and warnings."""
+    """Import transformers, without its own progress bars and warnings."""
     try:
         transformers = import_module("transformers")
     except ImportError as error:
@@ -187,7 +188,7 @@ def _checked(encode: Encode, path: Path) -> Encode:
 
 @contextmanager
 def _loading(path: Path, what: str, remedy: str) -> Iterator[None]:
-    """What libraries raise over a file is of any class: it is the file's fault, but for a lack of memory."""
+    """Turn any error of a library inside into an InputError about `path`, except a lack of memory."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ def run_import(
 ) -> dict[str, Any]:
     """Import `files` to `output`. Returns the size of the trace, for printing.
 
-    advance: called with the bytes done and the bytes in all.
+    advance: called with the number of bytes done, and of all bytes.
     """
     done = import_trace(files, output, format, hints, advance)
     return {

@@ -1,4 +1,4 @@
-"""The place command: from folders of traces to a plan, and what can be said of how good it is."""
+"""The place command: makes a plan from folders of traces, and judges how good it is."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,23 +10,28 @@ from exflow.errors import InputError
 from exflow.placement.learning_curve import learning_curve, verdict
 from exflow.placement.make_plan import InUse, Solving, place
 from exflow.placement.pareto import trade_off
+from exflow.placement.place_for_time import compared, place_for_time, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology, topology_of
 from exflow.placement.plan.topology_file import load_topology
 from exflow.placement.robust import messages, place_for_the_worst
 from exflow.placement.solve.objective import Objective
+from exflow.placement.time.machines import DEFAULT, machine_named
+from exflow.placement.time.serving import BATCH, Serving, suited, target_named
+from exflow.placement.time.sizes import sizes_for_trace, sizes_of
 from exflow.placement.traffic.confidence import held_out_figures, split_by_sequence
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import RoutingTrace
 
 Tell = Callable[[str], None]
+OBJECTIVES = ("time", "messages")
 
 
 @dataclass(frozen=True)
 class Where:
     """GPUs and their memory for experts.
 
-    gpu_memory   GiB of each GPU
+    gpu_memory   GiB for experts on each GPU
     expert_size  MiB of one expert in one layer
     """
 
@@ -38,7 +43,7 @@ class Where:
     expert_size: float | None = None
 
     def topology(self) -> Topology:
-        """Raises InputError unless GPUs are given in just one of the two ways."""
+        """The topology that the options describe. Raises InputError unless it is given in exactly one way."""
         if (self.gpus is None) == (self.topology_file is None):
             raise InputError("give the GPUs either by --gpus (and --nodes) or by --topology")
         if self.topology_file is not None:
@@ -46,7 +51,7 @@ class Where:
         return topology_of(self.gpus or 1, self.nodes)
 
     def check_memory(self, trace: RoutingTrace, num_ranks: int) -> None:
-        """Raises InputError if the experts of a rank are larger than the memory for them."""
+        """Raise InputError if the experts of a rank need more than gpu_memory."""
         if self.gpu_memory is None or self.expert_size is None:
             return
         slots = math.ceil((trace.num_experts + self.redundant_experts) / num_ranks)
@@ -59,11 +64,52 @@ class Where:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """The engine, hardware and batch that run the plan, on which the time of a step depends.
+
+    objective: "time" or "messages". model: None means the model that the trace names.
+    """
+
+    objective: str = "time"
+    target: str = "exflow"
+    strategy: str | None = None
+    machine: str = DEFAULT
+    model: str | None = None
+    batch: int = BATCH
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective {self.objective!r} is unknown; give {' or '.join(OBJECTIVES)}")
+
+    def serving(self, trace: RoutingTrace) -> Serving:
+        """The serving setting. Raises InputError for unknown or contradictory options."""
+        target = target_named(self.target)
+        strategy = target.strategy or suited(trace.top_k)
+        if self.strategy is not None:
+            strategy = Objective(self.strategy).strategy  # type: ignore[arg-type]  # refuses an unknown one
+            if target.strategy not in (None, strategy):
+                raise InputError(
+                    f"strategy {strategy}: {target.name} runs {target.strategy}; leave the strategy out, or "
+                    "place for exflow"
+                )
+        sizes = sizes_for_trace(trace.model) if self.model is None else sizes_of(self.model)
+        return Serving(target.name, strategy, machine_named(self.machine), sizes, self.batch)
+
+    def check_slots(self, redundant_experts: int) -> None:
+        """Raise InputError if the target cannot hold the replicas asked for."""
+        if redundant_experts and not target_named(self.target).replicas:
+            raise InputError(
+                f"redundant experts {redundant_experts}: {self.target} holds no replicas; leave them out"
+            )
+
+
+@dataclass(frozen=True)
 class PlaceJob:
     """Arguments of the command; see `exflow place --help`."""
 
     traces: list[Path]
     where: Where
+    goal: "Goal"
     objective: Objective
     solving: Solving
     weights: list[float] | None = None
@@ -77,7 +123,7 @@ class PlaceJob:
 
 @dataclass(frozen=True)
 class Placement:
-    """A plan, with the tables that were asked for, ready for JSON."""
+    """A plan with the requested tables, ready for JSON."""
 
     plan: Plan
     pareto: list[dict[str, Any]] | None = None
@@ -87,7 +133,7 @@ class Placement:
 
 
 def run_place(job: PlaceJob, tell: Tell) -> Placement:
-    """Make the plan. Raises InputError where the settings contradict each other or the traces."""
+    """Make the plan. Raises InputError if settings contradict each other or the traces."""
     _check(job)
     topology = job.where.topology()
     traces = [RoutingTrace.load(path) for path in job.traces]
@@ -98,7 +144,9 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
         traces, held_out = [train for train, _ in halves], [test for _, test in halves]
 
     tables: dict[str, Any] = {}
-    if job.pareto:
+    if job.goal.objective == "time":
+        plan = _place_for_time(job, traces, held_out, topology, tell)
+    elif job.pareto:
         points = trade_off(
             traces,
             topology,
@@ -123,12 +171,40 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
         tables |= {"learning_curve": [vars(point) for point in curve], "verdict": verdict(curve)}
     if held_out:
         figures = held_out_figures(plan, merge(held_out), merge(traces))
-        plan = replace(plan, expected=plan.expected | {"held_out": figures})
+        plan = replace(
+            plan, expected=plan.expected | {"held_out": figures | plan.expected.get("held_out", {})}
+        )
     if len(traces) > 1:
         judged = held_out or traces
         names = [str(path) for path in job.traces]
         tables["by_trace"] = dict(zip(names, [messages(plan, each) for each in judged], strict=True))
     return Placement(plan, **tables)
+
+
+def _place_for_time(
+    job: PlaceJob,
+    traces: Sequence[RoutingTrace],
+    held_out: Sequence[RoutingTrace],
+    topology: Topology,
+    tell: Tell,
+) -> Plan:
+    job.goal.check_slots(job.where.redundant_experts)
+    serving = job.goal.serving(traces[0])
+    plan = place_for_time(
+        traces,
+        topology,
+        serving,
+        seed=job.solving.seed,
+        time_limit=job.solving.time_limit,
+        redundant_experts=job.where.redundant_experts,
+        method=job.solving.method,
+        tell=tell,
+    )
+    if not held_out:
+        return plan
+    others = references(merge(traces), topology, serving.strategy, plan.num_slots)
+    figures = compared(plan, others, merge(held_out), serving)
+    return replace(plan, expected=plan.expected | {"held_out": {"time": figures}})
 
 
 def _place(job: PlaceJob, traces: Sequence[RoutingTrace], topology: Topology, tell: Tell) -> Plan:

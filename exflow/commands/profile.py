@@ -1,4 +1,4 @@
-"""Run a model over text and record its routing: the `exflow profile` command."""
+"""The `exflow profile` command: runs a model over text and records its routing."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ from exflow.profiling.trace import RoutingTrace
 from exflow.texts import find_texts, read_text
 
 Advance = Callable[[int, int], None]
-"""Called after each batch with the tokens done and the tokens in all."""
+"""Called after each batch with the number of tokens done, and of all tokens."""
 
-DEFAULT_LENGTH = 2048  # tokens of a sequence: some models have positions for 100 times as many
+DEFAULT_LENGTH = 2048  # tokens of a sequence; the positions of some models are 100 times as many
 
 
 def profile_text(
@@ -44,7 +44,7 @@ def profile_text(
     """Load a model, run it over `texts` (files, folders or "{stdlib}"), record to `output`.
 
     model: the folder of a checkpoint, or "hf:" and the folder of a Hugging Face model.
-    resume: continue what an interrupted run with the same arguments has recorded there.
+    resume: continue the recording of an interrupted run with equal arguments.
     """
     files = find_texts(texts)
     contents = [read_text(file) for file in files]
@@ -70,16 +70,16 @@ def profile_text(
 
 
 def windows_of_text(tokenizer: Tokenizer, texts: list[str], length: int, max_tokens: int) -> Tensor:
-    """The texts as sequences [N, length] of token ids, as token_windows has them."""
+    """The texts as sequences [N, length] int64 of token ids; see token_windows."""
     ids = np.concatenate([np.array(encoding.ids, np.int64) for encoding in tokenizer.encode_batch(texts)])
     return token_windows(ids, length, max_tokens)
 
 
 def token_windows(ids: npt.NDArray[np.int64], length: int, max_tokens: int) -> Tensor:
-    """A stream of token ids as sequences [N, length]; a shorter rest is dropped.
+    """Cut a stream of token ids into sequences [N, length] int64; a shorter rest is dropped.
 
-    With more text than `max_tokens`, as many windows as fit into it (at least one) are spread evenly over the
-    text. Raises InputError where the text does not fill one window.
+    If the text has more than `max_tokens` tokens, as many sequences as fit into max_tokens (at least one) are
+    spread evenly over the text. Raises InputError if the text does not fill one sequence.
     """
     available = len(ids) // length
     count = min(available, max(1, max_tokens // length))
@@ -101,7 +101,7 @@ def profile(
 ) -> RoutingTrace:
     """Record the routing of every token of `windows_NS` [sequences, length]; streamed to `path` if given.
 
-    source, resume: as for record().
+    source, resume: as in record().
     """
     device = decoder.embedding.weight.device
     _check_tokens(windows_NS, decoder.config.vocab_size)
@@ -123,7 +123,7 @@ def profile_hugging_face(
     resume: bool = False,
     advance: Advance = lambda done, total: None,
 ) -> RoutingTrace:
-    """As `profile`, for a causal model of transformers. Raises InputError where it has no MoE layers."""
+    """Record a causal model of transformers as `profile` does. Raises InputError if it has no MoE layers."""
     _check_tokens(windows_NS, model.get_input_embeddings().num_embeddings)
     layers = model.base_model  # without the head, whose logits would take more memory than the model
 
@@ -153,7 +153,10 @@ def _record_batches(
     resume: bool,
     advance: Advance,
 ) -> RoutingTrace:
-    """Record `run(batch [B, S], its first sequence)`, at most `batch_tokens` (or one sequence) at a time."""
+    """Record `run(batch [B, S], its first sequence id)` for batches of at most `batch_tokens` tokens.
+
+    A batch has at least one sequence.
+    """
     length = windows_NS.shape[1]
     with record(model, path, weights=weights, source=source, resume=resume) as recorder:
         first = recorder.resumed

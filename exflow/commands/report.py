@@ -1,4 +1,4 @@
-"""The report command: from files to a page, and to drawings in files of their own."""
+"""The report command: makes a page, and drawings in separate files, from a trace and plans."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class ReportJob:
     plans: list[Path]
     output: Path
     phase: str = "all"
-    where: Where = field(default_factory=Where)  # empty: the GPUs of the plans
+    where: Where = field(default_factory=Where)  # empty means the GPUs of the plans
     figures: Path | None = None
     model: Path | None = None
     batch: int = 64
@@ -36,7 +36,7 @@ class ReportJob:
 
 @dataclass(frozen=True)
 class Written:
-    """The page that was written, and the data behind it."""
+    """Size of the page that was written, number of drawings, and the data behind them."""
 
     page_bytes: int
     figures: int
@@ -44,9 +44,9 @@ class Written:
 
 
 def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Written:
-    """Count, draw and write. Raises InputError where a file is missing, wrong, or of another model.
+    """Count, draw and write. Raises InputError if a file is missing, wrong, or of another model.
 
-    advance: called with the name of the next step, the steps done, and the steps in all.
+    advance: called with the name of the next step, the number of steps done, and of all steps.
     """
     _check(job)
     trace = RoutingTrace.load(job.trace).of_phase(job.phase)
@@ -54,7 +54,7 @@ def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Writ
     chosen = candidates(trace, job.plans, topology)
     setting = None
     if job.model is not None:
-        from exflow.cost.machines import load_setting  # with torch, which only a prediction needs
+        from exflow.cost.machines import load_setting  # loads torch, which only predictions need
 
         setting = load_setting(job.model, job.batch, job.context, job.machine, trace)
     steps, done = len(chosen) + 3, 0
@@ -81,7 +81,7 @@ def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Writ
 
 
 def _check(job: ReportJob) -> None:
-    """Raises InputError for settings that would have no effect."""
+    """Raise InputError for options that would have no effect."""
     if job.where.nodes > 1 and job.where.gpus is None:
         raise InputError(f"--nodes {job.where.nodes}: needs --gpus; give both")
     if job.machine is not None and job.model is None:

@@ -1,4 +1,4 @@
-"""The simulate command: from a trace, a model and sizes to what a decode step takes on each."""
+"""The simulate command: predicts the time of a decode step for a trace, a model and cluster sizes."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from exflow.profiling.trace import RoutingTrace
 
 HELD_OUT = 0.25
 BATCH_PER_GPU = 64
-ENOUGH = 64  # tokens a rank to judge by: with fewer, chance makes ranks look uneven
+ENOUGH = 64  # tokens a rank for a judgement; with fewer, chance makes ranks look uneven
 
 Tell = Callable[[str], None]
 
@@ -57,7 +57,7 @@ class SimulateJob:
         return self.batch or gpus * (self.batch_per_gpu or BATCH_PER_GPU)
 
     def check(self) -> None:
-        """Raises InputError for settings that contradict each other."""
+        """Raise InputError for options that contradict each other."""
         if self.batch is not None and self.batch_per_gpu is not None:
             raise InputError("--batch and --batch-per-gpu set the same number; give one")
         if self.plans and self.widest:
@@ -68,7 +68,7 @@ class SimulateJob:
 
 @dataclass(frozen=True)
 class Size:
-    """One size of cluster: a step for every variant, and the crossovers nearest to it."""
+    """Results for one cluster size: a step for every variant, and the nearest crossovers."""
 
     layout: Layout
     batch: int  # sequences of the whole job
@@ -120,7 +120,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Simulation:
-    """All sizes, and notes about them."""
+    """Results for every cluster size, and notes about them."""
 
     setting: Setting
     sizes: tuple[Size, ...]
@@ -136,7 +136,7 @@ class Simulation:
 
 
 def run_simulate(job: SimulateJob, tell: Tell) -> Simulation:
-    """Read, place where no plan is given, predict. Raises InputError where a file or a setting is wrong."""
+    """Read files, make placements if no plan is given, and predict. Raises InputError for bad input."""
     job.check()
     trace = RoutingTrace.load(job.trace).of_phase(job.phase)
     setting = load_setting(job.model, BATCH_PER_GPU, job.context, job.machine, trace)
@@ -165,7 +165,7 @@ def _size(job: SimulateJob, setting: Setting, layout: Layout, choice: list[Varia
 def _placed_here(
     job: SimulateJob, trace: RoutingTrace, notes: list[str], tell: Tell
 ) -> list[tuple[Layout, list[Variant]]]:
-    """Placements made on three quarters of the sequences and judged on the rest, for each group size."""
+    """Make placements for each group size on three quarters of the sequences; judge them on the rest."""
     train, test = split_by_sequence(trace, HELD_OUT)
     layouts = dict.fromkeys(
         Layout.of(gpus, job.gpus_per_node, trace.num_experts, widest)
@@ -181,7 +181,7 @@ def _placed_here(
 
 
 def _of_plans(job: SimulateJob, trace: RoutingTrace, notes: list[str]) -> list[tuple[Layout, list[Variant]]]:
-    """The plans on their own GPUs, beside the contiguous placement, and on multiples of these GPUs."""
+    """Judge the plans beside the contiguous placement, on their own GPUs and on multiples of these."""
     plans = [Plan.load(path) for path in job.plans]
     topology = plans[0].topology
     for path, plan in zip(job.plans, plans, strict=True):

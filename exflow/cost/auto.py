@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from exflow.comm.transport import Transport
-from exflow.cost.machine import Machine
+from exflow.comm.transport_names import Transport
 from exflow.cost.predict import Prediction, choose, predict
 from exflow.cost.probe import measure
 from exflow.cost.workload import StepTraffic, Workload
@@ -15,6 +14,7 @@ from exflow.job.cluster import Cluster
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Machine
 from exflow.profiling.trace import RoutingTrace
 
 GUESSED_TOKENS = 512
@@ -23,10 +23,10 @@ GUESSED_TOKENS = 512
 def choose_strategy(
     workload: Workload, plan: Plan, cluster: Cluster, transport: Transport = "eager"
 ) -> tuple[Strategy, str]:
-    """The fastest strategy for `workload` on these ranks, and the reason; the same on all ranks. Collective.
+    """The fastest strategy for `workload` on these ranks, and the reason; equal on all ranks. Collective.
 
-    The figures of a plan that was made for other nodes are not used. Raises InputError on all ranks alike if
-    no strategy fits into memory.
+    A plan's figures are ignored if it was made for other nodes. Raises InputError on all ranks if no strategy
+    fits into memory.
     """
     here = Topology(num_nodes=cluster.num_nodes, gpus_per_node=cluster.ranks_per_node)
     if (plan.topology.num_nodes, plan.num_ranks) != (here.num_nodes, here.num_ranks):
@@ -44,7 +44,7 @@ def predictions(workload: Workload, plan: Plan, machine: Machine) -> list[Predic
 def traffic_by_strategy(
     figures: Mapping[str, dict[str, Any]], plan: Plan
 ) -> Iterator[tuple[Strategy, StepTraffic]]:
-    """The traffic of each strategy that has figures; they are those of `evaluate`, by key."""
+    """Yield the traffic of each strategy in `figures`, the result of `evaluate` by strategy key."""
     for each in Strategy:
         if each.key in figures:
             size = each.group_size(plan.num_ranks, plan.topology.gpus_per_node)
@@ -57,7 +57,7 @@ def expected_figures(plan: Plan, top_k: int) -> dict[str, Any]:
         stored: dict[str, Any] = plan.expected["strategies"]
         return stored
     from exflow.placement.traffic.evaluate import (
-        evaluate,  # compiled: not needed with a plan that knows its figures
+        evaluate,  # compiled: not needed with a plan that has figures
     )
 
     draw = np.random.default_rng(0).random((GUESSED_TOKENS, plan.num_layers, plan.num_experts))

@@ -1,20 +1,20 @@
-"""Finds where another strategy becomes the fastest, as one property of cluster or workload changes."""
+"""Crossovers: values of a property of cluster or workload at which another strategy becomes the fastest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from exflow.cost.machine import Link
 from exflow.cost.simulate import Point, Variant, fastest
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Link
 
-_DOUBLINGS = 6  # how far a quantity is followed, up and down
+_DOUBLINGS = 6  # range of a quantity, up and down
 _HALVINGS = 12  # bisections of the factor's logarithm
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """When `quantity` is scaled by `factor`, `strategy` becomes the fastest.
+    """A crossover: when `quantity` is scaled by `factor`, `strategy` becomes the fastest.
 
     value: the quantity there, in `unit`. strategy: None if no strategy fits into memory there.
     """
@@ -48,7 +48,7 @@ def crossovers(choice: Sequence[Variant], point: Point) -> list[Crossover]:
 def _first_crossover(
     choice: Sequence[Variant], point: Point, quantity: Quantity, way: int
 ) -> Crossover | None:
-    """way: 1 for a growing quantity, -1 for a shrinking one."""
+    """The first crossover of one quantity; None if there is none. way: 1 for growing, -1 for shrinking."""
     here = _winner(choice, point)
 
     def changed(log: float) -> bool:
@@ -71,7 +71,7 @@ def _winner(choice: Sequence[Variant], point: Point) -> Strategy | None:
 
 
 def quantities(topology: Topology) -> list[Quantity]:
-    """Properties that may differ on another cluster, with another model or another workload."""
+    """The properties to vary, of the cluster, the model and the workload."""
     nodes = topology.num_nodes > 1
     where = "between nodes" if nodes else "inside the node"
     peers = topology.num_ranks - (topology.gpus_per_node if nodes else 1)

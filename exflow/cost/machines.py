@@ -8,21 +8,20 @@ from typing import Any
 
 from exflow.comm.capacity import ROUND_BYTES
 from exflow.cost.auto import traffic_by_strategy
-from exflow.cost.machine import Link, Machine
 from exflow.cost.predict import Prediction, predict
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
-from exflow.files import read_yaml
 from exflow.model.config import ModelConfig
 from exflow.model.config_file import load_model_config
 from exflow.placement.plan.plan import Plan
+from exflow.placement.time.machine import Link, Machine
+from exflow.placement.time.machines import load_machine
 from exflow.profiling.trace import RoutingTrace
-from exflow.validation import validated
 
 _ITEMSIZE = 2  # bfloat16
 
 # Measured on H200s of one host (docs/decode.md): one-sided writes here, captured NCCL below. The extra
-# time of a layer is fitted to steps measured there (docs/simulate.md). configs/machines has both, too.
+# time of a layer is fitted to measured steps (docs/simulate.md). configs/machines has both machines, too.
 _ONE_NODE = Machine(
     inside=Link(3.6e-6, 170e9),
     between=Link(0.0, math.inf),
@@ -41,7 +40,7 @@ _SEVERAL_NODES = Machine(
     memory_bytes=140e9,
     layer_s=35e-6,
     round_bytes=ROUND_BYTES["cuda"],
-    hides=0.0,  # a captured collective waits its turn on the one stream
+    hides=0.0,  # a captured collective waits for earlier kernels of its stream
     transport="collective",
     flops_per_s=600e12,
 )
@@ -49,7 +48,7 @@ _SEVERAL_NODES = Machine(
 
 @dataclass(frozen=True)
 class StepTime:
-    """The predicted time of a step under a strategy; fits: into the machine's memory."""
+    """The predicted time of a step under a strategy. fits: True if it fits into the machine's memory."""
 
     prediction: Prediction
     fits: bool
@@ -67,7 +66,7 @@ class StepTime:
 class Setting:
     """A decode step to predict: `batch` sequences of `context` positions, of a model on a machine.
 
-    machine: None for the documented one that fits the number of nodes.
+    machine: None means the documented machine for the number of nodes.
     """
 
     model: ModelConfig
@@ -82,7 +81,7 @@ class Setting:
         return {"model": self.model.name, "batch": self.batch, "context": self.context, "itemsize": _ITEMSIZE}
 
     def step_times(self, plan: Plan, strategies: Mapping[str, dict[str, Any]]) -> tuple[StepTime, ...]:
-        """The times of every strategy in `strategies`, which are evaluate's figures by strategy."""
+        """The times of every strategy in `strategies`, the figures of `evaluate` by strategy."""
         machine = self.machine_for(plan)
         workload = Workload.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
         found = []
@@ -107,12 +106,6 @@ def load_setting(
                 f"{folder}: the model has {what} {ours}, the trace {theirs}; give the trace's own model"
             )
     return Setting(config, batch, context, None if machine is None else load_machine(machine))
-
-
-def load_machine(path: Path) -> Machine:
-    """Read a YAML file with the fields of `Machine`; see docs/report.md."""
-    remedy = "see docs/report.md"
-    return validated(Machine, read_yaml(path, "file of a machine", remedy), path, remedy)
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Predicts the time of a decode step under each strategy. A formula; nothing is run here.
+"""Predicts the time of a decode step under each strategy, by formula.
 
     step_s       = exchange_s + compute_s + background_s
 
@@ -13,25 +13,25 @@
 
     background_s = max(0, seconds(kv_rows x kv_bytes) - hides x compute_s)
 
-seconds(bytes) is the slower of the links inside and between nodes. The transport says how many rows move and
-what an exchange waits for (transports.py). Messages are placement's own count, as means per token and layer.
+seconds(bytes) is the time of the slower link, inside or between nodes. The transport determines the rows that
+move and the wait of an exchange (transports.py). Messages are placement's counts, means per token and layer.
 """
 
 from dataclasses import dataclass
 
-from exflow.cost.machine import Machine
 from exflow.cost.transports import COSTS, Pair, StepCost
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.errors import InputError
 from exflow.placement.plan.strategy import Strategy
+from exflow.placement.time.machine import Machine
 
 
 @dataclass(frozen=True)
 class Prediction:
     """The time of a decode step under a strategy, and the memory that the fullest rank needs.
 
-    exchange_s: synchronous exchanges. compute_s: reading, products and launches. background_s: what compute
-    does not hide of sharing keys and values. memory_bytes: weights, keys and values.
+    exchange_s: synchronous exchanges. compute_s: reading, products and launches. background_s: time of
+    sharing keys and values that compute does not hide. memory_bytes: weights, keys and values.
     """
 
     strategy: Strategy
@@ -66,7 +66,7 @@ def memory_bytes(workload: Workload, sequences: int) -> int:
 
 
 def _exchanges_s(step: StepCost) -> float:
-    """All dispatches and combines of a step."""
+    """Seconds of all dispatches and combines of a step."""
     work, exchanges = step.workload, step.traffic.exchanges
     if not exchanges:
         return 0.0
@@ -78,7 +78,7 @@ def _exchanges_s(step: StepCost) -> float:
 
 
 def _all_reduces_s(step: StepCost) -> float:
-    """All-reduces of a step, over the links between nodes where there are several."""
+    """Seconds of all all-reduces of a step, over the links between nodes if there are several nodes."""
     work, machine = step.workload, step.machine
     if not step.traffic.all_reduces:
         return 0.0
@@ -89,10 +89,10 @@ def _all_reduces_s(step: StepCost) -> float:
 
 
 def _compute_s(step: StepCost) -> float:
-    """Reading weights and contexts, products and launches of the busiest rank.
+    """Seconds of the busiest rank for reading weights and contexts, products, and launches.
 
-    Dense products take the longer of reading and multiplying. Those of experts take both, as measured: many
-    rows read the weights of an expert more than once.
+    Dense products take the longer of reading and multiplying. Products of experts take the sum of both, as
+    measured: with many rows the weights of an expert are read more than once.
     """
     work, machine, tokens = step.workload, step.machine, step.owned_tokens
     read = work.experts_read
@@ -109,7 +109,7 @@ def _compute_s(step: StepCost) -> float:
 
 
 def _seconds(rows: Pair, row_bytes: float, machine: Machine, wait: float = 1.0) -> float:
-    """Seconds that rows inside the node and between nodes take, which move at the same time."""
+    """Seconds to move rows inside the node and between nodes, both at the same time."""
     inside, between = (each * row_bytes * wait for each in rows)
     return max(inside / machine.inside.bytes_per_s, between / machine.between.bytes_per_s)
 

@@ -1,4 +1,4 @@
-"""Measures the machine of a job once: links, memory, launches, matrix products. Collective.
+"""Measures the machine of a job: links, memory, launches, matrix products. Collective.
 
 Each is measured as the decode step will use it: eagerly, or many times in one captured graph.
 """
@@ -15,18 +15,18 @@ import torch.distributed as dist
 from exflow.comm.buffers import symmetric_memory, tensor_at
 from exflow.comm.capacity import ROUND_BYTES
 from exflow.comm.pairwise import Chunks, PairwiseExchange
-from exflow.comm.transport import Transport
-from exflow.cost.machine import Link, Machine
+from exflow.comm.transport_names import Transport
 from exflow.job.cluster import Cluster, all_gather_object, coherence_group
+from exflow.placement.time.machine import Link, Machine
 
-SMALL = 64  # bytes from each rank to each other one
+SMALL = 64  # bytes from each rank to each other rank
 LARGE = {"cpu": 1 << 18, "cuda": 1 << 22}
-READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; of a GPU more than its cache
-LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # kernels in a layer, about
+READ = {"cpu": 1 << 26, "cuda": 1 << 29}  # bytes; on a GPU more than its cache
+LAUNCHES = {"eager": 60, "collective": 10, "one-sided": 10, "relayed": 12}  # kernels of a layer, roughly
 RUNS = 9
 IN_A_GRAPH = 20
 
-Exchange = Callable[[int], Callable[[], object]]  # given the bytes for each other rank, makes an exchange
+Exchange = Callable[[int], Callable[[], object]]  # makes an exchange, given the bytes for each other rank
 Timer = Callable[[Cluster, Callable[[], object]], float]
 
 
@@ -49,7 +49,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
         -memory,
         layer_s,
         round_bytes=ROUND_BYTES[cluster.device.type],
-        # a captured collective waits its turn on the one stream
+        # a captured collective waits for earlier kernels of its stream
         hides=0.0 if cluster.device.type == "cpu" or transport in ("collective", "relayed") else 1.0,
         shared=cluster.device.type == "cpu" and cluster.num_nodes == 1,
         transport=transport,
@@ -58,7 +58,7 @@ def measure(cluster: Cluster, transport: Transport = "eager") -> Machine:
 
 
 def _flops_per_s(cluster: Cluster) -> float:
-    """Speed of a large product in bfloat16, on the slowest rank."""
+    """FLOP/s of a large product in bfloat16, on the slowest rank."""
     side = 4096
     a, b = torch.randn(2, side, side, device=cluster.device, dtype=torch.bfloat16)
     out = torch.empty_like(a)
@@ -89,7 +89,7 @@ def _links(cluster: Cluster, transport: Transport, timer: Timer) -> tuple[Link, 
 
 
 def _link(cluster: Cluster, exchange: Exchange, far: int, timer: Timer) -> Link:
-    """Measure one link; far: the other ranks that it leads to from each rank."""
+    """Measure one link. far: number of other ranks that a rank reaches by it."""
     if far < 1:
         return Link(0.0, float("inf"))
     large = LARGE[cluster.device.type]
@@ -116,7 +116,7 @@ def _pairwise(pairwise: PairwiseExchange) -> Exchange:
 
 
 def _among_relays(cluster: Cluster) -> Exchange:
-    """An exchange with the ranks that have this one's place in other nodes."""
+    """An exchange with the ranks that have this rank's place in other nodes."""
     near, ranks = cluster.ranks_per_node, range(cluster.num_ranks)
     relays = [rank for rank in ranks if rank != cluster.rank and (rank - cluster.rank) % near == 0]
 
@@ -130,7 +130,7 @@ def _among_relays(cluster: Cluster) -> Exchange:
 
 
 def _one_sided(cluster: Cluster) -> Exchange:
-    """Stores into the memory of every other rank of the node, and a barrier; of SMALL bytes the barrier."""
+    """Stores into the memory of every other rank of the node, and a barrier; for SMALL bytes no stores."""
     memory = symmetric_memory(cluster)(LARGE["cuda"])
     others = [
         tensor_at(base, memory.own) for rank, base in enumerate(memory.bases) if base and rank != cluster.rank

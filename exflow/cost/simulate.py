@@ -1,7 +1,7 @@
-"""Simulates decode steps on clusters of any size: the cost model, with the traffic of a trace under plans.
+"""Simulates decode steps on clusters of any size by the cost model, with the traffic of a trace under plans.
 
 GPUs form expert-parallel groups of `width` ranks; each group holds all experts once. Groups are equal and
-independent: they share no token, no keys and values, and no link. So a step takes as long as in one group,
+independent: they share no tokens, no keys and values, and no links. So a step takes as long as in one group,
 and the throughputs of the groups add up.
 
 Shapes: L MoE layers, G ranks, E experts, S slots a rank.
@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.cost.auto import step_traffic
-from exflow.cost.machine import Machine
 from exflow.cost.predict import Prediction, predict
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
@@ -24,12 +23,13 @@ from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.objective import Objective
+from exflow.placement.time.machine import Machine
 from exflow.profiling.trace import RoutingTrace
 
 ITEMSIZE = 2  # bfloat16
-PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # name -> method that makes it
-LEVEL = 1.0  # price of a unit of imbalance, in messages per token and layer: all wait for the busiest rank
-_MOST_ROWS = 32  # of each sequence that a trace is split into
+PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # name -> placement method
+LEVEL = 1.0  # price of a unit of imbalance, in messages per token and layer: all ranks wait for the busiest
+_MOST_ROWS = 32  # length of the sequences into which a trace is split
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,9 +44,9 @@ class Layout:
 
     @classmethod
     def of(cls, gpus: int, gpus_per_node: int, experts: int, widest: int | None = None) -> Self:
-        """Make the groups as wide as possible, `widest` at most.
+        """Make the groups as wide as possible, at most `widest` ranks.
 
-        A width divides GPUs and experts, and a group lies inside a node or fills whole nodes.
+        A width divides GPUs and experts. A group lies inside a node or fills whole nodes.
         """
         widths = range(1, min(gpus, experts, widest or gpus) + 1)
         even = [width for width in widths if gpus % width == 0 and experts % width == 0]
@@ -72,7 +72,7 @@ class Layout:
 class Variant:
     """A strategy with a placement, and its traffic on a trace.
 
-    chosen [L, G, S] float64: the chance that a token chooses the expert in a slot and is served there.
+    chosen [L, G, S] float64: the probability that a token chooses the expert in a slot and is served there.
     """
 
     strategy: Strategy
@@ -92,13 +92,13 @@ class Variant:
         return cls(strategy, placement, plan, traffic, chosen_slots(plan, trace))
 
     def experts_read(self, batch: int) -> float:
-        """Experts that the rank with most reads for `batch` tokens; mean over layers."""
+        """Number of experts read for `batch` tokens by the rank that reads most; mean over layers."""
         read = 1 - (1 - self.chosen) ** batch
         return float(read.sum(axis=2).max(axis=1).mean())
 
 
 def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
-    """The chance [L, G, S] that a token chooses the expert in a slot and is served there."""
+    """The probability [L, G, S] that a token chooses the expert in a slot and is served there."""
     chances, serving_slot = np.zeros((plan.num_layers, plan.num_slots)), plan.serving_slot
     for layer in range(plan.num_layers):
         chosen = np.bincount(trace.experts[:, layer].ravel(), minlength=plan.num_experts)
@@ -110,7 +110,7 @@ def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
 
 
 def strategies_on(topology: Topology) -> Iterator[Strategy]:
-    """The strategies that differ on `topology`; a single rank has one."""
+    """The strategies that differ on `topology`; on a single rank only one."""
     yield Strategy.DISPATCH_COMBINE
     if 1 < topology.gpus_per_node < topology.num_ranks:
         yield Strategy.NODE_COHERENT
@@ -126,7 +126,7 @@ def variants(
     time_limit: float,
     tell: Callable[[str], None],
 ) -> list[Variant]:
-    """Every strategy with a contiguous placement and one by affinity, made on `train`, judged on `test`."""
+    """Every strategy with a contiguous and an affinity placement, made on `train`, judged on `test`."""
     judged, found = split_sequences(test, topology.num_ranks), []
     plans: dict[tuple[Strategy, str], Plan] = {}
     for strategy in strategies_on(topology):
@@ -163,7 +163,7 @@ def split_sequences(trace: RoutingTrace, ranks: int) -> RoutingTrace:
 class Point:
     """A decode step of one expert-parallel group: `batch` sequences, each at position `context`.
 
-    kv: factor on the model's own K/V width.
+    kv: factor on the model's K/V width.
     """
 
     model: ModelConfig
@@ -175,7 +175,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Step:
-    """The predicted step of a variant at a point, and whether it fits into memory."""
+    """The predicted step of a variant at a point. fits: True if it fits into memory."""
 
     variant: Variant
     prediction: Prediction
@@ -199,6 +199,6 @@ def step(variant: Variant, point: Point) -> Step:
 
 
 def fastest(choice: Sequence[Variant], point: Point) -> Step | None:
-    """The fastest step that fits into memory, the first of equals; None if none fits."""
+    """The fastest step that fits into memory, the first among equals; None if none fits."""
     steps = (step(variant, point) for variant in choice)
     return min((each for each in steps if each.fits), key=lambda each: each.seconds, default=None)

@@ -1,16 +1,16 @@
-"""One class a transport: the rows that it moves in a decode step, its latencies and its padding.
+"""Costs of each transport: the rows that it moves in a decode step, its latencies and its padding.
 
-`StepCost` has what transports share. Rows are those of one rank in one layer, unless said otherwise. Pairs
-are (inside the node, between nodes).
+`StepCost` is the base class. Rows are counted for one rank in one layer, unless said otherwise. Pairs are
+(inside the node, between nodes).
 """
 
 import math
 from dataclasses import dataclass
 
 from exflow.comm.capacity import deviations
-from exflow.comm.transport import Transport
-from exflow.cost.machine import Machine
+from exflow.comm.transport_names import Transport
 from exflow.cost.workload import StepTraffic, Workload, imbalance_of_batch
+from exflow.placement.time.machine import Machine
 
 Pair = tuple[float, float]
 
@@ -31,7 +31,10 @@ class StepCost:
 
     @property
     def attention_imbalance(self) -> float:
-        """Tokens that the busiest rank owns in this batch, over the mean; 1 where that does not matter."""
+        """Tokens that the busiest rank owns in this batch, over the mean.
+
+        It counts as 1 if ranks share their processors, or own only the sequences that they admitted.
+        """
         if self.machine.shared or self.traffic.group_size == 1:
             return 1.0
         return imbalance_of_batch(
@@ -47,22 +50,22 @@ class StepCost:
 
     @property
     def group_tokens(self) -> int:
-        """Tokens that a rank may own: those that its coherence group admitted."""
+        """Tokens that a rank may own: the tokens that its coherence group admitted."""
         return self.workload.tokens_per_rank * self.traffic.group_size
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """Size of a row in a dispatch, with slots, weights and sender, and in a combine."""
+        """Bytes of a row in a dispatch, with slots, weights and sender, and in a combine."""
         hidden = self.workload.hidden_bytes
         return hidden + 4 * (2 * self.workload.top_k + 3), hidden + 8
 
     @property
     def combines(self) -> bool:
-        """Whether results travel in exchanges of their own, besides the dispatches."""
+        """True if partial sums travel in exchanges of their own, besides the dispatches."""
         return self.traffic.exchanges > self.workload.moe_layers
 
     def latency_s(self) -> float:
-        """Time of an empty exchange; none for a single rank."""
+        """Seconds of an empty exchange; 0 for a single rank."""
         peers, (inside, between) = self.workload.peers, (self.machine.inside, self.machine.between)
         if self.workload.ranks == 1:
             return 0.0
@@ -71,7 +74,7 @@ class StepCost:
         return inside.latency_s + inside.peer_s * peers[0]
 
     def wait(self) -> float:
-        """How much longer than the mean rank the slowest one exchanges."""
+        """Exchange time of the slowest rank over the mean."""
         return 1.0 if self.machine.shared else max(self.expert_imbalance, self.attention_imbalance)
 
     def dispatch_rows(self) -> Pair:
@@ -86,7 +89,7 @@ class StepCost:
         return _times(tokens, self.traffic.kv)
 
     def padded_kv_rows(self) -> Pair:
-        """`kv_rows` by a collective, which has room for each token that a rank may own."""
+        """`kv_rows` of a collective, which has room for each token that a rank may own."""
         tokens = self.group_tokens * self.workload.layers
         return _times(tokens, self.traffic.kv)
 
@@ -95,7 +98,7 @@ class StepCost:
         return 1, (self.workload.ranks - 1) * self.workload.batch
 
     def dense_rows(self) -> float:
-        """Rows that dense products have: a captured step computes every token that the rank may own."""
+        """Rows of dense products: a captured step computes every token that the rank may own."""
         return self.owned_tokens if self.traffic.all_reduces else self.group_tokens
 
     def positions_read(self) -> float:
@@ -107,14 +110,14 @@ class OneSided(StepCost):
     """Captured steps that store rows into the receivers' memory."""
 
     def all_reduce(self) -> tuple[int, float]:
-        """Only the ranks that serve a token tell the others."""
+        """Exchanges and rows of one all-reduce; only the ranks that serve a token send its row."""
         work = self.workload
         served = 1 - (1 - 1 / work.ranks) ** work.top_k
         return 1, (work.ranks - 1) * work.batch * served
 
 
 class Eager(StepCost):
-    """Steps launched one kernel at a time; buffers have room for the expected rows, and some more."""
+    """Steps launched one kernel at a time; buffers have room for the expected rows and a margin."""
 
     def dispatch_rows(self) -> Pair:
         tokens = self.workload.tokens_per_rank
@@ -126,7 +129,7 @@ class Eager(StepCost):
         return inside, between
 
     def all_reduce(self) -> tuple[int, float]:
-        """A ring: every rank passes each part of the rows on, once to be summed and once to be known."""
+        """A ring: every rank passes each part of the rows on twice, to reduce-scatter and to all-gather."""
         return 2, 2 * (self.workload.ranks - 1) / self.workload.ranks * self.workload.batch
 
     def dense_rows(self) -> float:
@@ -137,7 +140,7 @@ class Eager(StepCost):
 
 
 class Collective(StepCost):
-    """Captured collectives: every chunk has room for each token that its receiver may own, however few go."""
+    """Captured collectives: every chunk has room for each token that its receiver may own."""
 
     def wait(self) -> float:
         return 1.0
@@ -153,10 +156,10 @@ class Collective(StepCost):
 
 
 class Relayed(StepCost):
-    """Captured steps whose rows cross to a relay in each other node, in chunks of fixed capacity.
+    """Captured steps whose rows go to a relay in each other node, in chunks of fixed capacity.
 
     Between nodes a chunk has room for each token that a rank may own. The relay passes rows on inside its
-    node, which adds what crosses to what moves inside.
+    node, so rows between nodes also count as rows inside.
     """
 
     def latency_s(self) -> float:
@@ -176,7 +179,7 @@ class Relayed(StepCost):
         return inside, self.workload.other_nodes * float(self.group_tokens)
 
     def combine_rows(self) -> Pair:
-        """To the relays where tokens go home; to every rank that may own a token otherwise."""
+        """Rows to the relays if tokens return home; else to every rank that may own a token."""
         if not self.combines:
             return 0.0, 0.0
         chunks = self.workload.other_nodes if self.traffic.group_size == 1 else self.workload.peers[1]
@@ -184,7 +187,7 @@ class Relayed(StepCost):
         return inside, chunks * float(self.group_tokens)
 
     def kv_rows(self) -> Pair:
-        """Groups of several nodes gather keys and values by a collective, with its padding."""
+        """Copies of keys and values; groups of several nodes gather them by a collective, with padding."""
         several_nodes = self.traffic.group_size > self.workload.ranks_per_node
         return self.padded_kv_rows() if several_nodes else super().kv_rows()
 
@@ -202,6 +205,6 @@ def _times(tokens: float, rows: Pair) -> Pair:
 
 
 def _capacity(tokens: float, share: float, spare: float) -> float:
-    """Rows that a buffer has room for, on average, where each of `tokens` goes there with chance `share`."""
+    """Capacity of a buffer, in rows, if each of `tokens` goes there with probability `share`."""
     share = min(share, 1.0)
     return min(tokens, tokens * share + spare * math.sqrt(tokens * share * (1 - share)))

@@ -1,4 +1,4 @@
-"""What a decode step has to do: its sequences and weights (Workload), and what it moves (StepTraffic)."""
+"""Work of a decode step: its sequences and weights (Workload), and its messages (StepTraffic)."""
 
 import math
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ class Workload:
     """A decode step of the whole job.
 
     batch           sequences of all ranks together
-    context         positions that each sequence has
+    context         positions of each sequence
     ranks           GPUs of the job; ranks_per_node of them on each node
     layers          hidden layers; moe_layers of them have experts
-    experts, top_k  experts of an MoE layer, and how many a token chooses
+    experts, top_k  experts of an MoE layer, and experts that a token chooses
     slots_per_rank  experts that a rank holds in an MoE layer, replicas included
     hidden_bytes    size of a hidden state
     kv_bytes        size of a token's keys and values in one layer
     expert_bytes    size of one expert's weights
     dense_bytes     size of all weights outside experts
     itemsize        bytes of one number
-    experts_read    experts that the rank with most reads in an MoE layer; None: computed as if every expert
+    experts_read    experts read in an MoE layer by the rank that reads most; None: computed as if all experts
                     were equally likely
     seen            positions of `context` that attention reads, mean over layers; None: all. Eager steps read
-                    all positions in any case, and mask
+                    and mask all positions in any case
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: ModelConfig, plan: Plan, batch: int, context: int, itemsize: int) -> Self:
-        """A model on the ranks of `plan`, with weights and hidden states of `itemsize` bytes a number."""
+        """The workload of a model on the ranks of `plan`; numbers have `itemsize` bytes."""
         hidden, moe_layers = config.hidden_size, len(config.moe_layer_ids)
         attention = hidden * (2 * config.attention_width + config.kv_width)
         dense_mlps = (config.num_hidden_layers - moe_layers) * config.dense_mlp_weights
@@ -78,12 +78,12 @@ class Workload:
 
     @property
     def padded_batch(self) -> int:
-        """The batch if every rank had as many tokens as the one with most."""
+        """The batch if every rank had as many tokens as the fullest rank."""
         return self.tokens_per_rank * self.ranks
 
     @property
     def peers(self) -> tuple[int, int]:
-        """Other ranks, as seen from one: in its node, and in other nodes."""
+        """Number of other ranks in a rank's node, and in other nodes."""
         return self.ranks_per_node - 1, self.ranks - self.ranks_per_node
 
     @property
@@ -93,11 +93,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """What a strategy moves in a decode step, as placement counts it.
+    """Messages and copies of a strategy in a decode step, as placement counts them.
 
     Pairs are (inside a node, between nodes).
 
-    group_size           ranks of a coherence group: those that may own a token
+    group_size           ranks of a coherence group, which may own a token
     exchanges            synchronous all-to-alls in a step
     dispatch, combine    messages per token and MoE layer, to the experts and back
     kv                   copies of keys and values per token and layer
@@ -105,7 +105,7 @@ class StepTraffic:
     attention_imbalance  tokens that the busiest rank owns, over the mean
     all_reduces          all-reduces in a step, which only `replicated` has
 
-    Both imbalances are those of many tokens; a batch adds chance (`imbalance_of_batch`).
+    Both imbalances are means over many tokens; a batch adds chance (`imbalance_of_batch`).
     """
 
     group_size: int
@@ -121,7 +121,7 @@ class StepTraffic:
     def of(cls, figures: dict[str, Any], group_size: int) -> Self:
         """Read one strategy's entry of placement.evaluate."""
         totals, messages = figures["totals"], figures["messages_per_token_layer"]
-        # the means are not split by both purpose and link, the totals are
+        # only the totals are split by both purpose and link
         scale = messages / totals["messages"] if totals["messages"] else 0.0
         return cls(
             group_size=group_size,
@@ -130,14 +130,14 @@ class StepTraffic:
             combine=(totals["return_intra"] * scale, totals["return_inter"] * scale),
             kv=(figures["kv_intra_node"], figures["kv_inter_node"]),
             expert_imbalance=figures["imbalance"]["mean"],
-            # a rank that owns only the sequences it admitted has as many as every other rank
+            # ranks that own only the sequences they admitted own equally many
             attention_imbalance=figures["owner_imbalance"]["mean"] if group_size > 1 else 1.0,
             all_reduces=figures.get("all_reduces_per_step", 0),
         )
 
 
 def imbalance_of_batch(imbalance: float, tokens: int, ranks: int) -> float:
-    """The busiest rank over the mean in a batch of `tokens`, where it is `imbalance` over many tokens.
+    """Load of the busiest rank over the mean, in a batch of `tokens`; it is `imbalance` over many tokens.
 
     By chance alone the busiest rank has about 0.7 sqrt(2 ln ranks) deviations more than the mean: 0.82, 1.17
     and 1.43 for 2, 4 and 8 ranks.

@@ -48,15 +48,15 @@ class Cluster:
 def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[Cluster]:
     """Join the job that the environment describes, in torchrun's variables; gloo on CPUs, NCCL on GPUs.
 
-    Raises InputError for a job that cannot be, and LostContact if another rank goes away, or is waited for
-    longer than `patience_s`. Of WrongResults that several ranks of a node raise at once, the first remains.
+    Raises InputError for an impossible job, and LostContact if another rank dies or does not answer within
+    `patience_s` seconds. If several ranks of a node raise WrongResult at once, only the first keeps it.
     """
     place = place_in(os.environ)
     assert place is not None
     device = _device_of(place, device_type)
     if place.ranks_per_node == place.num_ranks:
         need_no_names()
-    leave_signals()  # torch waits for other ranks in C++, where Python answers none
+    leave_signals()  # torch waits for other ranks in C++, where Python handles no signal
     patience, monitor = timedelta(seconds=patience_s), LivenessMonitor(place, patience_s)
     try:
         dist.init_process_group(
@@ -88,12 +88,12 @@ def join_cluster(device_type: str, patience_s: float = PATIENCE_S) -> Iterator[C
             raise monitor.lost(error) from error
         error.add_note(f"on rank {place.rank} of {place.num_ranks}")  # for the traceback
         raise
-    dist.destroy_process_group()  # but after an error it would wait for a rank that may be gone
+    dist.destroy_process_group()  # not after an error: it would wait for a rank that may be gone
 
 
 @contextmanager
 def annotate_errors(what: str) -> Iterator[None]:
-    """Add `what` is done inside to a RuntimeError, for the message of a LostContact."""
+    """Add `what`, the name of the operation inside, to a RuntimeError, for the message of a LostContact."""
     try:
         yield
     except RuntimeError as error:
@@ -155,8 +155,8 @@ class CoherenceGroup:
 
 @annotate_errors("the making of groups")
 def coherence_group(cluster: Cluster, size: int) -> CoherenceGroup:
-    """The block of `size` consecutive ranks that this rank lies in; every rank of the job must call it."""
+    """The block of `size` consecutive ranks that contains this rank; collective over the whole job."""
     blocks = [range(first, first + size) for first in range(0, cluster.num_ranks, size)]
-    patience = timedelta(seconds=cluster.patience_s)  # which a group does not have from its job
+    patience = timedelta(seconds=cluster.patience_s)  # a group does not inherit its job's timeout
     groups = [CoherenceGroup(block, dist.new_group(list(block), timeout=patience)) for block in blocks]
     return groups[cluster.rank // size]

@@ -1,4 +1,4 @@
-"""What the environment says of the job that this process is a rank of, if it is one."""
+"""Place of this process in its job, from the environment variables of torchrun and other launchers."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ _JOB = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HERE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-_STARTERS = {  # who starts many processes at once, and how each of them knows its number and theirs
-    # SLURM_NTASKS is not asked: it is there without srun, too
+_STARTERS = {  # launchers of many processes, with their variables for a process's number and the count
+    # not SLURM_NTASKS: it is set without srun, too
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MVAPICH)": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
@@ -22,7 +22,7 @@ _STARTERS = {  # who starts many processes at once, and how each of them knows i
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands in its job: rank of num_ranks, with ranks_per_node on each node."""
+    """Position of this process in its job: rank of num_ranks, with ranks_per_node on each node."""
 
     rank: int
     num_ranks: int
@@ -31,14 +31,14 @@ class Place:
 
 
 def has_agent(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun, or --nproc, has started this process: it keeps the store, and ends the ranks."""
+    """True if torchrun or --nproc started this process; that launcher keeps the store and ends the ranks."""
     return "TORCHELASTIC_RUN_ID" in environment
 
 
 def place_in(environment: Mapping[str, str]) -> Place | None:
-    """The place that torchrun's variables give, whoever set them; None where this process is alone.
+    """The place that torchrun's variables give, whoever set them; None for a single process.
 
-    Raises InputError where they are not all there, or contradict one another.
+    Raises InputError if variables are missing or contradict one another.
     """
     given = {name: environment[name] for name in (*_JOB, *_HERE) if environment.get(name)}
     if not has_agent(environment):
@@ -56,13 +56,13 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
 
 
 def need_no_names() -> None:
-    """For ranks of one host: let none be held up by the lookup of a name; containers may have none."""
+    """Let the ranks of one host connect without name lookups, which hang in containers without a resolver."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _INTERFACE)  # else gloo looks up the host's own
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torch's sockets look up that of 127.0.0.1
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torch's sockets look up 127.0.0.1
 
 
 def crowd_in(environment: Mapping[str, str]) -> str | None:
-    """What to tell, on the first of many processes, who know nothing of one another."""
+    """The warning for processes that one launcher started but that form no job; None except on the first."""
     for starter, names in _STARTERS.items():
         number, count = (environment.get(name, "") for name in names)
         if number == "0" and _is_number(count) and int(count) > 1:
@@ -99,13 +99,13 @@ def _checked(given: Mapping[str, str]) -> Place:
             f"RANK={rank}: LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={ranks_per_node}; the ranks of a node "
             f"must be consecutive (srun --distribution=block){_remedy({})}"
         )
-    if not (num_ranks > 1) <= int(given["MASTER_PORT"]) < 1 << 16:  # alone, 0 will do: any that is free
+    if not (num_ranks > 1) <= int(given["MASTER_PORT"]) < 1 << 16:  # a job of one may have 0: any free port
         raise InputError(f"MASTER_PORT={given['MASTER_PORT']}: is no port; give one of 1 to 65535")
     return Place(rank, num_ranks, local_rank, ranks_per_node)
 
 
 def _named(environment: Mapping[str, str]) -> str:
-    """What is set, one of them."""
+    """`NAME=VALUE` of the first variable that says this process is a rank."""
     name = next(name for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID") if name in environment)
     return f"{name}={environment[name]}"
 

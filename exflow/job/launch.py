@@ -1,4 +1,4 @@
-"""Start the ranks of a job on this machine, and end them all, with a clear word, when one of them dies."""
+"""Start the ranks of a job on this machine; when one dies, end all of them with a clear message."""
 
 import logging
 import os
@@ -21,27 +21,27 @@ from exflow.job.environment import Place, crowd_in, need_no_names, place_in
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-ERROR = 1  # exit code of a rank with an error of its own, of which it has told, or Python with a traceback
+ERROR = 1  # exit code of a rank with an error of its own, which it, or a Python traceback, has reported
 BAD_INPUT = 2  # exit code where the user's input is at fault
 LOST_CONTACT = 3  # exit code of a rank that found another one gone
-PATIENCE_S = 600.0  # how long a rank waits for another one, which may be slow, before it gives it up
-LOADING_S = 60.0  # what ranks may take beside it to load Python and torch, before one of them can wait
+PATIENCE_S = 600.0  # how long a rank waits for another, perhaps slow one before it gives up
+LOADING_S = 60.0  # extra time for ranks to load Python and torch, before any of them can wait
 
-STARTED_BY = "EXFLOW_STARTED_BY"  # variable of a rank: the process that ends it
+STARTED_BY = "EXFLOW_STARTED_BY"  # environment variable of a rank: id of the process that started it
 
 _HOST = "127.0.0.1"
 _ENTRY = Path(__file__).with_name("rank.py")
-_LOOK_S = 0.1  # how often the ranks are looked at
-_LAST_WORD_S = 2.0  # for the first rank to tell of a fault that all of them find
-_END_S = 30.0  # for a rank to end that is told to
+_LOOK_S = 0.1  # seconds between polls of the ranks
+_LAST_WORD_S = 2.0  # time for the first rank to report a fault that all ranks find
+_END_S = 30.0  # time for a rank to end after SIGTERM
 
 
 class RankDied(RuntimeError):
-    """A rank of the job ended with an error, or did not begin; the others were stopped."""
+    """A rank of the job ended with an error or did not start; the others were stopped."""
 
 
 class LostContact(RuntimeError):
-    """Another rank went away, or gave no sign of life for too long. `told`: by another rank of this node."""
+    """Another rank died, or was silent for too long. told: another rank of this node has reported it."""
 
     def __init__(self, message: str, told: bool = False) -> None:
         super().__init__(message)
@@ -49,27 +49,27 @@ class LostContact(RuntimeError):
 
 
 def torchrun_place() -> Place | None:
-    """This process's place in its job, as torchrun's variables give it; None where they give none."""
+    """This process's place in its job from torchrun's variables; None if they are absent or invalid."""
     try:
         return place_in(os.environ)
-    except InputError:  # which check_start tells of, where it matters
+    except InputError:  # check_start reports it, where it matters
         return None
 
 
 def check_start() -> None:
-    """For what can run as a job: raise InputError if this process is told of one by halves.
+    """Check the environment of a command that can run as a job; raises InputError if variables are missing.
 
-    Tells the user, once, of many processes that are not told of one another.
+    Warns once if a launcher started many processes that form no job.
     """
     if place_in(os.environ) is None and (crowd := crowd_in(os.environ)):
         logging.getLogger(__name__).warning(crowd)
 
 
 def end(code: int) -> NoReturn:
-    """End the program with an exit code, and a rank at once.
+    """End the program with an exit code; a rank ends at once, without cleanup.
 
-    A rank that tidied up would wait for others, and close its connections while it still runs: then the
-    others end first, and it is not seen which of them it was.
+    Cleanup would wait for other ranks and close connections while this one still runs. The others would then
+    end first, and the launcher could not see which rank was at fault.
     """
     if torchrun_place() is None:
         sys.exit(code)
@@ -79,13 +79,12 @@ def end(code: int) -> NoReturn:
 
 
 def run_ranks(work: Callable[[], object], num_ranks: int, patience_s: float = PATIENCE_S) -> None:
-    """Do `work` on each of `num_ranks` ranks on this machine; returns when all have ended well.
+    """Do `work` on each of `num_ranks` ranks on this machine; returns when all have ended with success.
 
-    `work` travels to the ranks as a pickle: a function of a module, or a `partial` of one.
-    Standard output and error of the ranks are this process's own. Raises RankDied if a rank ended otherwise,
-    or did not come; exits with code BAD_INPUT if the ranks found the input at fault (the first of them has
-    printed why). No rank outlives the call, however it ends; one that does not listen is killed half a minute
-    later.
+    `work` is pickled for the ranks: a function of a module, or a `partial` of one. Ranks write to this
+    process's stdout and stderr. Raises RankDied if a rank failed or did not start. Exits with code BAD_INPUT
+    if the ranks found the input at fault; the first of them has printed why. No rank outlives the call: one
+    that ignores SIGTERM is killed after _END_S seconds.
     """
     need_no_names()
     store, port = _meeting_place()
@@ -106,17 +105,17 @@ def run_ranks(work: Callable[[], object], num_ranks: int, patience_s: float = PA
 
 
 def without(word: str, store: "Store", num_ranks: int) -> list[int]:
-    """The ranks that have not left this word in the job's store."""
+    """The ranks that have not posted `word` in the job's store."""
     return [rank for rank in range(num_ranks) if not store.check([f"exflow/{word}/{rank}"])]
 
 
 def _meeting_place() -> tuple["Store", int]:
-    """The store of a job on this machine, and its port; from other machines nobody can reach it."""
+    """The store of a job on this machine, and its port; it listens on loopback only."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         listener = socket.create_server((_HOST, 0))
-        with socket.create_connection(listener.getsockname(), timeout=LOADING_S):  # torch would try for long
+        with socket.create_connection(listener.getsockname(), timeout=LOADING_S):  # torch would retry long
             listener.accept()[0].close()
     except OSError as error:
         raise InputError(
@@ -128,7 +127,7 @@ def _meeting_place() -> tuple["Store", int]:
 
 
 def _started(handed: bytes, rank: int, num_ranks: int, port: int) -> Popen[bytes]:
-    """Start a rank with its work on stdin. It imports this package, and nothing from the current folder."""
+    """Start a rank with its work on stdin. It imports this package, nothing from the current folder."""
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {
         "RANK": str(rank),
@@ -141,10 +140,10 @@ def _started(handed: bytes, rank: int, num_ranks: int, port: int) -> Popen[bytes
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         STARTED_BY: str(os.getpid()),
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),  # an empty one is the current folder
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),  # an empty path means the current folder
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun has it
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun sets it
     try:
         rank_process = Popen(
             [sys.executable, str(_ENTRY)], stdin=PIPE, env=environment, start_new_session=True
@@ -165,9 +164,9 @@ def _hand_over(handed: bytes, rank_process: Popen[bytes]) -> None:
 
 
 def _watch(ranks: list[Popen[bytes]], missing: Callable[[], list[int]], patience_s: float) -> dict[int, int]:
-    """Wait until all have ended well, or some otherwise: their exit codes by rank.
+    """Wait until all ranks have ended or one has failed; return the exit codes of failed ranks, by rank.
 
-    Raises RankDied if ranks are still missing after `patience_s`.
+    missing: lists the ranks that have not started. Raises RankDied if there are any after `patience_s`.
     """
     deadline, have_come = time.monotonic() + patience_s, False
     while True:
@@ -185,14 +184,14 @@ def _watch(ranks: list[Popen[bytes]], missing: Callable[[], list[int]], patience
 
 
 def _stop(ranks: list[Popen[bytes]]) -> None:
-    """Tell those that run to end, and kill those that do not."""
+    """Send SIGTERM to the ranks that still run, and SIGKILL to any that do not end in time."""
     try:
         _send(signal.SIGTERM, ranks)
         deadline = time.monotonic() + _END_S
         with suppress(TimeoutExpired):
             for rank in ranks:
                 rank.wait(max(0, deadline - time.monotonic()))
-    finally:  # a signal may have come meanwhile
+    finally:  # also if a signal to this process interrupts the wait
         _send(signal.SIGKILL, ranks)
 
 
@@ -204,7 +203,7 @@ def _send(number: signal.Signals, ranks: list[Popen[bytes]]) -> None:
 
 def _cause_of_death(codes: dict[int, int], num_ranks: int) -> str:
     rank = culprit(codes)
-    # a rank has said why; one that lost contact waited before that for us to see a death
+    # a rank has reported why; one that lost contact waited first, so that a death would be seen here
     if codes[rank] == ERROR or LOST_CONTACT in codes.values():
         return "the job was stopped"
     how = signal.Signals(-codes[rank]).name if codes[rank] < 0 else f"exit code {codes[rank]}"
@@ -213,9 +212,9 @@ def _cause_of_death(codes: dict[int, int], num_ranks: int) -> str:
 
 
 def culprit(codes: dict[int, int]) -> int:
-    """The rank that died of itself; others were then stopped (SIGTERM).
+    """The rank that died first; others were then stopped (SIGTERM).
 
-    codes: exit codes by rank, those of signals negative, in the order in which they were seen.
+    codes: exit codes by rank in the order in which they were seen; -N for signal N.
     """
 
     def doubt(rank: int) -> int:

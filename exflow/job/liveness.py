@@ -25,7 +25,7 @@ Answer = TypeVar("Answer")
 # gloo's words for a rank that is gone, and for one that is silent
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 _SILENT = ("Timed out waiting", "timed out connecting", "No route to host", "Network is unreachable")
-_GRACE_S = 2.0  # for the others to notice too, and to leave word that they live
+_GRACE_S = 2.0  # for the other ranks to notice too, and to post that they live
 _PATIENCE_WITH_STORE_S = 3.0
 
 
@@ -37,7 +37,7 @@ def tells_of_a_lost_rank(error: RuntimeError) -> bool:
 
 @dataclass
 class LivenessMonitor:
-    """This rank's view of the job; `joined` once all ranks were there."""
+    """This rank's view of the job. joined: True once the process group has formed."""
 
     place: Place
     patience_s: float
@@ -45,7 +45,7 @@ class LivenessMonitor:
     joined: bool = False
 
     def open(self) -> Store:
-        """Connect to the store, and post that this rank has come."""
+        """Connect to the store, and post that this rank has started."""
         patience = timedelta(seconds=self.patience_s)
         store: Store = next(rendezvous("env://", timeout=patience))[0]
         store.set_timeout(patience)
@@ -54,8 +54,7 @@ class LivenessMonitor:
         return store
 
     def lost(self, error: RuntimeError) -> LostContact:
-        """The error to raise when `error` tells of a lost rank. Takes seconds, since other ranks may post
-        late."""
+        """The error to raise when `error` reports a lost rank. Takes seconds: other ranks may post late."""
         if self.store is None:
             return LostContact(
                 f"rank {self.place.rank}: no answer from {_store_keeper()} within {self.patience_s:g} s"
@@ -122,7 +121,7 @@ _ALIKE = "; start torchrun alike on every node, or give more --patience"
 
 
 def _asked(ask: Callable[[], Answer], seconds: float) -> Answer | None:
-    """The answer of `ask`; None if the store is out of reach, where it fails or never returns."""
+    """The answer of `ask`; None if `ask` fails or takes longer, as it does when the store is out of reach."""
     answers: list[Answer] = []
 
     def run() -> None:

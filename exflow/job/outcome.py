@@ -1,4 +1,4 @@
-"""How a program ends: messages and exit codes, for the command and for each of its ranks.
+"""Messages and exit codes with which the command and each of its ranks end.
 
 Exit codes: 0 success, 2 bad usage or bad input, 128 + N stopped by signal N (130: Ctrl-C), 1 anything else.
 """
@@ -17,8 +17,8 @@ from exflow.job.signals import Stopped, answer_signals, leave_signals, unheard
 
 
 def run_to_exit(work: Callable[[], object]) -> None:
-    """Do `work`, and end the program with a message and an exit code where it fails."""
-    # threads of torch that spin while they wait stall each other where cores are few or busy
+    """Do `work`; if it fails, end the program with a message and an exit code."""
+    # spinning torch threads stall each other where cores are few or busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is reported by exflow itself
     try:
@@ -41,7 +41,7 @@ def _do(work: Callable[[], object]) -> None:
     try:
         work()
     except InputError as error:
-        if here is None or here.local_rank == 0:  # all ranks find the same fault: one a node reports it
+        if here is None or here.local_rank == 0:  # all ranks find the fault, one a node reports it
             say_error(error)
         end(BAD_INPUT)
     except (RankDied, WrongResult) as error:
@@ -66,7 +66,7 @@ def _do(work: Callable[[], object]) -> None:
 
 
 def _deliver() -> None:
-    """Flush stdout now: where that fails, Python would end with a traceback."""
+    """Flush stdout now: if Python's own flush at exit failed, it would print a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -75,7 +75,7 @@ def _deliver() -> None:
 
 def _undelivered(error: OSError) -> NoReturn:
     """End the program, since stdout cannot be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which will try again
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
     if isinstance(error, BrokenPipeError):  # the reader has gone, as after `| head`
         end(1)
     say(f"standard output cannot be written ({error.strerror}); make room, or redirect it elsewhere")

@@ -1,7 +1,7 @@
-"""A rank's program: reads its work from stdin, where `run_ranks` put it, and does it.
+"""Program of one rank: reads its work from stdin, where `run_ranks` put it, and does it.
 
-It is started by the path of this file, and runs the package that it lies in. By name it could be given
-another one, of the current folder or installed.
+It is started by the path of this file and loads the package around it. An import by name could find another
+copy, in the current folder or installed.
 """
 
 import pickle
@@ -18,7 +18,7 @@ def load_this_package() -> None:
 
 
 def do_work() -> None:
-    handed, work = pickle.load(sys.stdin.buffer)  # from our parent, through a pipe of its own
+    handed, work = pickle.load(sys.stdin.buffer)  # written by the parent process, through a pipe of its own
     verbosity.quiet, verbosity.verbose = handed.quiet, handed.verbose
     work()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and its like: whoever writes a file can tidy up, and no signal is lost."""
+"""Handling of SIGINT, SIGTERM and SIGHUP: files being written are cleaned up, and no signal is lost."""
 
 import ctypes
 import os
@@ -14,9 +14,9 @@ from exflow.job.environment import has_agent
 from exflow.job.launch import STARTED_BY
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_AGAIN_S = 1.0  # a signal that comes again so soon does not disturb the tidying up
-_SOON_S = 0.05  # a signal that cannot be heard now is sent again
-_UNHEARD_S = 5.0  # and so is one that has not ended the program: some code drops any exception
+_AGAIN_S = 1.0  # a repeated signal within this time does not disturb the cleanup
+_SOON_S = 0.05  # a signal that cannot be handled now is sent again after this time
+_UNHEARD_S = 5.0  # also one that has not ended the program by then: some code drops exceptions
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 _raised_at: dict[int, float] = {}
@@ -24,7 +24,7 @@ _timers: list[Timer] = []
 
 
 class Stopped(BaseException):
-    """A signal told the program to end. No KeyboardInterrupt: typer would answer that one itself."""
+    """A signal told the program to end. Not a KeyboardInterrupt, which typer would handle itself."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -32,14 +32,14 @@ class Stopped(BaseException):
 
 
 def answer_signals() -> None:
-    """Let Ctrl-C and its like raise Stopped in the main thread.
+    """Make SIGINT, SIGTERM and SIGHUP raise Stopped in the main thread.
 
-    A rank ends at once and without a word: the process that started it says one. It ends with that process,
-    too, which may be killed and then cannot end anybody.
+    A rank ends at once and silently: its parent prints the message. It also ends when its parent is killed,
+    which then cannot end anybody.
     """
     is_rank = has_agent(os.environ)
     for number in ANSWERED:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, signal.SIG_DFL if is_rank else _stop)
     if is_rank:
         _end_with_parent()
@@ -48,12 +48,12 @@ def answer_signals() -> None:
 
 
 def unheard() -> Stopped | None:
-    """The signal answered last, if any: an error after it is what C code has made of its exception."""
+    """The latest signal, if any: an error after it is its Stopped exception, converted by C code."""
     return Stopped(max(_raised_at, key=_raised_at.__getitem__)) if _raised_at else None
 
 
 def leave_signals() -> None:
-    """Let them end the program at once: nothing is left to tidy up."""
+    """Restore the default handlers, which end the program at once: nothing is left to clean up."""
     for number in ANSWERED:
         if signal.getsignal(number) == _stop:
             signal.signal(number, signal.SIG_DFL)
@@ -62,7 +62,7 @@ def leave_signals() -> None:
 
 @contextmanager
 def ctrl_c_ends_the_search() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, by which a search ends and gives the best so far."""
+    """Make Ctrl-C raise KeyboardInterrupt inside, on which a search returns its best result so far."""
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN:
         yield
@@ -70,7 +70,7 @@ def ctrl_c_ends_the_search() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
-    except KeyboardInterrupt:  # outside a search: nothing to give
+    except KeyboardInterrupt:  # outside a search: no result to return
         raise Stopped(signal.SIGINT) from None
     finally:
         signal.signal(signal.SIGINT, before)
@@ -87,7 +87,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _not_heard(dropped: "sys.UnraisableHookArgs") -> None:
-    """Hear of an exception that came up where Python drops it: in a callback from C, in __del__."""
+    """Send the signal again if Python dropped its exception, as in a callback from C or in __del__."""
     if isinstance(dropped.exc_value, Stopped | KeyboardInterrupt):
         _raised_at.clear()
         _send_again(getattr(dropped.exc_value, "signal", signal.SIGINT), _SOON_S)

@@ -1,4 +1,7 @@
-"""Attention itself, and its use over whole sequences of one length: training and profiling need no cache."""
+"""Scaled dot-product attention, and an attention context for whole sequences of one length.
+
+Training and profiling use this context, since they need no K/V cache.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +26,11 @@ def scaled_dot_product(
     mask: Tensor | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Attention over [..., heads, positions, width], with fewer key than query heads or as many.
+    """Attention over [..., heads, positions, width]; query heads may share key and value heads.
 
-    Causal without a mask (which says what is seen). With sinks a head's softmax has one score more, which
-    takes its share and adds no value. cuDNN's kernel is left out: it builds a plan for every new shape, some
-    100 ms, and shapes change with every decode step and, where tokens move between ranks, with every layer.
+    mask: bool, True where a query sees a key; without it attention is causal. sinks_H: one extra score a head
+    in the softmax, which adds no value. cuDNN's kernel is excluded: it takes some 100 ms to plan for each new
+    shape, and shapes change with every decode step, and with every layer where tokens move between ranks.
     """
     width, scale = v.shape[-1], q.shape[-1] ** -0.5
     if sinks_H is not None:
@@ -43,10 +46,10 @@ def scaled_dot_product(
 def with_sinks(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, score_H: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One position more, which all see: its product with a query of head h is score_H[h], its value is zero.
+    """Append one position that all queries see: its score with head h is score_H[h], its value is zero.
 
-    It is told from the others by one number more in every key, 1 where it is 0 in theirs; the queries have
-    score_H there. Kernels want widths in steps of 8.
+    Queries and keys become wider: the extra number is score_H in queries, 1 in the new key and 0 in the other
+    keys. Zeros follow, since kernels need widths that are multiples of 8.
     """
     scores = score_H.to(q.dtype)[:, None, None].expand(*q.shape[:-1], 1)
     k = F.pad(k, (0, 8, 0, 1))
@@ -60,12 +63,12 @@ def with_sinks(
 
 
 def causal(length: int, device: torch.device, window: int | None = None) -> Tensor:
-    """Which positions each position sees [length, length]: itself and earlier ones, `window` in all."""
+    """Causal mask [length, length] bool: each position sees itself and earlier ones, `window` in all."""
     return seen_from(torch.arange(length, device=device), length, window)
 
 
 def seen_from(position_T: Tensor, length: int, window: int | None) -> Tensor:
-    """Which of the first `length` positions a token at each position sees [T, length] bool."""
+    """Mask [T, length] bool: which of the first `length` positions a token at each of `position_T` sees."""
     there = torch.arange(length, device=position_T.device)
     seen = there <= position_T[:, None]
     return seen if window is None else seen & (there > position_T[:, None] - window)

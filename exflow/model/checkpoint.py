@@ -1,7 +1,7 @@
 """Checkpoints: a folder with `config.json`, `model.safetensors` (sharded if large) and `tokenizer.json`.
 
-Ours, whose expert weights are stacked, or a Hugging Face model of a known family (families). Of the experts a
-rank reads its own and nothing else.
+A checkpoint is our own, with stacked expert weights, or a Hugging Face model of a known family (families). A
+rank reads only its own experts.
 """
 
 import logging
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 class Checkpoint:
     """A checkpoint folder whose `config.json` has been read.
 
-    settings: the content of `config.json`. model_type: its key of this name, or OWN.
+    settings: the content of `config.json`. model_type: the value of its key `model_type`, or OWN.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Read `config.json`. Raises InputError for a file that is missing or wrong, or an unknown model."""
+        """Read `config.json`. Raises InputError if it is missing or wrong, or for an unknown model."""
         settings, model_type = read_config(folder)
         return cls(folder, model_config(folder, settings, model_type), settings, model_type)
 
@@ -54,15 +54,16 @@ class Checkpoint:
         return tokenizer
 
     def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Ids of the tokens that end a text: our own, or those that a Hugging Face folder names."""
+        """Ids of the tokens that end a text: our end of text, or the ids that a Hugging Face folder names."""
         settings = None if self.model_type == OWN else self.settings
         return end_tokens(self.folder, settings, tokenizer, self.config.vocab_size)
 
     def default_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype to compute in where nobody asks for one: on GPUs that of the stored weights.
+        """The default dtype to compute in: float32 or bfloat16.
 
-        There are two: bfloat16 stands for float16 and for quantised weights too. On CPUs it is float32, since
-        few compute bfloat16 fast. Raises InputError where the weights cannot be read.
+        On GPUs it is float32 for float32 and float64 weights, and bfloat16 for all others, also float16 and
+        quantised ones. On CPUs it is float32, since few CPUs compute bfloat16 fast. Raises InputError if the
+        weights cannot be read.
         """
         if device.type == "cpu":
             return torch.float32
@@ -113,7 +114,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint folder; it appears whole or not at all, and replaces an earlier one.
 
-    Raises InputError where it cannot be written, or would replace anything but a checkpoint.
+    Raises InputError if it cannot be written, or would replace something other than a checkpoint.
     """
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not empty and not (folder / CONFIG).is_file():
@@ -147,7 +148,10 @@ def _save_weights(folder: Path, state: dict[str, Tensor], max_shard_bytes: int) 
 
 
 def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str, list[int]]:
-    """For each expert tensor of a decoder the logical expert in each slot."""
+    """Map each expert tensor of a decoder, by name, to the logical expert in each of its slots.
+
+    experts_here: the logical expert in each slot, for each MoE layer.
+    """
     parts = ("w_in", "w_out", "b_in", "b_out") if config.expert_bias else ("w_in", "w_out")
     return {
         f"blocks.{layer}.mlp.experts.{part}": experts
@@ -157,11 +161,11 @@ def expert_rows(config: ModelConfig, experts_here: list[list[int]]) -> dict[str,
 
 
 def _with_the_head_stored(config: ModelConfig, weights: "StoredWeights") -> ModelConfig:
-    """Untie the configuration where the stored head differs from the embedding.
+    """Untie the configuration if the stored head differs from the embedding.
 
-    A head that config.json ties is often stored all the same, as a copy of the embedding. If it is another
-    tensor, the weights are right and config.json is not: transformers decides so
-    (modeling_utils.py, `tie_weights`), and so does this.
+    A head that config.json ties is often stored nevertheless, as a copy of the embedding. If the two differ,
+    the weights are right and config.json is wrong; transformers decides likewise
+    (modeling_utils.py, `tie_weights`).
     """
     both = {HEAD, EMBEDDING} <= weights.file_of.keys()
     if not (config.tied_head and both) or weights.alike(HEAD, EMBEDDING):

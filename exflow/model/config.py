@@ -1,4 +1,4 @@
-"""What a model is: the hyper-parameters stored as `config.json` beside its weights."""
+"""Hyper-parameters of a model, stored as `config.json` beside its weights."""
 
 from typing import Literal, Self, TypeVar
 
@@ -27,17 +27,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class StrictModel(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """Base of the configurations: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Yarn(StrictModel):
-    """Positions stretched by `factor` (YaRN): slow rotations are interpolated, fast ones are kept.
+    """YaRN: positions stretched by `factor`. Slow rotations are interpolated, fast ones are kept.
 
-    Fast are those that turn more than `beta_fast` times in `original_positions`, slow those that turn less
-    than `beta_slow` times; between them is a ramp, whose ends are whole numbers if `truncate`.
-    attention_factor: by which the rotated queries and keys are scaled.
+    A fast pair turns more than `beta_fast` times in `original_positions`, a slow pair less than `beta_slow`
+    times. Pairs between them are on a ramp, whose ends are whole numbers if `truncate`.
+    attention_factor: scale of the rotated queries and keys.
     """
 
     factor: PositiveFloat
@@ -49,7 +49,7 @@ class Yarn(StrictModel):
 
 
 class Rope(StrictModel):
-    """Rotary positions: pair i of a head's C numbers turns by theta ** (-2i / C) a position."""
+    """Rotary positions: pair i of a head's C numbers turns by theta ** (-2i / C) radians a position."""
 
     theta: Theta
     yarn: Yarn | None = None
@@ -59,20 +59,20 @@ class ModelConfig(StrictModel):
     """A decoder-only Mixture-of-Experts transformer.
 
     `gpt-moe` is the model of the ExFlow paper (section II): pre-LayerNorm, learned positions, GELU experts,
-    every `moe_every`-th layer a Mixture of Experts (the last layer of each such group), the others dense.
-    The other settings are what published models differ in (exflow/model/families); any may be combined.
+    every `moe_every`-th layer a Mixture of Experts (the last of each `moe_every` layers), the others dense.
+    Published models differ from it in the other settings (exflow/model/families); all may be combined.
 
     head_dim            width of a head, if it is not hidden_size / num_attention_heads
     activation          a `swiglu` MLP has a gate beside its inner projection; `clamped-swiglu` is gpt-oss's,
                         with `swiglu_alpha` and `swiglu_limit` (kernels/reference.py)
     dense_layers        layers without experts, whatever `moe_every` says; dense_intermediate_size: the inner
-                        width of dense layers, if it is not that of an expert
+                        width of dense layers, if not an expert's inner width
     rope                rotary positions; without it they are learned
-    qk_norm             norms queries and keys: each `head` by itself, or the whole `width`; qkv_clip bounds
-                        queries, keys and values after it
-    windows             for each layer how many positions it sees, its own the last; None stands for all of
-                        them. Empty: every layer sees all
-    attention_sinks     every head has a number that joins its scores in the softmax, and adds no value
+    qk_norm             norm of queries and keys, over each `head` or over the whole `width`; qkv_clip then
+                        bounds queries, keys and values
+    windows             number of positions that each layer sees, a token's own included; None means all
+                        positions. Empty: every layer sees all
+    attention_sinks     every head has an extra score in the softmax, which adds no value
     gate_softmax        gate weights are probabilities among `all` experts, or among the `chosen` ones. By
                         default top-1 keeps its probability (Switch), top-k shares one (GShard)
     """
@@ -85,14 +85,14 @@ class ModelConfig(StrictModel):
     hidden_size: Width
     num_attention_heads: HeadCount
     num_kv_heads: HeadCount
-    head_dim: HeadCount = 0  # 0, which no file can say, is replaced below
+    head_dim: HeadCount = 0  # 0, which no file can contain, is replaced below
     intermediate_size: Width
     activation: Literal["gelu", "swiglu", "clamped-swiglu"] = "gelu"
     num_experts: ExpertCount
     top_k: PositiveInt = 1
     moe_every: PositiveInt = 1
     dense_layers: tuple[NonNegativeInt, ...] = ()
-    dense_intermediate_size: Width = 0  # as head_dim
+    dense_intermediate_size: Width = 0  # replaced below, like head_dim
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: PositiveFloat = 1e-5
     rope: Rope | None = None
@@ -155,31 +155,31 @@ class ModelConfig(StrictModel):
 
     @property
     def gate_among_all(self) -> bool:
-        """Whether gate weights are probabilities among all experts, rather than among the chosen ones."""
+        """True if gate weights are probabilities among all experts, False if among the chosen ones."""
         return self.top_k == 1 if self.gate_softmax is None else self.gate_softmax == "all"
 
     @property
     def products(self) -> int:
-        """Matrices in an expert, or in the MLP of a layer without experts."""
+        """Number of matrices in an expert, or in the MLP of a layer without experts."""
         return 2 if self.activation == "gelu" else 3
 
     @property
     def expert_weights(self) -> int:
-        """Numbers in the matrices of one expert."""
+        """Elements in the matrices of one expert."""
         return self.products * self.hidden_size * self.intermediate_size
 
     @property
     def dense_mlp_weights(self) -> int:
-        """Numbers in the MLP of a layer without experts."""
+        """Elements in the MLP of a layer without experts."""
         return self.products * self.hidden_size * self.dense_intermediate_size
 
     @property
     def kv_width(self) -> int:
-        """Numbers of keys and values a token adds in one layer (w in the traffic count)."""
+        """Key and value elements that a token adds in one layer (w in the traffic count)."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def positions_seen(self, context: int) -> float:
-        """Of so many positions those that a token's attention is about, in the mean over layers."""
+        """Positions that a token attends to when `context` positions exist; mean over layers."""
         windows = self.windows or (None,)
         return sum(context if window is None else min(window, context) for window in windows) / len(windows)
 

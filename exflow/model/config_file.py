@@ -16,7 +16,7 @@ REMEDY = "copy the checkpoint again, or give another"
 def load_model_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint folder: our own, or that of a Hugging Face model of a known family.
 
-    Raises InputError for a file that is missing or wrong, or whose `model_type` is not known.
+    Raises InputError if it is missing or wrong, or if its `model_type` is not known.
     """
     return model_config(folder, *read_config(folder))
 
@@ -33,7 +33,9 @@ def model_config(folder: Path, settings: Any, model_type: Any) -> ModelConfig:
     path = folder / CONFIG
     if model_type == OWN:
         return validated(ModelConfig, settings, path)
-    from exflow.model.families import FAMILIES  # with torch, which our own configurations do without
+    from exflow.model.families import (
+        FAMILIES,  # imported here: it loads torch, which our own configurations do not need
+    )
 
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))

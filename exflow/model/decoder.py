@@ -1,8 +1,8 @@
-"""The one decoder: its modules know neither the K/V cache nor the other ranks.
+"""The decoder. Its modules know neither the K/V cache nor the other ranks.
 
-Two collaborators, handed to `forward`, supply what differs between training, a single process and a rank of
-many: an `AttentionContext` knows where keys and values live, an `MoELayout` where experts live. Because a
-token may leave this rank in an MoE layer, a forward pass carries `Rows`, the identity of the tokens at hand.
+Two arguments of `forward` differ between training, a single process and a rank of many: an `AttentionContext`
+knows where keys and values are, an `MoELayout` knows where experts are. A token may leave this rank in an MoE
+layer, so a forward pass carries `Rows`, the identity of the tokens at hand.
 
 Shapes: T tokens at hand, D hidden, H query heads, J key/value heads, C head width, K choices, E experts,
 S expert slots held here, F inner width, V vocabulary.
@@ -29,7 +29,7 @@ Norm = nn.LayerNorm | nn.RMSNorm
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens the rows of the hidden state are: sequence id and position [T] int64, and the phase."""
+    """Identity of each row's token: sequence id and position [T] int64. phase: one for all rows."""
 
     sequence_T: Tensor
     position_T: Tensor
@@ -38,7 +38,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Routing:
-    """The gate's choice: logical expert ids [T, K] int64, best first, and their weights [T, K] float32."""
+    """The gate's choice: logical expert ids [T, K] int64, best first, and their weights [T, K] float32.
+
+    probability_TE: the softmax over all experts [T, E] float32.
+    """
 
     expert_TK: Tensor
     weight_TK: Tensor
@@ -47,16 +50,16 @@ class Routing:
 
 class AttentionContext(Protocol):
     def attend(self, layer: "Attention", q_THC: Tensor, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> Tensor:
-        """Store the new keys and values of layer `layer.index`, return the attention output [T, H, C].
+        """Store the new keys and values of layer `layer.index`; return the attention output [T, H, C].
 
-        A token sees `layer.window` positions, itself the last (all without one); `layer.sinks` [H], where
-        there are any, join the scores.
+        A token sees the last `layer.window` positions, its own included; None means all. If there are
+        `layer.sinks` [H], they join the scores.
         """
 
 
 class MoELayout(Protocol):
     def moe(self, layer: "MoE", hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
-        """Add the layer's output to the residual stream; the rows returned are those now at hand."""
+        """Add the layer's output to the residual stream; returns it with the rows now at hand."""
 
 
 def _norm(config: ModelConfig, width: int) -> Norm:
@@ -71,7 +74,7 @@ def _activation(config: ModelConfig) -> Activation:
 
 
 class Attention(nn.Module):
-    """Norm, projections and positions of hidden layer `index`; an AttentionContext does the attending."""
+    """Norm, projections and positions of hidden layer `index`; an AttentionContext computes attention."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -102,15 +105,15 @@ class Attention(nn.Module):
 
 
 def _norm_parts(norm: Norm, values: Tensor) -> Tensor:
-    """The rows of `values`, each in as many parts as the norm is narrower than they are."""
+    """Apply `norm` to each part of a row; a part is as wide as the norm."""
     normed: Tensor = norm(values.unflatten(-1, (-1, *norm.normalized_shape)))
     return normed.flatten(-2)
 
 
 class Router(nn.Module):
-    """The likeliest experts of each token, and their weights: probabilities among all, or among the chosen.
+    """Chooses the most probable experts of each token. Weights are probabilities among all or chosen experts.
 
-    Where experts are dictated the gate still weighs them.
+    If experts are dictated, the gate still computes their weights.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -120,14 +123,14 @@ class Router(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=config.gate_bias)
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor | None = None) -> Routing:
-        """expert_TK: the experts to take [T, K] int64; None means the likeliest."""
+        """expert_TK: the experts to use [T, K] int64; None means the most probable ones."""
         logits_TE = self.logits(hidden_TD)
         probability_TE = logits_TE.softmax(dim=-1)
         if expert_TK is None:
             expert_TK = probability_TE.topk(self.top_k, dim=-1).indices
         if self.among_all:
             weight_TK = probability_TE.gather(1, expert_TK)
-        else:  # not a quotient of probabilities: those of dictated experts may all have vanished
+        else:  # softmax of logits: probabilities of dictated experts may all be 0
             weight_TK = logits_TE.gather(1, expert_TK).softmax(dim=-1)
         return Routing(expert_TK, weight_TK, probability_TE)
 
@@ -138,7 +141,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts held here, one a slot; which logical expert a slot holds is the layout's business."""
+    """The experts on this rank, one in each slot; the layout knows the logical expert of a slot."""
 
     def __init__(self, config: ModelConfig, num_slots: int) -> None:
         super().__init__()
@@ -151,7 +154,7 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(num_slots, hidden)) if config.expert_bias else None
 
     def forward(self, hidden_TD: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum over the slots held here; -1 stands for an expert held elsewhere."""
+        """Weighted sum [T, D] over this rank's slots [T, K]; -1 stands for an expert on another rank."""
         w_in, w_out, b_in, b_out = (
             None if each is None else each.to(hidden_TD.dtype)
             for each in (self.w_in, self.w_out, self.b_in, self.b_out)
@@ -163,7 +166,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Norm, gate and experts of MoE layer `index`; a layout decides what runs where (see moe.py)."""
+    """Norm, gate and experts of MoE layer `index`; an MoELayout decides where tokens go."""
 
     def __init__(
         self, config: ModelConfig, index: int, num_slots: int, listeners: list[RoutingListener]
@@ -224,9 +227,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids in, hidden states out; `logits` turns the rows one cares about into vocabulary scores.
+    """Maps token ids to hidden states; `logits` maps chosen rows to vocabulary scores.
 
-    num_slots: experts held by this rank in each MoE layer (all of them in a single process).
+    num_slots: experts on this rank in each MoE layer; None means all of them, as in a single process.
     """
 
     def __init__(self, config: ModelConfig, num_slots: int | None = None) -> None:
@@ -260,17 +263,17 @@ class Decoder(nn.Module):
         return self.norm(hidden_TD), rows
 
     def embed(self, token_T: Tensor, position_T: Tensor) -> Tensor:
-        """What the first layer is given [T, D]: tokens, and their positions where these are learned."""
+        """Input of the first layer [T, D]: token embeddings, plus position embeddings if they are learned."""
         hidden_TD: Tensor = self.embedding(token_T)
         return hidden_TD if self.positions is None else hidden_TD + self.positions(position_T)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Vocabulary scores [T, V] in float32; without a head of its own the embedding is the matrix."""
+        """Vocabulary scores [T, V] float32; a tied head uses the embedding matrix."""
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(hidden_TD, weight.to(hidden_TD.dtype)).float()
 
     def routing_layout(self) -> RoutingLayout:
-        """What a trace says about the model (profiling.record.Recordable)."""
+        """Description of the model for a trace (profiling.record.Recordable)."""
         return RoutingLayout(
             model=self.config.name,
             num_hidden_layers=self.config.num_hidden_layers,
@@ -281,7 +284,7 @@ class Decoder(nn.Module):
 
     @property
     def replay(self) -> ReplayedRouting | None:
-        """What dictates the routing; None leaves it to the gates. Assign to change it."""
+        """Trace that dictates the routing; None leaves it to the gates. Assign to change it."""
         return self._replay
 
     @replay.setter
@@ -292,13 +295,13 @@ class Decoder(nn.Module):
                 module.replay = replay
 
     def add_routing_listener(self, listener: RoutingListener) -> Callable[[], None]:
-        """Call `listener` with every routing decision until the function returned is called."""
+        """Call `listener` with every routing decision until the returned function is called."""
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener)
 
 
 def _embedding(entries: int, width: int) -> nn.Embedding:
-    """Not yet initialised: on the meta device nn.Embedding's own way to do it loads 800 modules, in 2 s."""
+    """An uninitialised embedding: nn.Embedding's initialisation on meta devices loads 800 modules in 2 s."""
     embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False)
     return embedding
 
@@ -312,13 +315,13 @@ def initialise(decoder: Decoder, generator: torch.Generator) -> None:
 
 
 def reset_vectors(decoder: Decoder) -> None:
-    """Norms scale by one; biases and sinks are zero."""
+    """Set norms to one, biases and sinks to zero."""
     for name, parameter in decoder.named_parameters():
         if parameter.dim() == 1:
             nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
-    """0.02 as GPT-2; for matrices that write to the residual stream scaled by 1/sqrt(2 * layers)."""
+    """Standard deviation as in GPT-2: 0.02, times 1/sqrt(2 * layers) for writers to the residual stream."""
     into_residual = ("attention.out.weight", "mlp.w_out", "mlp.w_out.weight", "mlp.experts.w_out")
     return 0.02 / (2 * config.num_hidden_layers) ** 0.5 if name.endswith(into_residual) else 0.02

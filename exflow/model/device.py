@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Choice of the device and dtype to compute on."""
 
 import torch
 
@@ -6,7 +6,7 @@ from exflow.errors import InputError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or cuda where there is one, else the CPU."""
+    """The device called `name`; without a name a GPU if there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):

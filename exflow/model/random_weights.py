@@ -1,4 +1,4 @@
-"""Random weights for a shape alone, made on the device that needs them: there is no checkpoint."""
+"""Random weights for a configuration without a checkpoint, drawn on the device that needs them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ def random_decoder(
     """Build the decoder of `weights.config` with weights drawn on `device`, in `dtype`.
 
     experts_here: for each MoE layer the logical expert of each slot of this rank, all with the same number of
-    slots; None means all experts. An expert's weights are a function of the seed, the layer and its logical
-    id, any other tensor's of the seed and its name. So on one kind of device they are the same whatever the
-    placement and the number of ranks.
+    slots; None means all experts. An expert's weights depend on the seed, the layer and its logical id; any
+    other tensor's depend on the seed and its name. So on one kind of device weights do not depend on the
+    placement or the number of ranks.
     """
     config = weights.config
     if experts_here is None:

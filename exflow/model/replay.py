@@ -1,5 +1,4 @@
-"""Routing replay: a trace dictates which experts each token visits, so that a model with random weights has
-the traffic of a real one.
+"""Routing replay: a trace dictates the experts of each token, so that random weights have real traffic.
 
 Shapes: T tokens at hand, R rows of the trace, n sequences in it, L MoE layers, K choices.
 """
@@ -21,9 +20,9 @@ from exflow.profiling.trace import RoutingTrace
 class ReplayedRouting:
     """The routing of a trace, sequence after sequence in ascending id, on a device.
 
-    expert [R, L, K] int64: logical ids, first choice first; sequence number i has the length[i] rows from
-    start[i] on, in order of position (both [n] int64). A short trace goes round: sequence s of the model at
-    position p is dictated by sequence number s mod n of the trace, by its row p mod length.
+    expert [R, L, K] int64: logical ids, first choice first. start, length [n] int64: sequence number i has
+    the length[i] rows from start[i] on, in order of position. A short trace repeats: the trace's sequence
+    number s mod n dictates the model's sequence s, with its row p mod length at position p.
     """
 
     expert: Tensor
@@ -32,9 +31,9 @@ class ReplayedRouting:
 
     @classmethod
     def of(cls, trace: RoutingTrace, config: ModelConfig, device: torch.device) -> Self:
-        """The first `config.top_k` choices of `trace`, for the model `config`.
+        """Load the first `config.top_k` choices of `trace`, for the model `config`.
 
-        Raises InputError where MoE layers, experts or choices do not fit.
+        Raises InputError if MoE layers, experts or choices do not fit.
         """
         check_replay(trace, config)
         order = np.argsort(trace.sequence, kind="stable")  # rows of one sequence are in order already
@@ -43,12 +42,12 @@ class ReplayedRouting:
         return cls(*(torch.from_numpy(np.ascontiguousarray(each, np.int64)).to(device) for each in arrays))
 
     def row_of(self, sequence_T: Tensor, position_T: Tensor) -> Tensor:
-        """The trace's row [T] int64 that dictates each token, given by sequence id and position [T] int64."""
+        """The trace's row [T] int64 for each token, given by sequence id and position [T] int64."""
         number_T = sequence_T % len(self.length)
         return self.start[number_T] + position_T % self.length[number_T]
 
     def experts(self, layer: int, row_T: Tensor) -> Tensor:
-        """The experts [T, K] int64 of MoE layer `layer` that rows of the trace dictate."""
+        """The experts [T, K] int64 of MoE layer `layer` in rows `row_T` of the trace."""
         return self.expert[row_T, layer]
 
 

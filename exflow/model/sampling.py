@@ -1,7 +1,7 @@
-"""Choosing the next token: greedy, or sampled with noise that depends on nothing but the seed and the place.
+"""Choosing the next token: greedy, or sampled with noise that depends only on the seed and the place.
 
 The noise of (seed, sequence, position, vocabulary entry) comes from a counter, not from a stream, so a
-sequence samples the same tokens whichever rank owns it and however many others are in the batch.
+sequence samples the same tokens on any rank and in any batch.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -17,7 +17,8 @@ from exflow.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the likeliest entries that together reach this probability."""
+    """Settings of sampling. temperature: 0 is greedy. top_p: keep the most probable entries that together
+    reach this probability."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -47,9 +48,9 @@ def scores_of(
     position_T: Tensor,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """What the next token of each row has the largest of [T, V]: logits, or with noise what they come to.
+    """Scores [T, V] whose argmax is the next token of each row: logits, with Gumbel noise if sampled.
 
-    seed [] int64: for sampling's, where that is on the logits' device already.
+    seed [] int64: sampling's seed, if it is on the logits' device already.
     """
     if sampling.temperature == 0:
         return logits_TV
@@ -64,9 +65,9 @@ def scores_of(
 
 
 def keep_top_p(scores_TV: Tensor, top_p: float) -> Tensor:
-    """Scores outside the smallest set of entries whose probability reaches `top_p` become -inf.
+    """Set scores outside the smallest set of entries whose probability reaches `top_p` to -inf.
 
-    Of equal scores the earlier entries are kept.
+    Among equal scores earlier entries are kept.
     """
     if top_p == 1:
         return scores_TV
@@ -86,12 +87,12 @@ def mix(bits: Tensor) -> Tensor:
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Random bits to float64 in the open interval (0, 1)."""
+    """Map random bits, int64, to float64 in the open interval (0, 1)."""
     return (_shift_right(bits, 12).double() + 0.5) / (1 << 52)
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by) & ((1 << (64 - by)) - 1)  # logical, where int64's own shift keeps the sign
+    return (bits >> by) & ((1 << (64 - by)) - 1)  # logical shift: int64's own keeps the sign
 
 
 def _signed(value: int) -> int:

@@ -8,7 +8,7 @@ from exflow.model.decoder import MoE, Routing, Rows
 class AllExpertsHere:
     """MoELayout of a single process: slot = logical expert, and no token ever leaves.
 
-    `routings` collects every layer's routing when given a list; training reads the balance loss off it.
+    routings: a list that collects every layer's routing, or None; training computes the balance loss from it.
     """
 
     def __init__(self, routings: list[Routing] | None = None) -> None:

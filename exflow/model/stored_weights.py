@@ -1,4 +1,4 @@
-"""The weights of a checkpoint folder as they are stored: `model.safetensors`, or shards and an index."""
+"""Stored weights of a checkpoint folder: `model.safetensors`, or shards and an index."""
 
 import re
 from contextlib import ExitStack
@@ -17,14 +17,14 @@ from exflow.model.families.layout import LEFT_OVER, Piece, Stored
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, which leads to no other folder
-PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of weights as they are
-PACKED = (torch.uint8,)  # ... of quantised ones
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")  # a plain name, without a path to another folder
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # dtypes of unquantised weights
+PACKED = (torch.uint8,)  # dtypes of quantised weights
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The opened weights of a checkpoint: for each tensor its file's path, and the file."""
+    """The opened weights of a checkpoint. file_of: path and open file of each tensor, by name."""
 
     folder: Path
     file_of: dict[str, tuple[Path, Any]]
@@ -37,12 +37,12 @@ class StoredWeights:
         return cls(folder, names)
 
     def alike(self, one: str, other: str) -> bool:
-        """True if two tensors hold the same numbers, whatever their types."""
+        """True if two tensors have equal values, whatever their dtypes."""
         first, second = (self.file_of[name][1].get_tensor(name) for name in (one, other))
         return first.shape == second.shape and bool((first.float() == second.float()).all())
 
     def check_names(self, wanted: set[str], copies: set[str]) -> None:
-        """Raise InputError unless the weights wanted are here, and beside them only copies and left-overs."""
+        """Raise InputError for missing weights, and for others that are neither copies nor left-overs."""
         if missing := wanted - self.file_of.keys():
             raise InputError(f"{self.folder}: the weights '{min(missing)}' are missing; {REMEDY}")
         spare = self.file_of.keys() - wanted - copies

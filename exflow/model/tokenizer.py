@@ -1,4 +1,4 @@
-"""Tokenizers: training one, reading that of a checkpoint folder, and the tokens that end a text."""
+"""Tokenizers: training, reading from a checkpoint folder, and the tokens that end a text."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ GENERATION_CONFIG = "generation_config.json"
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: Path) -> None:
     """Raise InputError if the tokenizer of `folder` does not fit a model with this vocabulary.
 
-    Added tokens may lie beyond the vocabulary: prompts that have them are refused.
+    Added tokens may lie beyond the vocabulary: prompts that contain them are refused.
     """
     last = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if last >= vocab_size:
@@ -34,7 +34,7 @@ def end_tokens(folder: Path, settings: Any, tokenizer: Tokenizer, vocab_size: in
     """Ids of the tokens that end a text.
 
     settings: the `config.json` of a Hugging Face folder; None for a model of our own, which has one end
-    token. Some folders name an id beyond the vocabulary, which no token has: it is left out.
+    token. Some folders name an id beyond the vocabulary, which no token has; it is ignored.
     """
     if settings is None:
         end = tokenizer.token_to_id(END_OF_TEXT)
@@ -97,7 +97,7 @@ def _add_tokens(tokenizer: Tokenizer, settings: Path) -> None:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text can be encoded, nothing is unknown.
+    """Train byte-level BPE, which can encode every text.
 
     vocab_size, at least SMALLEST_VOCABULARY, is an upper bound: a short text has fewer pairs to merge.
     """

@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Experts of each layer in the order they are drawn in; `gpu` [L, E] where that order is a plan's."""
+    """Order in which each layer's experts are drawn. `gpu` [L, E] is set if the order is a plan's."""
 
     name: str
     slug: str
@@ -44,9 +44,9 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class Affinity:
-    """A figure for each order, of the pair of layers where affinity is strongest; the page has the first.
+    """One figure for each order of experts. It shows the pair of layers where affinity is strongest.
 
-    orders, pairs  what to choose from; first: the pair that is drawn
+    orders, pairs  names to choose from; first: the pair that is drawn
     cell           experts a side of a cell
     images         for the script: pixels, labels and cuts of all orders and pairs
     """
@@ -60,7 +60,7 @@ class Affinity:
 
 
 def affinity_figures(report: Report) -> Affinity | None:
-    """None for a model of one MoE layer."""
+    """Return None for a model with one MoE layer."""
     if len(report.about.moe_layer_ids) < 2:
         return None
     beyond = beyond_chance(report.affinity)
@@ -148,7 +148,7 @@ def _orders(report: Report) -> list[Order]:
 
 
 def _arranged(beyond: Values, order: Order, layer: int, begin: Integers) -> Values:
-    """Rows and columns in order; of many experts means over rows, and sums over columns, of equal blocks."""
+    """Sort rows and columns by `order`. Of many experts take equal blocks: mean of rows, sum of columns."""
     arranged = beyond[np.ix_(order.experts[layer], order.experts[layer + 1])]
     sizes = np.diff([*begin, len(arranged)])
     summed = np.add.reduceat(np.add.reduceat(arranged, begin, axis=0), begin, axis=1)
@@ -156,7 +156,7 @@ def _arranged(beyond: Values, order: Order, layer: int, begin: Integers) -> Valu
 
 
 def _told(order: Order) -> Sequence[int]:
-    """The layers whose labels differ: by id all are alike."""
+    """Layers whose labels differ. Ordered by id, all layers have the same labels."""
     return [0] if order.gpu is None else range(len(order.experts))
 
 
@@ -174,7 +174,7 @@ def _labels(order: Order, layer: int, begin: Integers) -> list[str]:
 
 
 def _cuts(order: Order, layer: int, begin: Integers) -> list[float]:
-    """Where the layer's GPUs end, in cells."""
+    """Ends of the layer's GPUs, in cells."""
     if order.gpu is None:
         return []
     ends = np.flatnonzero(np.diff(order.gpu[layer, order.experts[layer]])) + 1

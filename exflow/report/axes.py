@@ -1,4 +1,4 @@
-"""Two axes with a grid, and what plans look like between them."""
+"""Two axes with a grid, and the markers, curves and legend of plans."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from low to high along pixels from start to end; marks are where it is labelled."""
+    """Maps values from low to high onto pixels from start to end. `marks` are the labelled values."""
 
     low: float
     high: float
@@ -41,14 +41,14 @@ class Axis:
 
 
 def axis_of(values: Sequence[float], start: float, end: float) -> Axis:
-    """Capacity for all the values, and a little more."""
+    """Make an axis that holds all the values, with a small margin."""
     spare = 0.06 * (max(values) - min(values)) or 0.1
     low, high = max(0.0, min(values) - spare), max(values) + spare
     return Axis(low, high, start, end, ticks(low, high))
 
 
 def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> str:
-    """Grid, labels and titles."""
+    """Draw grid, labels and titles."""
     parts = []
     for value in y.marks:
         parts.append(line(x.start, y.at(value), x.end, y.at(value), "grid"))
@@ -64,7 +64,7 @@ def frame(x: Axis, y: Axis, x_title: str, y_title: str) -> str:
 
 
 def colours_of(plans: Sequence[Judged]) -> list[int]:
-    """A number for each plan: 0 for baselines, the others in turn."""
+    """Give each plan the number of its colour: 0 for baselines, the others in turn."""
     colours, others = [], 0
     for each in plans:
         others += not each.baseline
@@ -89,7 +89,7 @@ def band(lower: Sequence[Place], upper: Sequence[Place], colour: int) -> str:
 
 
 def legend(plans: Sequence[Judged]) -> str:
-    """A line a plan, below the axes."""
+    """Draw one line for each plan, below the axes."""
     y = TOP + HIGH + FOOT
     return "".join(
         marker((LEFT + 6, y + _LINE * row - 4), colour)
@@ -99,7 +99,7 @@ def legend(plans: Sequence[Judged]) -> str:
 
 
 def height(plans: Sequence[Judged]) -> float:
-    """Of a drawing with axes and legend."""
+    """Height of a drawing with axes and legend."""
     return TOP + HIGH + FOOT + _LINE * len(plans)
 
 

@@ -1,4 +1,4 @@
-"""How sure the figures are: a plan's own strategy on more and more of the trace, with intervals."""
+"""Certainty of the figures: a plan's own strategy on growing parts of the trace, with intervals."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Point:
-    """The plan's figures on some of the trace's sequences."""
+    """Figures of the plan on some of the trace's sequences."""
 
     tokens: int
     sequences: int
@@ -33,9 +33,9 @@ class Point:
 
 
 def certainty(plan: Plan, trace: RoutingTrace) -> tuple[Point, ...]:
-    """On a sixteenth, an eighth, ... and all of the sequences, ascending; none where there are too few.
+    """Judge the plan on 1/32, 1/16, ... and all of the sequences. Parts with too few sequences are left out.
 
-    The sequences are drawn in an order of chance, the same for every plan.
+    The sequences are drawn in a random order, which is the same for every plan.
     """
     order = np.random.default_rng(0).permutation(len(np.unique(trace.sequence)))
     sizes = [len(order) >> halvings for halvings in reversed(range(_POINTS))]

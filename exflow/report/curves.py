@@ -1,5 +1,4 @@
-"""Plans beside each other: how sure their figures are, what balance costs, which transitions stay on a "
-"GPU."""
+"""Plans side by side: certainty of their figures, cost of balance, transitions that stay on a GPU."""
 
 from collections.abc import Callable
 
@@ -27,7 +26,7 @@ Which = Callable[[Point], Range]
 
 
 def by_tokens(report: Report) -> Figure | None:
-    """Messages and imbalance against the number of tokens; None where there are no two points."""
+    """Draw messages and imbalance against the number of tokens. None with fewer than two points."""
     if max(len(each.points) for each in report.plans) < 2:
         return None
     wide = (WIDTH - 2 * LEFT - 24) / 2
@@ -54,7 +53,7 @@ def by_tokens(report: Report) -> Figure | None:
 
 
 def trade_off(report: Report) -> Figure | None:
-    """Messages beside imbalance, a point a plan; None for a single plan or without intervals."""
+    """Draw messages against imbalance, one point for each plan. None with fewer than two such points."""
     last = [(each, each.points[-1]) for each in report.plans if each.points]
     if len(last) < 2:
         return None
@@ -81,7 +80,7 @@ def trade_off(report: Report) -> Figure | None:
 
 
 def local_transitions(report: Report) -> Figure:
-    """The share of transitions that stay on a GPU, from layer to layer."""
+    """Draw the share of transitions that stay on a GPU, from layer to layer."""
     names = layer_names(report)
     places = range(len(names) - 1)
     end = WIDTH - 24

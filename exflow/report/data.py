@@ -1,4 +1,4 @@
-"""Everything that a report shows, as data: counted once, drawn by the other modules, printed by `--json`.
+"""Data of a report. It is counted once, drawn by the other modules and printed by `--json`.
 
 Shapes: L MoE layers, E experts, G ranks.
 """
@@ -28,7 +28,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class About:
-    """What the trace and its model are."""
+    """Facts about the trace and its model."""
 
     model: str
     tokens: int
@@ -45,7 +45,7 @@ class About:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A plan and what it does with the trace."""
+    """A plan with its figures on the trace."""
 
     name: str
     slug: str
@@ -60,7 +60,7 @@ class Judged:
 
     @property
     def own(self) -> str:
-        """The key of the strategy that the plan was made for."""
+        """Key of the strategy that the plan was made for."""
         return self.plan.strategy.replace("-", "_")
 
 
@@ -72,7 +72,7 @@ class Report:
     setting: "Setting | None"
 
     def as_json(self) -> dict[str, Any]:
-        """Ready for JSON; of the affinity, each expert's likeliest follower."""
+        """Data ready for JSON. Affinity is reduced to each expert's likeliest follower."""
         return {
             "trace": asdict(self.about) | {"load": self.affinity.load.tolist()},
             "followers": [asdict(each) for each in followers(self.affinity, most=1)],
@@ -90,7 +90,7 @@ def gather(
 ) -> Report:
     """Count everything. Raises InputError if the trace is empty.
 
-    tell: what is being counted; advance: called `2 + len(chosen)` times.
+    tell: called with the name of the next thing to count; advance: called `2 + len(chosen)` times.
     """
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to report on; choose one that has")

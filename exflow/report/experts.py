@@ -1,4 +1,4 @@
-"""How much work each expert and each GPU gets."""
+"""Load of each expert and of each GPU."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ Values = npt.NDArray[np.float64]
 
 
 def expert_load(report: Report) -> Figure:
-    """Load over the layer's mean, expert by layer."""
+    """Draw each expert's load in each layer, divided by the layer's mean."""
     about, load = report.about, report.affinity.load.astype(np.float64)
     exists = np.arange(about.num_experts) < np.array(about.experts_per_layer)[:, None]
     usual = load.sum(axis=1, keepdims=True) / np.array(about.experts_per_layer)[:, None]
@@ -50,7 +50,7 @@ def expert_load(report: Report) -> Figure:
 
 
 def gpu_load(judged: Judged, report: Report, high: float) -> Figure:
-    """Load over the mean, GPU by layer; `high` is the most of all plans, for one scale."""
+    """Draw each GPU's load in each layer over the mean. `high`, the most of all plans, ends the scale."""
     values, names = _rows(balance(judged), judged.plan.topology)
     beyond = min(max(high - 1, 0.01), 1.0)
     scale = Scale(1 - beyond, 1 + beyond, "times the mean load", "balance", open=high > 2)
@@ -86,25 +86,25 @@ def balance(judged: Judged) -> Values:
 
 
 def layer_names(report: Report) -> list[str]:
-    """The MoE layers, numbered as layers of the model."""
+    """Names of the MoE layers: their numbers among all layers of the model."""
     return [str(layer) for layer in report.about.moe_layer_ids]
 
 
 def node_cuts(topology: Topology) -> Sequence[int]:
-    """Where a list of GPUs goes on to the next node; nowhere if lines would be all there is to see."""
+    """First GPU of each node but the first. Empty for so many nodes that lines would hide the cells."""
     if topology.num_nodes > _MOST_NODES:
         return ()
     return range(topology.gpus_per_node, topology.num_ranks, topology.gpus_per_node)
 
 
 def blocks(number_of: int, most: int) -> npt.NDArray[np.int64]:
-    """Where equal blocks begin, so that there are `most` of them at most."""
+    """First index of each of at most `most` equal blocks."""
     size = -(-number_of // most)
     return np.arange(0, number_of, size)
 
 
 def _rows(by_layer: Values, topology: Topology) -> tuple[Values, list[str]]:
-    """GPU by layer; of very many GPUs the means of equal blocks."""
+    """Rows of the heat map, one for each GPU. Very many GPUs become equal blocks with their means."""
     begin = blocks(topology.num_ranks, _MOST_ROWS)
     sizes = np.diff([*begin, topology.num_ranks])
     means = np.add.reduceat(by_layer, begin, axis=1) / sizes
@@ -112,7 +112,7 @@ def _rows(by_layer: Values, topology: Topology) -> tuple[Values, list[str]]:
 
 
 def _load_table(report: Report, values: Values) -> Table:
-    """All loads where they are few, else each layer's extremes."""
+    """Table of all loads, or of each layer's extremes if there are too many."""
     names, load = layer_names(report), report.affinity.load
     if load.size <= _MOST_CELLS:
         return Table(

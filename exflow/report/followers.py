@@ -1,4 +1,4 @@
-"""The transitions that stand out: which expert a token most likely meets next."""
+"""Transitions that stand out: the experts that a token most likely meets next."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from exflow.placement.counts.affinity import AffinityCounts
 
 @dataclass(frozen=True)
 class Follower:
-    """Of the tokens that select `expert` in MoE layer `layer`, a share selects `follower` in the next."""
+    """Share of the tokens of `expert` in MoE layer `layer` that select `follower` in the next MoE layer."""
 
     layer: int
     expert: int
     follower: int
     share: float
-    times_chance: float  # the share over that of all tokens
+    times_chance: float  # the share divided by the share of all tokens
 
 
 def shares(affinity: AffinityCounts) -> npt.NDArray[np.float64]:
-    """[L-1, E, E] of the tokens that select e in a layer, the share that selects f in the next."""
+    """[L-1, E, E] share of the tokens that select e in a layer which select f in the next."""
     return np.asarray(affinity.inter / np.maximum(affinity.load[:-1, :, None], 1))
 
 
@@ -31,9 +31,9 @@ def beyond_chance(affinity: AffinityCounts) -> npt.NDArray[np.float64]:
 
 
 def followers(affinity: AffinityCounts, most: int) -> list[Follower]:
-    """For each layer the pairs that go together more often than chance by most tokens, `most` of each expert.
+    """List each layer's pairs of experts, the `most` strongest followers of each expert.
 
-    A layer's pairs stand in that order.
+    Pairs are sorted by the number of tokens beyond chance.
     """
     found = []
     for layer, (share, more) in enumerate(zip(shares(affinity), beyond_chance(affinity), strict=True)):

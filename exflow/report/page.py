@@ -1,4 +1,4 @@
-"""The page: sections one after another, in one file that asks no one for anything.
+"""The page: all sections in one HTML file that loads nothing from elsewhere.
 
 Its templates are in templates/, one a section; its style sheets and its script in static/.
 """
@@ -19,7 +19,7 @@ from exflow.report.static import content
 
 
 def page(report: Report, made: Sequence[Section]) -> str:
-    """The whole HTML document."""
+    """Render the whole HTML document."""
     return (
         _environment()
         .get_template("page.html.j2")
@@ -34,7 +34,7 @@ def page(report: Report, made: Sequence[Section]) -> str:
 
 @cache
 def _environment() -> Environment:
-    """Names come from traces and plans: whatever is not marked as markup is escaped."""
+    """Make the template environment. It escapes all text that is not marked as markup."""
     environment = Environment(
         loader=PackageLoader("exflow.report"),
         autoescape=True,

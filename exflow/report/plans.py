@@ -1,4 +1,4 @@
-"""Which plans a report compares: those that are given, and the contiguous placement on the same GPUs."""
+"""Plans that a report compares: the given plans, and the contiguous placement on the same GPUs."""
 
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ BASELINE = "contiguous"
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan under the name that the report calls it by; `slug` is one for links and files, its own too."""
+    """A plan and its name in the report. `slug` is a unique name for links and files."""
 
     name: str
     slug: str
@@ -27,10 +27,10 @@ class Candidate:
 
 
 def candidates(trace: RoutingTrace, paths: Sequence[Path], topology: Topology | None) -> list[Candidate]:
-    """The baseline of each set of GPUs, with the plans for these GPUs behind it.
+    """List the baseline of each set of GPUs, followed by the plans for these GPUs.
 
-    `topology`, where it is given, is where all plans are judged, whatever they were made for. Raises
-    InputError where a file is no plan, or a plan is not for the trace's model or not for so many GPUs.
+    If `topology` is given, all plans are judged on it. Raises InputError if a file is no plan, or a plan is
+    for another model or another number of GPUs.
     """
     named = [(name, _load(path, trace, topology)) for name, path in _names(paths)]
     shapes = list(dict.fromkeys(plan.topology for _, plan in named)) or ([topology] if topology else [])
@@ -48,7 +48,7 @@ def candidates(trace: RoutingTrace, paths: Sequence[Path], topology: Topology | 
 
 
 def _slugs(names: Sequence[str]) -> list[str]:
-    """Letters, digits and dashes alone, and more of these where two names come out the same."""
+    """Reduce names to letters, digits and dashes. Equal results get a suffix."""
     slugs: list[str] = []
     for name in names:
         parts = re.findall("[a-z0-9]+", name.lower())
@@ -60,7 +60,7 @@ def _slugs(names: Sequence[str]) -> list[str]:
 
 
 def _names(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Each file with its name, or the whole path where two files have the same one."""
+    """Name each file by its stem, or by its whole path if two files have the same stem."""
     stems = Counter(path.stem for path in paths)
     names = [path.stem if stems[path.stem] == 1 and path.stem != BASELINE else str(path) for path in paths]
     twice = [name for name, times in Counter(names).items() if times > 1]

@@ -1,4 +1,4 @@
-"""The routes of tokens through GPUs: ribbons between layers, as wide as tokens are many.
+"""Routes of tokens through GPUs: ribbons between layers. Their width is the number of tokens.
 
 Shapes: B blocks of ranks (see counts.py).
 """
@@ -23,13 +23,13 @@ Shares = npt.NDArray[np.float64]
 
 
 def windows(report: Report) -> list[range]:
-    """Places of MoE layers, a few at a time; the next window begins with the last layer of one."""
+    """Split MoE layers into windows of a few layers. Each begins with the last layer of the one before."""
     layers = len(report.about.moe_layer_ids)
     return [range(start, min(start + WINDOW, layers)) for start in range(0, max(layers - 1, 1), WINDOW - 1)]
 
 
 def routes(judged: Judged, report: Report, window: range) -> Figure:
-    """Where tokens are before each layer of the window, and where they go, under coherence."""
+    """Draw the owners of tokens before and after each layer of the window, under coherence."""
     moved = judged.counts["coherent"].moves / report.about.tokens
     names, block = layer_names(report), blocks_of(judged.plan.topology)
     gpus = block_names(block)
@@ -60,7 +60,7 @@ def routes(judged: Judged, report: Report, window: range) -> Figure:
 
 
 def _legend(judged: Judged) -> list[tuple[str, str]]:
-    """The ribbons that there can be."""
+    """Legend entries for the kinds of ribbons that can occur."""
     ranks, nodes = judged.plan.num_ranks, judged.plan.topology.num_nodes
     whole = blocks_of(judged.plan.topology).max() + 1 == ranks
     entries = [("stay", "stays on its GPU" if whole else "stays in its block of GPUs")]
@@ -70,7 +70,7 @@ def _legend(judged: Judged) -> list[tuple[str, str]]:
 
 
 def block_names(block: npt.NDArray[np.int64]) -> list[str]:
-    """GPU 3, or of a block of several GPUs 4-7."""
+    """Name blocks of ranks: GPU 3, or 4-7 for several GPUs."""
     ends = [(np.flatnonzero(block == b)[0], np.flatnonzero(block == b)[-1]) for b in range(block.max() + 1)]
     return [f"GPU {first}" if first == last else f"{first}-{last}" for first, last in ends]
 
@@ -80,7 +80,7 @@ def _scale(count: int) -> float:
 
 
 def _tops(sizes: Shares) -> Shares:
-    """[B] where each GPU's bar begins."""
+    """[B] y at which each GPU's bar begins."""
     before = np.concatenate([[0.0], np.cumsum(sizes)[:-1]])
     return np.asarray(_TOP + before * _scale(len(sizes)) + _SPACE * np.arange(len(sizes)))
 
@@ -101,7 +101,7 @@ def _gpu_labels(sizes: Shares, gpus: Sequence[str]) -> Iterator[str]:
 def _flow(
     moved: Shares, window: range, step: float, gpus: Sequence[str], node: npt.NDArray[np.int64]
 ) -> Iterator[str]:
-    """All ribbons; those that stay last, on top."""
+    """Draw all ribbons. Tokens that stay come last, so they lie on top."""
     yield '<g class="flow">'
     for kind in ("inter", "intra", "stay"):
         yield f'<g class="{kind}">'
@@ -114,7 +114,7 @@ def _flow(
 
 
 def _kinds(node: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
-    """[B, B] what it is to go from one block to another."""
+    """[B, B] kind of the way from one block to another."""
     near = np.where(node[:, None] == node, "intra", "inter")
     return np.where(np.eye(len(node), dtype=bool), "stay", near)
 
@@ -122,7 +122,7 @@ def _kinds(node: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
 def _ribbons(
     moved: Shares, x: float, wide: float, gpus: Sequence[str], drawn: npt.NDArray[np.bool_]
 ) -> Iterator[str]:
-    """In the order of GPUs at both ends, so that they cross little; as lines, which take less room."""
+    """Draw ribbons as lines, sorted by GPU at both ends so that they cross little."""
     scale = _scale(len(moved))
     starts = _tops(moved.sum(axis=1))[:, None] + scale * (np.cumsum(moved, axis=1) - moved / 2)
     ends = _tops(moved.sum(axis=0))[None, :] + scale * (np.cumsum(moved, axis=0) - moved / 2)

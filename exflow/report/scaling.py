@@ -1,4 +1,4 @@
-"""How a decode step scales: a curve a strategy over sizes of cluster, as drawings of their own."""
+"""Drawings of how a decode step scales: one curve for each strategy over sizes of cluster."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from exflow.files import atomic_path
 from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, curve, frame, marker
 from exflow.report.draw.svg import WIDTH, drawing, standing_alone, text
 
-CURVES = (  # what is drawn, in the order of the colours
+CURVES = (  # strategy and placement of each curve, in the order of the colours
     ("dispatch-combine", "contiguous"),
     ("dispatch-combine", "affinity"),
     ("node-coherent", "affinity"),
@@ -25,16 +25,16 @@ Sizes = Sequence[dict[str, Any]]  # as `Simulation.as_json` has them
 
 
 def write_scaling(sizes: Sizes, folder: Path) -> None:
-    """A file for each drawing. Raises InputError where they cannot be written."""
+    """Write a file for each drawing. Raises InputError if one cannot be written."""
     for name, (figure, title) in DRAWN.items():
         with atomic_path(folder / f"{name}.svg") as temporary:
             temporary.write_text(scaling_drawing(sizes, figure, title), encoding="utf-8")
 
 
 def scaling_drawing(sizes: Sizes, figure: str, title: str) -> str:
-    """The content of an SVG file; of every variant the sizes where it fits into memory.
+    """Draw an SVG file with the sizes at which each variant fits into memory.
 
-    Of several ways to group as many GPUs it is the one whose step is the fastest.
+    If a number of GPUs can be grouped in several ways, the fastest step counts.
     """
     lines = [_points(sizes, name, figure) for name in CURVES]
     gpus = sorted({size["gpus"] for size in sizes})

@@ -1,4 +1,4 @@
-"""The sections of the page: which there are, and what their templates are told beside the report."""
+"""Sections of the page, and the data that their templates get beside the report."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from exflow.report.draw.figure import Figure
 
 @dataclass(frozen=True)
 class Section:
-    """`name` is its template and its anchor; `figures` are what --figures writes of it."""
+    """A section. `name` names its template and its anchor; --figures writes its `figures`."""
 
     name: str
     title: str
@@ -20,7 +20,7 @@ class Section:
 
 
 def sections(report: Report) -> list[Section]:
-    """Those that the report has something for, in order."""
+    """Make the sections that the report has data for, in order."""
     always: list[Callable[[Report], Section | None]] = [_about, _experts, _affinities]
     of_plans = [_gpus, _traffic, _pairs, _routes, _certainty, _steps]
     chosen = [_about, _strategies, _experts, _affinities, *of_plans] if report.plans else always
@@ -32,7 +32,11 @@ def _about(report: Report) -> Section:
 
 
 def _strategies(report: Report) -> Section:
-    told = {"comparisons": summary.comparisons(report), "plans": summary.strategy_rows(report)}
+    told = {
+        "comparisons": summary.comparisons(report),
+        "coherence": summary.coherence(report),
+        "plans": summary.strategy_rows(report),
+    }
     return Section("strategies", "What each strategy moves", told=told)
 
 

@@ -1,4 +1,4 @@
-"""Predicted times of a decode step as bars, with what they assume."""
+"""Predicted times of a decode step as bars, with their assumptions."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ _LEFT, _ROW, _HEAD = 190.0, 20.0, 30.0
 
 
 def step_figure(report: Report) -> Figure | None:
-    """A bar for each plan and strategy; None without a setting."""
+    """Draw a bar for each plan and strategy. None without a setting."""
     times = [time for each in report.plans for time in each.times]
     if not times:
         return None
@@ -48,7 +48,7 @@ def step_figure(report: Report) -> Figure | None:
 
 
 def assumptions(report: Report) -> list[str]:
-    """What the predictions rest on, a sentence each."""
+    """Assumptions of the predictions, one sentence each."""
     setting = report.setting
     assert setting is not None
     machines = {id(time.machine): time.machine for each in report.plans for time in each.times}

@@ -24,11 +24,13 @@ Values = npt.NDArray[np.float64]
 
 
 def per_layer(strategy: str, report: Report, high: float) -> Figure:
-    """A panel for each plan, side by side on one scale that ends at `high`."""
+    """Draw one panel for each plan, side by side on one scale that ends at `high`."""
     plans = [each for each in report.plans if strategy in each.counts]
     columns = min(len(plans), _MOST_COLUMNS)
     wide = (WIDTH - _LEFT - _GAP * (columns - 1) - 8) / columns
-    body = [key(_LEFT, 14, [("intra", "inside a node"), ("inter", "between nodes")])]
+    links = [("intra", "inside a node"), ("inter", "between nodes")]
+    several_nodes = any(each.plan.topology.num_nodes > 1 for each in plans)
+    body = [key(_LEFT, 14, links if several_nodes else links[:1])]
     for place, judged in enumerate(plans):
         x = _LEFT + place % columns * (wide + _GAP)
         y = 54 + place // columns * (_HIGH + 64)
@@ -50,7 +52,7 @@ def per_layer(strategy: str, report: Report, high: float) -> Figure:
 
 
 def most_per_layer(report: Report) -> float:
-    """Messages a token in the layer that has most, of all plans and strategies."""
+    """Most messages per token in any layer, plan and strategy."""
     return max(
         (float(_messages(each, name).sum(axis=1).max()) for each in report.plans for name in each.counts),
         default=0.0,
@@ -58,12 +60,12 @@ def most_per_layer(report: Report) -> float:
 
 
 def most_by_pair(report: Report) -> float:
-    """Messages per 1,000 tokens and layer of the pair of GPUs that has most, of all plans."""
+    """Most messages per 1,000 tokens and layer between any pair of GPUs, in any plan."""
     return max(float(_per_thousand(each, name).max()) for each in report.plans for name in _MATRICES) or 1.0
 
 
 def by_pair(judged: Judged, report: Report, high: float) -> Figure:
-    """Who sends to whom, under dispatch-combine and under coherence, on a scale that ends at `high`."""
+    """Draw messages between GPUs under dispatch-combine and coherence. The scale ends at `high`."""
     scale = Scale(0, high, "messages per 1,000 tokens and layer")
     cuts = [cut / _block_size(judged) for cut in node_cuts(judged.plan.topology)]
     side = 390.0
@@ -117,12 +119,12 @@ def _panel(
 
 
 def _messages(judged: Judged, strategy: str) -> Values:
-    """[L, 2] a token, inside a node and between nodes."""
+    """[L, 2] messages per token inside a node and between nodes."""
     return np.asarray(judged.counts[strategy].by_layer.sum(axis=1) / judged.figures["tokens"])
 
 
 def _per_thousand(judged: Judged, strategy: str) -> Values:
-    """[G, G] messages per 1,000 tokens and layer; of very many GPUs the sums of equal blocks."""
+    """[G, G] messages per 1,000 tokens and layer. Very many GPUs become equal blocks with their sums."""
     begin = blocks(judged.plan.num_ranks, _MOST_RANKS)
     sums = np.add.reduceat(np.add.reduceat(judged.counts[strategy].by_pair, begin, axis=0), begin, axis=1)
     return np.asarray(1000 * sums / (judged.figures["tokens"] * judged.figures["layers"]), dtype=np.float64)
@@ -133,7 +135,7 @@ def _block_size(judged: Judged) -> int:
 
 
 def _pair_table(judged: Judged, report: Report) -> Table:
-    """All pairs of few GPUs, of many those with most messages."""
+    """Table of all pairs of GPUs, or of the pairs with most messages if there are too many."""
     scaled = {
         name: 1000 * judged.counts[name].by_pair / (report.about.tokens * len(report.about.moe_layer_ids))
         for name in _MATRICES

@@ -1,8 +1,9 @@
-"""A decode step of static shape: no size depends on what tokens do, so that a GPU can replay it as one graph.
+"""A decode step of static shape: no size depends on the routing, so a GPU can replay it as one graph.
 
-Every rank has a row for each sequence that it may own, and a mask of those it owns now. Tokens move by being
-written into their row on another rank (comm/buffers.py); kernels skip rows that are not owned. The eager
-step (expert_parallel.py, kv_cache.py) computes the same: it is the oracle, and the way to debug.
+Every rank has a row for each sequence that it may own, and a mask of the rows that it owns now. A token moves
+when it is written into its row on another rank (comm/buffers.py). Kernels skip rows that are not owned. All
+kernels of a rank run in one stream; docs/decode.md shows that no row is then overwritten before it is read.
+The eager step (expert_parallel.py, kv_cache.py) computes equal results: it is the reference for tests.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,15 +28,15 @@ from exflow.model.sampling import Sampling, scores_of
 from exflow.runtime.expert_parallel import PlanTables
 from exflow.runtime.step_buffers import Outputs, State, Tables, Tuning, Workspace, geometry_of, weights_of
 
-FLAG_TIMEOUT_POLLS = 20_000_000  # polls of another rank's flag before it is given up: 10 s and more
+FLAG_TIMEOUT_POLLS = 20_000_000  # polls of a flag before its rank counts as lost: 10 s or more
 
 
 class DecodeStep:
-    """The buffers of one rank's step, and the step: `start` a request, then `run` for each of its tokens.
+    """The buffers and kernels of one rank's step: `start` a request, then `run` once for each token.
 
-    caches: addresses of the K/V caches [layers, 2, rows, kv heads, positions, width] that new keys and values
-    go to. one_sided: rows of other ranks arrive by themselves, and are waited for. share: gives the step's
-    new keys and values to ranks whose caches cannot be written to.
+    caches: addresses of the K/V caches [layers, 2, rows, kv heads, positions, width] to which new keys and
+    values are written. one_sided: peers write rows into this rank's memory, and kernels wait for their flags.
+    share: gives the step's new keys and values to ranks whose caches this rank cannot write to.
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class DecodeStep:
     def start(
         self, first_sequence: int, token_M: Tensor, position_M: Tensor, owned_M: Tensor, seed: int
     ) -> None:
-        """Begin a request: its first sequence's id, each row's newest token, position, and whether it is
-        owned here, and the seed of its samples.
+        """Begin a request. first_sequence: id of its first sequence. seed: seed of its samples.
 
-        Prompt n of the request is sequence first_sequence + n, and as a row of the batch the one whose home
-        is that sequence's: first_sequence % num_ranks + n.
+        token_M, position_M, owned_M: each row's newest token, its position, and 1 if this rank owns the row.
+        Prompt n of the request is sequence first_sequence + n; in the batch it is sequence
+        first_sequence % num_ranks + n, which has the same home.
         """
         state = self.state
         state.sequence.copy_(self.shape.sequence_ids(first_sequence))
@@ -83,8 +84,10 @@ class DecodeStep:
         self.outputs.clear()
 
     def run(self) -> Iterator[None]:
-        """One step; control is given up where other ranks must catch up (on a GPU, whose kernels wait, nobody
-        must)."""
+        """Run one step. Yields where other ranks must catch up if they share this thread, as in tests.
+
+        On a GPU nobody needs to act on a yield: kernels wait for other ranks themselves.
+        """
         decoder, state, work = self.decoder, self.state, self.work
         if self.replay is not None:
             state.dictated_row.copy_(self.replay.row_of(state.sequence, state.position))
@@ -107,7 +110,7 @@ class DecodeStep:
         self._advance()
 
     def _attend(self, layer: int, attention: Attention) -> None:
-        """Attention of the owned rows, added to the residual stream."""
+        """Add attention of the owned rows to the residual stream."""
         config, state, work = self.decoder.config, self.state, self.work
         qkv = attention.qkv(work.normed)
         prepare_heads(
@@ -148,7 +151,7 @@ class DecodeStep:
             work.hidden.add_(attention.out.bias)
 
     def _dispatch(self, layer: MoE) -> Iterator[None]:
-        """Gate the owned rows, send each to where it is served, and receive what came here."""
+        """Gate the owned rows, send each to the ranks that serve it, and receive the rows sent here."""
         buffer, index, state, outputs = self.buffers.dispatch, layer.index, self.state, self.outputs
         gate_and_dispatch(
             self.geometry,
@@ -193,7 +196,7 @@ class DecodeStep:
         )
 
     def _experts(self, layer: MoE) -> None:
-        """The rows of this rank's slots through their experts, weighted, into `partials`."""
+        """Compute the weighted expert outputs of the received rows into `partials`."""
         work, tuning, weights = self.work, self.tuning, weights_of(layer.experts, self.decoder.config)
         if work.permuted is not None:
             permuted_mlp(
@@ -216,9 +219,9 @@ class DecodeStep:
             )
 
     def _combine(self, index: int, following: Norm) -> Iterator[None]:
-        """Bring the experts' sums to the tokens' next owners, who add them to the residual stream.
+        """Send partial sums to the tokens' next owners, which add them to the residual stream.
 
-        `following` norms the result for what comes next.
+        following: the norm of the next layer, applied to the result.
         """
         work, state, returns, sums = self.work, self.state, self.buffers.returns, self.buffers.sums
         if returns is not None:
@@ -266,9 +269,9 @@ class DecodeStep:
         )
 
     def _advance(self) -> None:
-        """Choose and note the tokens of the owned rows, which are the next step's."""
+        """Choose the next tokens of the owned rows, and record them."""
         state, scores_MV = self.state, self.logits
-        if self.sampling.temperature > 0:  # else the positions after these are not needed
+        if self.sampling.temperature > 0:  # greedy decoding needs no next positions
             scores_MV = scores_of(self.logits, self.sampling, state.number, state.position + 1, state.seed)
         score_M, best_M = scores_MV.max(dim=-1)
         advance(

@@ -20,14 +20,14 @@ from exflow.runtime.strategies import RankStrategy
 if TYPE_CHECKING:
     from exflow.runtime.graph_runner import CapturedDecode
 
-CHECK_EVERY = 16  # captured steps between two looks at whether all sequences have ended
+CHECK_EVERY = 16  # captured steps between two checks for failures and ended sequences
 
 
 class Choices:
-    """Chooses this rank's tokens of one request, and remembers them.
+    """Chooses and records this rank's tokens of one request.
 
-    first_sequence: id of the request's first sequence. `chosen` has a token for each (number of a sequence in
-    the request, position).
+    first_sequence: id of the request's first sequence. chosen: token by (number of its sequence in the
+    request, position).
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class Choices:
         self.chosen: dict[tuple[int, int], int] = {}
 
     def choose(self, logits_TV: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
-        """Choose the token after each row. Returns the tokens and rows of the next step, without ended ones.
+        """Choose the token after each row.
+
+        Returns the tokens and rows of the next step, without ended sequences.
 
         Raises WrongResult for logits that are NaN or infinite.
         """
@@ -56,7 +58,7 @@ class Choices:
         return token_T[alive_T], Rows(rows.sequence_T[alive_T], next_T[alive_T], DECODE)
 
     def _check_finite(self, logits_TV: Tensor, rows: Rows) -> None:
-        """A value that is not finite in any layer makes the logits of its token NaN."""
+        """Raise WrongResult for NaN or infinite logits; such values in a layer make a token's logits NaN."""
         finite_T = logits_TV.isfinite().all(dim=1)
         if finite_T.all():
             return
@@ -67,7 +69,7 @@ class Choices:
 
 
 def collected(request: Request, chosen_by_rank: list[dict[tuple[int, int], int]]) -> list[list[int]]:
-    """The new tokens of each sequence, in order, whichever rank chose them."""
+    """The new tokens of each sequence, in order, merged from all ranks."""
     tokens: list[list[int]] = [[] for _ in request.prompts]
     chosen = {place: token for each in chosen_by_rank for place, token in each.items()}
     for (sequence, _), token in sorted(chosen.items()):
@@ -98,16 +100,16 @@ def run_prompts(
 
 
 class Decoding(Protocol):
-    """Makes the tokens after the first. `cache` takes the prompts' keys and values; `steps` counts steps."""
+    """Generates the tokens after the first. cache: takes the prompts' keys and values. steps: steps run."""
 
     cache: KVCache
     steps: int
 
     def begin(self, token_T: Tensor, rows: Rows) -> None:
-        """Take over what the prompts left: the tokens to run next, and their rows."""
+        """Take over after the prompts: the tokens to run next, and their rows."""
 
     def run(self, tell: Callable[[int], None]) -> None:
-        """Decode until every sequence has ended. `tell` gets the number of tokens that each has by now."""
+        """Decode until every sequence has ended. tell: called with the number of new tokens of a sequence."""
 
 
 class EagerDecoding:
@@ -135,7 +137,7 @@ class EagerDecoding:
                     break
 
     def advance(self) -> bool:
-        """Run one step. False, and no step, once no rank owns a token."""
+        """Run one step. Returns False, and counts no step, once no rank owns a token."""
         attention, layout = self.strategy.step(self.cache, self.choices.longest + self.steps + 1)
         hidden_TD, rows = self.decoder(self.token_T, self.rows, attention, layout)
         if self.strategy.idle(rows):

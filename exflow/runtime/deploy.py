@@ -1,6 +1,6 @@
-"""From weights to a running engine; a job of several ranks has a plan and a strategy too.
+"""Building an engine from weights; a job of several ranks also has a plan and a strategy.
 
-Weights are a checkpoint, or RandomWeights of a shape alone.
+Weights are a checkpoint, or RandomWeights of a configuration.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ import torch
 
 from exflow.comm.collectives import Exchange
 from exflow.comm.pairwise import PairwiseExchange
-from exflow.comm.transport import Transport, alone, choose_transport
+from exflow.comm.transport import alone, choose_transport
+from exflow.comm.transport_names import Transport
 from exflow.errors import InputError
 from exflow.job.cluster import Cluster, annotate_errors, raise_on_all_ranks
 from exflow.model.checkpoint import Checkpoint
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What every rank of a job must agree on: weights, strategy, plan, dtype, transport, and relays."""
+    """Settings that must be equal on all ranks of a job.
+
+    hierarchical: prompts and eager steps send tokens between nodes by relays.
+    """
 
     weights: Checkpoint | RandomWeights
     strategy: Strategy
@@ -48,7 +52,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     transport: str = "auto",
 ) -> Engine:
-    """The model in a checkpoint folder (or a random one), whole, in this process.
+    """Load a whole model from a checkpoint folder, or with random weights, into this process.
 
     Raises InputError for bad files.
     """
@@ -68,7 +72,7 @@ def decoder_of(
     dtype: torch.dtype,
     experts_here: list[list[int]] | None = None,
 ) -> Decoder:
-    """The model with a rank's experts, all of them by default. Raises InputError for bad files."""
+    """Load the decoder with a rank's experts, by default all. Raises InputError for bad files."""
     if isinstance(weights, RandomWeights):
         return random_decoder(weights, device, dtype, experts_here)
     return weights.decoder(device, dtype, experts_here)
@@ -102,16 +106,16 @@ def plan_for(config: ModelConfig, plan: Path | None, topology: Topology) -> Plan
 
 
 def experts_of(plan: Plan, rank: int) -> list[list[int]]:
-    """For each MoE layer the expert in each slot of a rank."""
+    """Logical expert in each slot of a rank, for each MoE layer."""
     first = rank * plan.slots_per_rank
     experts: list[list[int]] = plan.physical_to_logical_map[:, first : first + plan.slots_per_rank].tolist()
     return experts
 
 
 def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
-    """This rank's engine: it reads (or draws) and holds the experts of its own slots alone. Collective.
+    """Build this rank's engine with only the experts of its own slots. Collective.
 
-    Raises InputError on every rank alike if any rank finds a file at fault.
+    Raises InputError on every rank if any rank finds a file at fault.
     """
     plan = deployment.plan
     experts_here = experts_of(plan, cluster.rank)
@@ -137,7 +141,7 @@ def deploy(deployment: Deployment, cluster: Cluster) -> Engine:
 def _capture(
     decoder: Decoder, tables: PlanTables, cluster: Cluster, strategy: Strategy, transport: Transport
 ) -> "Capture | None":
-    """How to make this rank's captured steps; None where they are run eagerly."""
+    """Settings of this rank's captured steps; None if steps run eagerly."""
     if transport == "eager":
         return None
     from exflow.runtime.graph_runner import Capture

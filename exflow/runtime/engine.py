@@ -1,6 +1,6 @@
 """Generation: admit prompts, prefill, then decode step by step until every sequence has ended.
 
-The same loop runs a single process and a rank of many; the strategy knows the difference.
+One loop serves a single process and each rank of many; the strategy has the difference.
 Shapes: T tokens at hand, N sequences of the request, V vocabulary.
 """
 
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from exflow.runtime.graph_runner import Capture, CapturedDecode
 
 _log = logging.getLogger(__name__)
-MOST_CAPTURED = 16  # steps kept, each with buffers of its own beside the K/V cache
+MOST_CAPTURED = 16  # captured steps kept; they share a K/V cache, but not their buffers
 
 Item = TypeVar("Item")
 
 
 class Engine:
-    """A decoder and a strategy. `generate` is collective: every rank of the job calls it alike.
+    """A decoder and a strategy. `generate` is collective: all ranks of the job call it with equal arguments.
 
-    capture: how to make decode steps of static shape; without it every step is run eagerly.
+    capture: settings of captured decode steps; None means that every step runs eagerly.
     """
 
     def __init__(self, decoder: Decoder, strategy: RankStrategy, capture: "Capture | None" = None) -> None:
         self.decoder = decoder
         self.strategy = strategy
         self.capture = capture
-        self.captured: list[CapturedDecode] = []  # over one K/V cache, the one used last in front
+        self.captured: list[CapturedDecode] = []  # over one K/V cache; the step used last comes first
         self.device = decoder.embedding.weight.device
-        self.first_sequence = 0  # sequence ids go on from request to request
+        self.first_sequence = 0  # id of the next request's first sequence
 
     @torch.inference_mode()
     def generate(
         self, request: Request, observe: Observer | None = None, advance: Advance | None = None
     ) -> Generation:
-        """Run `request`; every rank returns the same Generation.
+        """Run `request`; every rank returns an equal Generation.
 
         observe: called with the rows and logits [T, V] of every choice made on this rank.
-        advance: called now and then with the new tokens of each sequence, and the most that there will be.
-        Raises InputError for prompts that are empty or do not fit the model, and WrongResult, on the rank
-        that chose, where logits are NaN or infinite.
+        advance: called now and then with the number of new tokens of each sequence, and its maximum.
+        Raises InputError for prompts that are empty or do not fit the model. Raises WrongResult for logits
+        that are NaN or infinite, on the rank that chose from them.
         """
         check_request(request, self.decoder.config)
         choices = Choices(request, self.first_sequence, self.device, observe)
@@ -107,23 +107,23 @@ class Engine:
         sampling: Sampling = GREEDY,
         end_tokens: tuple[int, ...] = (),
     ) -> None:
-        """Capture decode steps before the first request comes; nothing where steps run eagerly. Collective.
+        """Capture decode steps before the first request. Does nothing if steps run eagerly. Collective.
 
-        batches: sequences of the requests to come; positions: the most that a prompt and its new tokens will
-        have. Sampling and end tokens are those of the requests, but for the seed. Raises InputError for more
+        batches: numbers of sequences of the coming requests. positions: most positions of a prompt with its
+        new tokens. sampling, end_tokens: as in the requests; the seed may differ. Raises InputError for more
         positions than the model has.
         """
         if positions > (most := self.decoder.config.max_positions):
             raise InputError(f"positions {positions}: the model has {most}; give so many or fewer")
         if self.capture is None:
             return
-        more = self.capture.cluster.num_ranks - 1  # where the first sequence's home is another rank
+        more = self.capture.cluster.num_ranks - 1  # the first home may be any rank
         sizes = (size for batch in batches for size in (batch, batch + more))
-        for size in sorted(sizes, reverse=True):  # the largest one's cache has room for the others
+        for size in sorted(sizes, reverse=True):  # the cache of the largest step has room for the others
             self._captured_step(size, positions, sampling, end_tokens)
 
     def capture_for(self, request: Request) -> "CapturedDecode":
-        """The captured step that serves `request`: one at hand, or a new one. Collective."""
+        """The captured step for `request`: an existing one that fits, or a new one. Collective."""
         assert self.capture is not None
         positions = max(len(prompt) for prompt in request.prompts) + request.max_new_tokens
         sequences = self.first_sequence % self.capture.cluster.num_ranks + len(request.prompts)
@@ -139,7 +139,7 @@ class Engine:
             self.captured.remove(found)
         else:
             if self.captured and not self.captured[0].has_room(sequences, positions):
-                self.captured.clear()  # their memory first
+                self.captured.clear()  # frees their memory first
             del self.captured[MOST_CAPTURED - 1 :]
             found = self.capture.make(*wanted, beside=self.captured[0] if self.captured else None)
             _log.warning(found.description)
@@ -147,7 +147,7 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Free the captured steps: NCCL does not let a group go while a graph holds its collectives."""
+        """Free the captured steps: NCCL cannot destroy a group while a graph holds its collectives."""
         self.captured.clear()
 
     def all_gather_object(self, mine: Item) -> list[Item]:

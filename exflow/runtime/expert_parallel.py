@@ -1,7 +1,7 @@
-"""What happens in an MoE layer, for each way to lay experts out over ranks: route, dispatch, experts, own.
+"""MoE layers of eager steps over several ranks: route, dispatch, run the experts, combine.
 
-Gates choose logical experts. The owner of a token turns them into physical slots, one for each choice, and
-every rank runs the slots that are its own: whatever the replicas, each choice is computed once.
+Gates choose logical experts. The owner of a token maps each choice to one slot (a physical expert), and every
+rank runs its own slots. So each choice is computed once, whatever the replicas.
 
 Shapes: T tokens at hand, D hidden, K choices, E experts, L MoE layers, G ranks.
 """
@@ -42,23 +42,23 @@ class PlanTables:
         return cls(serving.to(device), owners.to(device), plan.slots_per_rank)
 
     def hosts(self, slot_TK: Tensor) -> Tensor:
-        """The ranks that have these physical slots."""
+        """The rank that has each physical slot [T, K] int64."""
         return slot_TK // self.slots_per_rank
 
     def hosting(self, slot_TK: Tensor, num_ranks: int) -> Tensor:
-        """Whether each rank has one of a token's physical slots [T, G] bool."""
+        """Mask [T, G] bool: True if a rank has one of a token's physical slots."""
         hosts_TG = torch.zeros(len(slot_TK), num_ranks, dtype=torch.bool, device=slot_TK.device)
         return hosts_TG.scatter_(1, self.hosts(slot_TK), True)
 
     def local(self, slot_TK: Tensor, rank: int) -> Tensor:
-        """Of these physical slots those of `rank`, counted from its first; ELSEWHERE for the others."""
+        """Slots [T, K] of `rank` counted from its first one; ELSEWHERE for slots of other ranks."""
         return (slot_TK - rank * self.slots_per_rank).where(self.hosts(slot_TK) == rank, ELSEWHERE)
 
 
 class Replicated:
-    """Every rank runs attention for every token; one all-reduce sums what the ranks' experts contribute.
+    """MoELayout in which every rank has every token; one all-reduce sums the ranks' partial sums.
 
-    Of an expert's replicas the one runs that serves the token's home.
+    If an expert has replicas, the one that serves the token's home runs.
     """
 
     def __init__(self, exchange: Exchange, tables: PlanTables) -> None:
@@ -78,10 +78,10 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Everything about the tokens at hand, and what travels in a dispatch.
+    """The tokens at hand, with all fields that travel in a dispatch.
 
-    hidden_TD is the residual stream before the layer (the receiver repeats the norm); slot_TK the physical
-    slots that serve the token; owner_T the rank that holds the token after the layer.
+    hidden_TD: the residual stream before the layer (the receiver repeats the norm). slot_TK: the physical
+    slots that serve a token. owner_T: the rank that owns a token after the layer.
     """
 
     hidden_TD: Tensor
@@ -93,11 +93,11 @@ class Tokens:
 
     @property
     def key_T(self) -> Tensor:
-        """A number for each token, in the order of sequence and position."""
+        """Sort key of each token [T] int64, by sequence, then position."""
         return self.sequence_T << 32 | self.position_T
 
     def pack(self, take: Tensor) -> Tensor:
-        """The rows `take` as bytes."""
+        """The tokens with indices `take` as rows of bytes."""
         whole = torch.cat(
             [self.slot_TK, self.sequence_T[:, None], self.position_T[:, None], self.owner_T[:, None]], dim=1
         )
@@ -124,14 +124,14 @@ class Tokens:
 
 
 class ExpertParallel:
-    """One token, one owner: a token travels to its experts, and may stay where one of them lives.
+    """MoELayout in which each token has one owner: it travels to its experts, and may stay with one of them.
 
-    `group_size` ranks share the context of their sequences (a coherence group), so a token may be owned by
-    any of them: 1 is dispatch-combine, all ranks is the coherent strategy of ExFlow, the ranks of a node lie
-    between. Counts are never exchanged alone: with every dispatch travels how many tokens the sender owns and
-    how many of them each rank will, so every rank knows how many each rank owns. The capacity of the next
-    dispatch follows from that. The next owner of a token knows from its slots which ranks send it partial
-    sums.
+    The `group_size` ranks of a coherence group share the context of their sequences, so any of them may own
+    a token. A group of one rank is dispatch-combine, of a node's ranks node-coherent, of all ranks ExFlow's
+    coherent strategy. Counts are never exchanged alone: every dispatch carries how many tokens the sender
+    owns, and how many of them each rank will own. So every rank knows how many tokens each rank owns, from
+    which follows the capacity of the next dispatch. A token's next owner knows from its slots which ranks
+    send it partial sums.
     """
 
     def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
@@ -153,7 +153,7 @@ class ExpertParallel:
 
     @property
     def owned(self) -> list[int]:
-        """How many tokens each rank owns now; an upper bound until the first dispatch of the pass."""
+        """Number of tokens that each rank owns now; an upper bound until the first dispatch of the pass."""
         return self.history[-1]
 
     def moe(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
@@ -164,7 +164,10 @@ class ExpertParallel:
         return self.combine(here, partial_TD, local_TK, rows.phase)
 
     def routed(self, layer: MoE, hidden_TD: Tensor, rows: Rows) -> tuple[Tokens, Tensor]:
-        """My tokens with their slots and next owners, and whether each rank serves them [T, G]."""
+        """Route this rank's tokens. Returns them with slots and next owners, and the ranks that serve them.
+
+        The second result is a mask [T, G] bool.
+        """
         routing = layer.route(layer.norm(hidden_TD), rows)
         slot_TK = self.tables.serving_slot[self.rank, layer.index][routing.expert_TK]
         hosts_TG = self.tables.hosting(slot_TK, self.num_ranks)
@@ -173,10 +176,11 @@ class ExpertParallel:
         return mine, hosts_TG
 
     def choose_owners(self, layer: int, expert_TK: Tensor, hosts_TG: Tensor, sequence_T: Tensor) -> Tensor:
-        """Which rank owns a token next [T], of the ranks that serve it.
+        """Next owner of each token [T] int64.
 
-        Of the hosts inside the home's coherence group the one likeliest to host the next experts, the lowest
-        rank among equals; without such a host the token stays where it is.
+        It is the rank most likely to host the token's next experts, among the ranks that serve the token now
+        and are in its home's coherence group; the lowest such rank among equals. Without any such rank the
+        token stays on this one.
         """
         ranks_G = torch.arange(self.num_ranks, device=expert_TK.device)
         home_T = sequence_T % self.num_ranks
@@ -187,8 +191,10 @@ class ExpertParallel:
         return best_T.where(candidates_TG.any(dim=1), self.rank)
 
     def dispatch(self, layer: int, mine: Tokens, to_TG: Tensor) -> Tokens:
-        """Send each of my tokens to every other rank that it is to go to; returns mine, then the received
-        ones."""
+        """Send this rank's tokens to the other ranks marked in to_TG [T, G] bool.
+
+        Returns `mine` followed by the received tokens.
+        """
         away_TG = to_TG.clone()
         away_TG[:, self.rank] = False
         token_N, dest_N = away_TG.nonzero(as_tuple=True)
@@ -199,13 +205,16 @@ class ExpertParallel:
             packed, dest_N, [len(mine.owner_T), *owners], capacity, mine.hidden_TD[:1].nbytes
         )
         owned, *next_owned = zip(*arrived.notes, strict=True)
-        self.history[-1] = list(owned)  # of the ranks whose sequences have ended it was too large
+        self.history[-1] = list(owned)  # it was an upper bound, too large if sequences have ended
         self.history.append([sum(of_senders) for of_senders in next_owned])
         self.estimator.observe(layer, owned, arrived.sent, arrived.came)
         return mine.and_received(arrived.rows_MB)
 
     def combine(self, here: Tokens, partial_TD: Tensor, local_TK: Tensor, phase: int) -> tuple[Tensor, Rows]:
-        """Bring partial sums to the tokens' owners; the rows I own are ordered by sequence and position."""
+        """Send partial sums to the tokens' next owners, which add them up.
+
+        Returns the rows that this rank owns, ordered by sequence and position.
+        """
         keep_T = here.owner_T == self.rank
         key_T = here.key_T
         order_T = torch.argsort(key_T[keep_T])
@@ -229,5 +238,5 @@ class ExpertParallel:
 
 
 def has_return(top_k: int, group_size: int, num_ranks: int) -> bool:
-    """False where it is certain that a token's only expert lives with its next owner."""
+    """True if partial sums may travel; False if a token's only expert is always on its next owner."""
     return top_k > 1 or group_size < num_ranks

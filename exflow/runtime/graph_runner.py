@@ -1,7 +1,6 @@
-"""The decode loop of one rank over a step of static shape: captured as one CUDA graph, replayed for every
-token.
+"""Graph runner: captures a decode step of static shape as one CUDA graph, and replays it for every token.
 
-On a CPU the same step runs without a graph, in Triton's interpreter: slow, for tests alone.
+On a CPU the step runs without a graph, in Triton's interpreter: slow, and only for tests.
 """
 
 import time
@@ -25,7 +24,7 @@ from exflow.comm.buffers import (
     words_of,
 )
 from exflow.comm.collectives import Counters
-from exflow.comm.transport import Transport
+from exflow.comm.transport_names import Transport
 from exflow.job.cluster import Cluster, CoherenceGroup, coherence_group
 from exflow.job.launch import LostContact
 from exflow.kernels.advance import NONFINITE_TOKEN
@@ -41,21 +40,21 @@ from exflow.runtime.kv_cache import KVCache, cache_shape
 from exflow.runtime.request import Observer, not_finite
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-POSITIONS = 256  # the room for positions is a multiple of it
+POSITIONS = 256  # the positions of a step are a multiple of this
 
 # torch 2.13 renamed it, and warns at every call of the older name
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def bucket(sequences: int, ranks: int) -> int:
-    """The batch that a request of so many sequences runs in, a multiple of the ranks."""
+    """Batch size in which a request of `sequences` sequences runs, a multiple of `ranks`."""
     enough = next((size for size in BUCKETS if size >= sequences), -(-sequences // 512) * 512)
     return -(-enough // ranks) * ranks
 
 
 @dataclass(frozen=True)
 class Capture:
-    """How the ranks of a job make their steps; every field but the decoder is the same on all of them."""
+    """Settings of a rank's captured steps; all but the decoder and the rank itself are equal on all ranks."""
 
     decoder: Decoder
     tables: PlanTables
@@ -66,7 +65,7 @@ class Capture:
 
     @property
     def returns(self) -> bool:
-        """Whether partial sums ever travel."""
+        """True if partial sums may travel between ranks."""
         ranks, top_k = self.cluster.num_ranks, self.decoder.config.top_k
         return ranks > 1 and (self.replicated or has_return(top_k, self.group_size, ranks))
 
@@ -79,15 +78,15 @@ class Capture:
         kind: type[DecodeStep] = DecodeStep,
         beside: "CapturedDecode | None" = None,
     ) -> "CapturedDecode":
-        """Allocate, compile and capture for at most so many sequences and positions. Collective.
+        """Allocate, compile and capture a step for up to `sequences` and `positions`. Collective.
 
-        beside: another step, whose K/V cache and working memory serve this one as well if `has_room`, since
+        beside: another step that `has_room`. The new step uses its K/V cache and working memory too, since
         only one of them runs at a time.
         """
         return CapturedDecode(self, self.shape(sequences, positions), sampling, end_tokens, kind, beside)
 
     def shape(self, sequences: int, positions: int) -> StepShape:
-        """Of the step for at most so many sequences and positions."""
+        """Shape of the step for up to `sequences` and `positions`."""
         cluster = self.cluster
         return StepShape(
             cluster.rank,
@@ -105,8 +104,10 @@ class Capture:
 
 
 class CapturedDecode:
-    """One bucket's step and the K/V cache it reads: `begin` a request, `advance` step by step, read the
-    results."""
+    """The captured step of one bucket, and its K/V cache.
+
+    Use: `begin` a request, `advance` once a step, then read `chosen` and `counters`.
+    """
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class CapturedDecode:
         config, weight = decoder.config, decoder.embedding.weight
         one_sided = capture.transport != "collective"
         shares = not shape.replicated and shape.group_size > 1
-        in_place = one_sided and shape.group_size <= len(shape.peers)  # the group's caches can be written to
+        in_place = one_sided and shape.group_size <= len(shape.peers)  # can write to the group's caches
         alone = local_memory(weight.device)
         peers = symmetric_memory(cluster) if one_sided and shape.num_ranks > 1 else alone
         size = capture.cache_size(shape)
@@ -131,7 +132,7 @@ class CapturedDecode:
         self.cache = self.memory.own.view(weight.dtype)[: size.numel()].view(size)
         share = None
         if shares and not in_place:
-            # no method of this object: a cycle would keep the graph from being freed
+            # not a method: a reference cycle would keep the graph from being freed
             share = partial(_gather_new_kv, coherence_group(cluster, shape.group_size), cluster)
         self.step = kind(
             decoder,
@@ -139,7 +140,7 @@ class CapturedDecode:
             capture.tables,
             self._buffers(config, one_sided, peers),
             self._caches(self.memory.bases, in_place and shares),
-            replace(sampling, seed=0),  # a request brings its own
+            replace(sampling, seed=0),  # each request has its own seed
             end_tokens,
             decoder.replay,
             one_sided,
@@ -150,7 +151,7 @@ class CapturedDecode:
 
     @property
     def description(self) -> str:
-        """One line for whoever waits for the capture."""
+        """One line about the capture, for the log."""
         shape, transport = self.shape, self.capture.transport
         return (
             f"decode step captured in {self.capture_s:.1f} s ({transport}): {shape.sequences} sequences of "
@@ -165,12 +166,12 @@ class CapturedDecode:
         return collective_buffers(self.shape, config.top_k, row, self.capture.returns, self.cache.device)
 
     def _caches(self, bases: list[int], shared: bool) -> list[int]:
-        """Addresses of the caches that new keys and values go to: the group's, or this rank's alone."""
+        """Addresses of the caches that get new keys and values: the group's, or only this rank's."""
         first = self.shape.rank // self.shape.group_size * self.shape.group_size
         return bases[first : first + self.shape.group_size] if shared else [self.cache.data_ptr()]
 
     def _captured(self, beside: "CapturedDecode | None") -> torch.cuda.CUDAGraph:
-        """The step as a graph. The steps before it, in which no token is owned, compile the kernels."""
+        """Capture the step as a graph. Two steps before, in which no token is owned, compile the kernels."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -185,24 +186,33 @@ class CapturedDecode:
         return graph
 
     def use_tables(self, tables: PlanTables) -> None:
-        """Those of another placement with as many slots, in the step's memory: the graph stays as it is."""
+        """Switch to another placement with the same number of slots.
+
+        Tables are copied into the captured buffers, so the graph is not captured again.
+        """
         self.capture = replace(self.capture, tables=tables)
         self.step.tables.use(tables)
 
     def run(self) -> None:
-        """The step without the graph."""
+        """Run the step without the graph."""
         for _ in self.step.run():
-            pass  # other ranks are waited for by the kernels, or by the collective
+            pass  # kernels or collectives wait for other ranks
 
     def kv_cache(self, first_sequence: int) -> KVCache:
-        """The cache for a request whose first sequence has this id; padding has ids too, of no sequence."""
+        """The cache of a request; padding rows have ids of no sequence.
+
+        first_sequence: id of the request's first sequence.
+        """
         return KVCache(self.cache, self.shape.sequence_ids(first_sequence))
 
     def begin(
         self, first_sequence: int, lengths: list[int], token_T: Tensor, rows: Rows, seed: int = 0
     ) -> None:
-        """Take over a request after its prompts, `lengths` tokens each: token_T are the newest ones here,
-        `seed` is of the samples to come."""
+        """Begin to decode a request after its prompts. Collective.
+
+        lengths: tokens of each prompt. token_T, rows: the newest tokens of this rank [T]. seed: seed of the
+        samples.
+        """
         id_M = self.shape.sequence_ids(first_sequence)
         length_M = torch.tensor([*lengths, 0])[(id_M - first_sequence).clamp(-1, len(lengths))]
         place_T = torch.searchsorted(id_M, rows.sequence_T.cpu())
@@ -212,32 +222,32 @@ class CapturedDecode:
         self._meet()
 
     def _meet(self) -> None:
-        """No rank begins before all are ready: a step writes into the others' memory."""
+        """Wait until all ranks are ready, since a step writes into the memory of other ranks."""
         if self.shape.num_ranks > 1:
             if self.cache.device.type == "cuda":
                 torch.cuda.synchronize()
             dist.barrier()
 
     def advance(self) -> None:
-        """One step."""
+        """Run one step."""
         if self.graph is not None:
             self.graph.replay()
         else:
             self.run()
 
     def serves(self, sequences: int, positions: int, sampling: Sampling, end_tokens: tuple[int, ...]) -> bool:
-        """Whether this is the step that `Capture.make` would make, or one with more room for positions."""
+        """True if this step equals the one that `Capture.make` would make, or has more positions."""
         wanted, step = self.capture.shape(sequences, positions), self.step
         room = wanted == replace(self.shape, positions=wanted.positions) and positions <= self.shape.positions
         return room and (step.sampling, step.end_tokens) == (replace(sampling, seed=0), end_tokens)
 
     def has_room(self, sequences: int, positions: int) -> bool:
-        """Whether the K/V cache can be that of a step for so many."""
+        """True if the K/V cache is large enough for a step of `sequences` and `positions`."""
         wanted = self.capture.cache_size(self.capture.shape(sequences, positions))
         return wanted.numel() * self.cache.dtype.itemsize <= self.memory.own.nbytes
 
     def report(self, observe: Observer | None, listeners: list[RoutingListener]) -> None:
-        """Tell what the latest step did: the routing of each layer, the logits of each choice."""
+        """Pass the latest step's routing to the listeners, and its logits to `observe`."""
         state, outputs = self.step.state, self.step.outputs
         position_M = state.position - 1
         routing = zip(outputs.routing, outputs.routing_weight, strict=True)
@@ -257,8 +267,10 @@ class CapturedDecode:
             observe(Rows(state.sequence[here], position_M[here], DECODE), self.step.logits[here])
 
     def check(self) -> None:
-        """Raise LostContact if this rank waited for another one in vain, and WrongResult for a token chosen
-        here from logits that are not finite."""
+        """Raise LostContact if another rank's flag did not come in time.
+
+        Raises WrongResult if a token was chosen here from logits that are NaN or infinite.
+        """
         if number := int(self.step.state.progress.failed):
             raise LostContact(f"no word from another rank in exchange {number} of the decode steps")
         if len(wrong := (self.step.outputs.chosen == NONFINITE_TOKEN).nonzero()):
@@ -266,14 +278,14 @@ class CapturedDecode:
             raise not_finite(int(self.step.state.number[row]), step + 1)
 
     def all_ended(self) -> bool:
-        """Whether no rank owns a token any more; collective."""
+        """True if no rank owns a token any more. Collective."""
         left = self.step.state.owned.sum()
         if self.shape.num_ranks > 1:
             dist.all_reduce(left)
         return not left.item()
 
     def chosen(self, steps: int) -> list[tuple[int, int, int]]:
-        """(row of the request, position, token) of every choice made here in the first `steps` steps."""
+        """(number of the sequence in the request, position, token) of each choice here in `steps` steps."""
         token = self.step.outputs.chosen[:steps].cpu()
         step, row = (token >= 0).nonzero(as_tuple=True)
         state = self.step.state
@@ -284,7 +296,7 @@ class CapturedDecode:
         return list(places)
 
     def counters(self, steps: int) -> Counters:
-        """What this rank sent since `begin`."""
+        """Messages and bytes that this rank sent in the `steps` steps since `begin`."""
         shape, config, outputs = self.shape, self.capture.decoder.config, self.step.outputs
         layers = len(config.moe_layer_ids)
         if shape.num_ranks == 1:
@@ -299,7 +311,7 @@ class CapturedDecode:
         tokens = int(outputs.attended.sum())
         kv = tokens * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
         hidden = config.hidden_size * self.cache.dtype.itemsize
-        counted = slice(1 if shape.relayed else 2)  # between nodes chunks go, full or not
+        counted = slice(1 if shape.relayed else 2)  # between nodes whole chunks travel
         moved = sum(dispatch[counted]) * (hidden + 4 * words_of(config.top_k))
         moved += sum(returned[counted]) * (hidden + 4) + (0 if self.step.share else kv)
         exchanges = (2 if self.capture.returns else 1) * (2 if shape.relayed else 1)
@@ -318,21 +330,20 @@ class CapturedDecode:
         )
 
     def _wire(self, steps: int, moved: int) -> int:
-        """Bytes that left this rank: those of rows written to others, and what collectives carry, full or
-        not."""
+        """Bytes that left this rank. moved: bytes written to peers; collectives add whole chunks."""
         exchanges = self.step.buffers.exchanges
         if self.shape.replicated:
-            exchanges = exchanges[1:]  # every rank gates every token
+            exchanges = exchanges[1:]  # no dispatch: every rank gates every token
         if self.capture.transport == "collective":
             moved, a_layer = 0, sum(each.chunk for each in exchanges) * (self.shape.num_ranks - 1)
         else:
             a_layer = sum(each.off_node.wire_bytes for each in exchanges if each.off_node)
-        new_kv = self.step.work.new_kv.nbytes * (self.shape.group_size - 1)  # none where caches are shared
+        new_kv = self.step.work.new_kv.nbytes * (self.shape.group_size - 1)  # empty if caches are shared
         return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + new_kv)
 
 
 def _gather_new_kv(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:
-    """Give the members the step's new keys and values by one all-gather, where memory is not shared."""
+    """Give the step's new keys and values to the group by all-gather, if its caches cannot be written to."""
     members, new_kv, owned = len(group.ranks), step.work.new_kv, step.work.new_kv_owned
     everyone = new_kv.new_empty(members, *new_kv.shape)
     owners = owned.new_empty(members, *owned.shape)

@@ -1,9 +1,9 @@
 """Expert parallelism over several nodes with one message per token and remote node.
 
-A token whose experts are on ranks of another node goes there once, to the rank with the owner's place in its
-node (the token's relay there), which passes it on inside the node. Partial sums come back the same way: the
-ranks of a node give theirs to the relay, which sends their sum to the next owner. In its own node the owner
-is the relay. Four exchanges a layer instead of two, two of them inside nodes.
+A token with experts on another node goes there once, to the rank with the owner's place (the token's relay
+there), which passes it on inside the node. Partial sums take the way back: the ranks of a node send theirs to
+the relay, which sends their sum to the next owner. In its own node the owner is the relay. A layer has four
+exchanges instead of two; two of them are inside nodes.
 
 Shapes: T tokens at hand, P of them relayed here (or owned), D hidden, G ranks, R ranks of a node.
 """
@@ -19,10 +19,10 @@ from exflow.runtime.expert_parallel import ExpertParallel, PlanTables, Tokens
 
 
 class HierarchicalParallel(ExpertParallel):
-    """ExpertParallel whose tokens travel by relays; owners are chosen alike.
+    """ExpertParallel whose tokens travel by relays; owners are chosen as without relays.
 
-    No counts are exchanged here either: a relay knows from a token's slots who will answer it, and the next
-    owner, wherever the token came from, which relays will.
+    No counts are exchanged here either. A token's slots tell its relay which ranks send it partial sums, and
+    tell the next owner which relays send it sums.
     """
 
     def __init__(self, exchange: Exchange, tables: PlanTables, group_size: int) -> None:
@@ -51,23 +51,24 @@ class HierarchicalParallel(ExpertParallel):
         return self.bring_home(here, partial_TD, relay_T, len(relayed.owner_T), rows.phase)
 
     def relays(self, hosts_TG: Tensor) -> Tensor:
-        """[T, G] bool: whether a rank is the relay of my token in a node that serves it."""
+        """Mask [T, G] bool: True if a rank is the relay of this rank's token in a node that serves it."""
         relays_TG = torch.zeros_like(hosts_TG)
         relays_TG[:, self.place :: self.per_node] = hosts_TG.unflatten(1, (-1, self.per_node)).any(dim=2)
         return relays_TG
 
     def pass_on(self, layer: int, relayed: Tokens) -> tuple[Tokens, Tensor, list[int]]:
-        """Give the tokens at hand to the other ranks of this node that serve them.
+        """Send the tokens at hand to the other ranks of this node that serve them.
 
-        Returns them followed by the received ones, for each of these the place of its sender, and how
-        many tokens each rank of the node will answer: all it was given but those that it owns next.
+        Returns the tokens followed by the received ones; the place of the sender of each received token; and
+        how many partial sums each rank of the node will send: one for each token given to it, except the
+        tokens that it owns next.
         """
         inside = slice(self.first, self.first + self.per_node)
         hosts_TR = self.tables.hosting(relayed.slot_TK, self.num_ranks)[:, inside]
         hosts_TR[:, self.place] = False
         token_N, dest_N = hosts_TR.nonzero(as_tuple=True)
         packed = relayed.pack(token_N)
-        owned = self.history[-2]  # before this layer; those with a relay here have their owners in its place
+        owned = self.history[-2]  # before this layer; a relay serves the owners at its place
         most = [sum(owned[place :: self.per_node]) for place in range(self.per_node)]
         capacity = self.estimator_inside.capacity(layer, most, packed.shape[1])
         arrived = self.inside.dispatch(packed, dest_N, [], capacity, relayed.hidden_TD[:1].nbytes)
@@ -79,8 +80,7 @@ class HierarchicalParallel(ExpertParallel):
         return relayed.and_received(arrived.rows_MB), senders, answers
 
     def collect(self, here: Tokens, partial_TD: Tensor, senders: Tensor, answers: list[int]) -> None:
-        """Send the partial sums of received tokens to their senders; add the arriving ones to what I
-        relay."""
+        """Send partial sums of received tokens to their relays; add arriving ones to the relayed tokens."""
         relayed = len(here.owner_T) - len(senders)
         back_N = (here.owner_T[relayed:] != self.rank).nonzero()[:, 0]
         rows_NB = pack(partial_TD[relayed:][back_N], here.key_T[relayed:][back_N, None])
@@ -91,12 +91,13 @@ class HierarchicalParallel(ExpertParallel):
     def bring_home(
         self, here: Tokens, partial_TD: Tensor, relay_T: Tensor, relayed: int, phase: int
     ) -> tuple[Tensor, Rows]:
-        """Send the sums of what I relayed to the tokens' owners; the rows I own, by sequence and position.
+        """Send the sums of relayed tokens to the tokens' next owners, which add them up.
 
-        relay_T: the place, in every node, of a token's relays.
+        Returns the rows that this rank owns, ordered by sequence and position. relay_T: the place of a
+        token's relays in every node. relayed: number of tokens relayed here, which come first.
         """
         hosts_TNR = self.tables.hosting(here.slot_TK, self.num_ranks).unflatten(1, (-1, self.per_node))
-        # a relay has something to say unless the owner alone serves the token in its node
+        # a relay sends a sum unless only the owner serves the token in its node
         others_TNR = (
             hosts_TNR.flatten(1).scatter(1, here.owner_T[:, None], False).unflatten(1, hosts_TNR.shape[1:])
         )
@@ -121,6 +122,6 @@ class HierarchicalParallel(ExpertParallel):
 
 
 def add_by_key(sums_TD: Tensor, key_T: Tensor, added_MD: Tensor, key_M: Tensor) -> None:
-    """Add rows to those of the same key, in place; every key of key_M is in key_T, once there."""
+    """Add each row of added_MD to the row of sums_TD with its key, in place; keys in key_T are unique."""
     sorted_T, order_T = key_T.sort()
     sums_TD.index_add_(0, order_T[torch.searchsorted(sorted_T, key_M)], added_MD)

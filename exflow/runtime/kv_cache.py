@@ -1,4 +1,4 @@
-"""Keys and values of the sequences whose context this rank holds, and sharing new ones within its group.
+"""K/V cache of the sequences whose context this rank holds, and sharing of new entries in its group.
 
 Shapes: T tokens, H query heads, J key/value heads, C head width, P positions, N sequences held, W = 2 J C.
 """
@@ -19,7 +19,7 @@ from exflow.model.decoder import Attention, Rows
 
 @dataclass(frozen=True)
 class NewKV:
-    """Keys and values side by side, [T, W], and where they belong."""
+    """New keys and values side by side [T, W]; layer, sequence id and position of each row [T] int64."""
 
     layer_T: Tensor
     sequence_T: Tensor
@@ -28,9 +28,9 @@ class NewKV:
 
 
 class KVCache:
-    """`values[layer, side, n, :, p]` are keys (side 0) or values (1) of position p of the n-th sequence held.
+    """Keys (side 0) and values (1): `values[layer, side, n, :, p]` for position p of the n-th sequence held.
 
-    [layers, 2, N, J, P, C]: what a head reads lies in one piece.
+    The layout [layers, 2, N, J, P, C] makes the memory that a head reads contiguous.
     """
 
     def __init__(self, values: Tensor, held: Tensor) -> None:
@@ -52,14 +52,14 @@ class KVCache:
             self.values[new.layer_T, side, place_T, :, new.position_T] = kv_T2JC[:, side]
 
     def append(self, layer: int, k_TJC: Tensor, v_TJC: Tensor, rows: Rows) -> "NewKV":
-        """Write one layer's new keys and values; returned in the form in which they are shared."""
+        """Write one layer's new keys and values; returns them in the form in which they are shared."""
         kv_TW = torch.stack([k_TJC, v_TJC], dim=1).flatten(1)
         new = NewKV(torch.full_like(rows.sequence_T, layer), rows.sequence_T, rows.position_T, kv_TW)
         self.write(new)
         return new
 
     def read(self, layer: int, sequence_T: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of each token's sequence, [T, J, length, C]."""
+        """Keys and values of each token's sequence, [T, J, length, C] each."""
         place_T = torch.searchsorted(self.held, sequence_T)
         keys, values = self.values[layer, :, place_T, :, :length]
         return keys, values
@@ -71,7 +71,7 @@ def cache_shape(config: ModelConfig, sequences: int, positions: int) -> tuple[in
 
 @dataclass
 class KVSharing:
-    """Gives the other members of the coherence group this rank's new keys and values, in the background."""
+    """Sends new keys and values to the other members of this rank's coherence group, in the background."""
 
     cache: KVCache
     exchange: Exchange
@@ -79,7 +79,7 @@ class KVSharing:
     pending: PendingGather | None = None
 
     def start(self, new_kv: list[NewKV], counts: list[int]) -> None:
-        """Begin to share the new keys and values; member i of the group has counts[i] rows."""
+        """Start to share new keys and values; member i of the group has counts[i] rows."""
         self.finish()
         kv_TW = torch.cat([new.kv_TW for new in new_kv])
         places = [torch.stack([new.layer_T, new.sequence_T, new.position_T], dim=1) for new in new_kv]
@@ -87,7 +87,7 @@ class KVSharing:
         self.pending = self.exchange.start_gather(packed, counts, self.group, kv_TW[:1].nbytes)
 
     def finish(self) -> None:
-        """Wait for what is under way and write it to the cache."""
+        """Wait for the pending gather, if any, and write its keys and values to the cache."""
         if self.pending is None:
             return
         width = 2 * self.cache.values.shape[3] * self.cache.values.shape[5]
@@ -99,10 +99,10 @@ class KVSharing:
 
 @dataclass
 class PrefillAttention:
-    """AttentionContext of whole prompts: rows are sequences one after the other, `lengths` tokens each.
+    """AttentionContext of whole prompts: rows are sequences one after the other.
 
-    With a `sharing`, the group's members get each layer's keys and values as soon as it is done;
-    `group_tokens` are the prompt tokens of each member.
+    lengths: tokens of each sequence. sharing: gives each layer's keys and values to the group at once; None
+    means no group. group_tokens: number of prompt tokens of each member of the group.
     """
 
     cache: KVCache
@@ -125,8 +125,8 @@ class PrefillAttention:
 class DecodeAttention:
     """AttentionContext of one decode step: each row is the newest token of its sequence.
 
-    length: positions to look at, an upper bound over all sequences. `new_kv` collects the step's new keys and
-    values, to be shared with the group; `before` is called with this and the number of each layer to come.
+    length: number of cached positions to read, an upper bound over all sequences. before: called before each
+    layer with this object and the layer's number. new_kv: the step's new keys and values so far.
     """
 
     cache: KVCache

@@ -1,4 +1,4 @@
-"""What an engine is asked to generate, and what it returns."""
+"""Requests to an engine, and their results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from exflow.model.decoder import Rows
 from exflow.model.sampling import GREEDY, Sampling
 
 Observer = Callable[[Rows, Tensor], None]
-"""Is told the rows and the logits [T, V] of every choice of tokens."""
+"""Called with the rows and logits [T, V] of every choice of tokens."""
 
 Advance = Callable[[int, int], None]
-"""Is told the tokens that are done, and those that will be at most."""
+"""Called with the number of new tokens of each sequence so far, and its maximum."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: token ids of each prompt, how many new tokens, how to choose them, which end one."""
+    """A batch of prompts to continue. prompts: token ids. end_tokens: ids of tokens that end a sequence."""
 
     prompts: list[list[int]]
     max_new_tokens: int
@@ -30,9 +30,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """The new tokens of each prompt, and what it took: seconds, decode steps, the job's counted traffic.
+    """The new tokens of each prompt, with times in seconds, decode steps, and the job's counted traffic.
 
-    `prefill` and `decode` are sums over ranks (collectives: as every rank took part in them).
+    prefill, decode: counters summed over ranks; collectives count once, since all ranks take part.
     """
 
     tokens: list[list[int]]
@@ -44,7 +44,7 @@ class Generation:
 
     @property
     def decoded_tokens(self) -> int:
-        """New tokens that a decode step made; each sequence's first one comes out of prefill."""
+        """Number of new tokens from decode steps; the first one of each sequence comes from prefill."""
         return sum(len(tokens) - 1 for tokens in self.tokens)
 
     @property

@@ -1,8 +1,8 @@
-"""The buffers of a decode step on one rank, by how long they live, and the sizes its kernels are cut into.
+"""The buffers of a decode step on one rank, grouped by lifetime, and the tiling of its kernels.
 
 Shapes: B sequences of the batch, M rows of this rank, D hidden, K choices, S slots of this rank, E experts,
 G ranks, L MoE layers, H query heads, C head width, F inner width. A captured graph holds the addresses of
-all buffers: they are written in place, and never replaced.
+all buffers: they are written in place and never replaced.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ from exflow.model.decoder import Experts
 from exflow.model.rotary import Rotary
 from exflow.runtime.expert_parallel import PlanTables
 
-MANY_ROWS = 96  # of a slot, in the mean: torch's grouped GEMM is faster than ours from there on
-MULTIPROCESSORS = 132  # of an H100 or H200
+MANY_ROWS = 96  # mean rows of a slot from which torch's grouped GEMM is faster than ours
+MULTIPROCESSORS = 132  # SMs of an H100 or H200
 
 
 def geometry_of(
     config: ModelConfig, shape: StepShape, slots: int, one_sided: bool, device: torch.device
 ) -> Geometry:
-    """The constants of the exchanging kernels, for a rank with so many slots."""
+    """Constants of the exchange kernels. slots: number of physical experts of this rank."""
     return Geometry(
         rank=shape.rank,
         num_ranks=shape.num_ranks,
@@ -50,7 +50,7 @@ def geometry_of(
 
 
 def weights_of(experts: Experts, config: ModelConfig) -> ExpertWeights:
-    """A layer's experts as the kernels take them."""
+    """Weights of a layer's experts, as operands of the kernels."""
     return ExpertWeights(
         w_in=experts.w_in,
         w_out=experts.w_out,
@@ -64,10 +64,10 @@ def weights_of(experts: Experts, config: ModelConfig) -> ExpertWeights:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; results depend on it by rounding alone.
+    """Tiling of the kernels; results depend on it only by rounding.
 
     up, down: tiles of the experts' two products. grouped_gemm: rows are permuted for torch's grouped GEMM
-    instead. attention_splits: parts in which the past is read.
+    instead. attention_splits: number of parts in which the K/V cache is read.
     """
 
     up: Tiles
@@ -90,7 +90,7 @@ class Tuning:
 
 
 def _attention_splits(config: ModelConfig, shape: StepShape) -> int:
-    """In how many parts to read the past, so that few sequences with a long one fill the GPU."""
+    """Number of parts in which to read the K/V cache, so that few long sequences fill the GPU."""
     owned = shape.rows if shape.replicated else triton.cdiv(shape.sequences, shape.num_ranks)
     wanted = triton.cdiv(MULTIPROCESSORS, owned * config.num_kv_heads)
     sensible = triton.cdiv(shape.positions, 128)
@@ -99,12 +99,12 @@ def _attention_splits(config: ModelConfig, shape: StepShape) -> int:
 
 @dataclass(frozen=True)
 class Tables:
-    """What stays the same from step to step, unless another placement takes over.
+    """Constants of a step, until another placement takes over.
 
-    serving [L, G, E] int32: the physical slot that serves an expert, by the rank that asks. next_owner [L, E,
-    G] int32, per mille. caches [members] int64: addresses of the K/V caches that new keys and values go to.
-    end_tokens [ends + 1] int64: the tokens that end a sequence, and -1. cos_sin [positions, C / 2] float32
-    each, of a model with rotary positions.
+    serving [L, G, E] int32: the physical slot that serves an expert for each rank. next_owner [L, E, G]
+    int32: score of each rank as next owner, per mille. caches [members] int64: addresses of the K/V caches to
+    which new keys and values are written. end_tokens [ends + 1] int64: the tokens that end a sequence, and
+    -1. cos_sin [positions, C / 2] float32 each: cosines and sines of rotary positions, if the model has them.
     """
 
     serving: Tensor
@@ -136,18 +136,18 @@ class Tables:
         )
 
     def use(self, plan: PlanTables) -> None:
-        """Take another placement with as many slots."""
+        """Copy in the tables of another placement with the same number of slots."""
         self.serving.copy_(plan.serving_slot.transpose(0, 1))
         self.next_owner.copy_(plan.next_owner)
 
 
 @dataclass(frozen=True)
 class State:
-    """What a step takes over from the one before.
+    """State that a step takes over from the one before.
 
-    Of each row [M] int64: its sequence's id, the prompt's number in the request, its newest token, that
-    token's position, and the row of a replayed trace that dictates its experts. owned [M] int32: 1 where this
-    rank runs the row. seed [] int64: of the request's samples.
+    sequence, number, token, position, dictated_row [M] int64: each row's sequence id, its prompt's number in
+    the request, its newest token, that token's position, and the row of a replayed trace that dictates its
+    experts. owned [M] int32: 1 if this rank owns the row. seed [] int64: seed of the request's samples.
     """
 
     progress: Progress
@@ -181,13 +181,14 @@ class State:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a layer works in.
+    """Buffers for intermediate results of a layer.
 
-    hidden, normed [M, D]: the residual stream, and the norm of it that comes next. attended [M, H, C]: the
-    output of attention; sums [M, H, splits, C] and peaks [M, H, splits, 2] float32: of parts of the past.
-    inner [B * K, F]: the activated first product of each pair. permuted: rows for torch's grouped GEMM.
-    partials [splits, B * K, D] float32: the weighted outputs of experts. new_kv [layers, M, kv width] and
-    new_kv_owned [layers, M] int32: for `share`, without layers where there is none.
+    hidden, normed [M, D]: the residual stream, and its norm for the next block. attended [M, H, C]: the
+    output of attention. sums [M, H, splits, C] and peaks [M, H, splits, 2] float32: partial results of
+    attention over parts of the K/V cache. inner [B * K, F]: the activated first product of each pair of row
+    and slot. permuted: rows for torch's grouped GEMM. partials [splits, B * K, D] float32: the weighted
+    outputs of experts. new_kv [layers, M, kv width] and new_kv_owned [layers, M] int32: operands of `share`,
+    with 0 layers if there is none.
     """
 
     hidden: Tensor
@@ -251,12 +252,12 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the host reads after steps.
+    """Results that the host reads after steps.
 
-    Of the latest step: routing [L, M, K] int32, -1 for rows not owned, and routing_weight [L, M, K] float32.
-    Since the request began: done [1] int64, the steps run; chosen [positions, M] int64, their tokens, -1
-    where the row was not owned; and int32 counters: dispatched [M, 2] and returned [B, 2], copies to ranks of
-    this node and of others; passed [B], copies as a relay; attended [M], tokens that attention ran for.
+    Latest step: routing [L, M, K] int32, -1 for rows not owned; routing_weight [L, M, K] float32.
+    Since the request began: done [1] int64, number of steps run; chosen [positions, M] int64, their tokens,
+    -1 if the row was not owned; int32 counters dispatched [M, 2] and returned [B, 2], copies sent to ranks of
+    this node and of other nodes; passed [B], copies sent as a relay; attended [M], tokens with attention.
     """
 
     routing: Tensor
@@ -287,7 +288,7 @@ class Outputs:
         )
 
     def clear(self) -> None:
-        """Begin a request."""
+        """Reset all results for a new request."""
         self.chosen.fill_(-1)
         for count in (self.done, self.dispatched, self.returned, self.passed, self.attended):
             count.zero_()

@@ -1,4 +1,4 @@
-"""Which tokens a rank runs, whose context it keeps, and what it shares: the strategies of a job.
+"""Strategies of a job: the tokens that a rank runs, and the contexts that it keeps and shares.
 
 A single process and `replicated` run every token on every rank (`AllTokens`); `dispatch-combine`, `coherent`
 and `node-coherent` are one strategy, `OwnedTokens`, with coherence groups of 1, all, or a node's ranks.
@@ -22,38 +22,38 @@ from exflow.runtime.kv_cache import DecodeAttention, KVCache, KVSharing, Prefill
 
 
 class RankStrategy(Protocol):
-    """One request's life: `prefill` once, then for every decode step `step` and `share`."""
+    """Strategy of one rank. A request calls `prefill` once, then `step` and `share` for every decode step."""
 
     @property
     def exchange(self) -> Exchange | None:
         """The job's collectives; None in a single process."""
 
     def admits(self, sequence_N: Tensor) -> Tensor:
-        """Which of the sequences start on this rank [N] bool."""
+        """Mask [N] bool: True for sequences whose prompts this rank runs."""
 
     def holds(self, sequence_N: Tensor) -> Tensor:
-        """Of which sequences this rank keeps the context [N] bool."""
+        """Mask [N] bool: True for sequences whose context this rank keeps."""
 
     def prefill(
         self, cache: KVCache, sequence_N: Tensor, lengths: list[int]
     ) -> tuple[AttentionContext, MoELayout]:
-        """The collaborators of the prompts' forward pass; `lengths` of all prompts, admitted here or not."""
+        """Attention context and MoE layout of the prompts' forward pass. lengths: tokens of all prompts."""
 
     def step(self, cache: KVCache, length: int) -> tuple[DecodeAttention, MoELayout]:
-        """The collaborators of a decode step that looks at `length` positions."""
+        """Attention context and MoE layout of a decode step that reads `length` positions."""
 
     def share(self, attention: DecodeAttention) -> None:
-        """After a step: begin to give other ranks the context they must hold."""
+        """Start to share a step's new keys and values with the ranks that keep their context."""
 
     def finish_sharing(self) -> None:
-        """Wait for what other ranks gave, if a step that is not run by `step` is to see it."""
+        """Wait for shared keys and values; needed before a captured step, which does not call `step`."""
 
     def idle(self, rows: Rows) -> bool:
-        """After a pass: whether no rank had a token in it. All ranks answer alike."""
+        """True if no rank had a token in the latest pass; equal on all ranks."""
 
 
 class AllTokens:
-    """Every rank runs every token: a single process, or `replicated` with a layout that sums over ranks."""
+    """Strategy in which every rank runs every token: a single process, or `replicated`."""
 
     def __init__(self, layout: MoELayout, exchange: Exchange | None) -> None:
         self.layout = layout
@@ -74,20 +74,21 @@ class AllTokens:
         return DecodeAttention(cache, length), self.layout
 
     def share(self, attention: DecodeAttention) -> None:
-        """Every rank has computed all of it."""
+        """Do nothing: every rank computes all keys and values."""
 
     def finish_sharing(self) -> None:
-        """Nothing was given."""
+        """Do nothing: no keys and values are shared."""
 
     def idle(self, rows: Rows) -> bool:
         return len(rows.sequence_T) == 0
 
 
 class OwnedTokens:
-    """Each token is run by its owner. A sequence's home is its id modulo the ranks; prompts run at home.
+    """Strategy in which a token's owner runs it. The home of a sequence is rank (id modulo ranks).
 
-    New keys and values of a layer are needed by the group a whole step later. Those of the first half of the
-    layers are shared while the second half runs, the others while the next step's first half does.
+    Prompts run at home. The group needs new keys and values of a layer one step later. Keys and values of the
+    first half of the layers are shared while the second half runs, the others during the next step's first
+    half.
     """
 
     def __init__(
@@ -107,10 +108,10 @@ class OwnedTokens:
         self.group = coherence_group(exchange.cluster, group_size) if group_size > 1 else None
         self.early: KVSharing | None = None
         self.late: KVSharing | None = None
-        # how many dispatches a step has made before each hidden layer's attention
+        # number of dispatches in a step before each hidden layer's attention
         self.dispatches_before = [bisect_left(moe_layer_ids, layer) for layer in range(layers)]
-        # where the second half begins: after a dispatch, since before it nobody knows which sequences ended;
-        # at 0 it is all of them
+        # first layer of the second half; after a dispatch, which tells which sequences have ended. 0 means
+        # that the second half is all layers
         halves = (layer for layer in range(layers // 2, layers) if self.dispatches_before[layer])
         self.middle = next(halves, 0)
 
@@ -139,14 +140,14 @@ class OwnedTokens:
         return attention, self.prefill_experts
 
     def step(self, cache: KVCache, length: int) -> tuple[DecodeAttention, MoELayout]:
-        self.decode_experts.begin(
-            self.decode_experts.owned
-        )  # sequences that ended since make it an upper bound
+        # an upper bound: sequences may have ended since
+        self.decode_experts.begin(self.decode_experts.owned)
         if self.early is None or self.late is None:
             return DecodeAttention(cache, length), self.decode_experts
         early, late = self.early, self.late
 
-        def before(attention: DecodeAttention, layer: int) -> None:  # held by it, so it holds none
+        # the attention is an argument: it holds this function, and a closure over it would be a cycle
+        def before(attention: DecodeAttention, layer: int) -> None:
             if layer == 0:
                 early.finish()
             if layer == self.middle:
@@ -170,7 +171,7 @@ class OwnedTokens:
         return sum(self.decode_experts.owned) == 0
 
     def _new_kv_counts(self, layers: range) -> list[int]:
-        """New keys and values of these layers in this step, counted for each member of the group."""
+        """Number of new K/V rows of these layers in this step, for each member of the group."""
         owned = [self.decode_experts.history[self.dispatches_before[layer]] for layer in layers]
         return self._in_group([sum(of_layer[rank] for of_layer in owned) for rank in range(self.num_ranks)])
 
@@ -184,7 +185,7 @@ def single_process() -> AllTokens:
 
 
 def strategy_named(name: str, num_nodes: int) -> Strategy | None:
-    """Raises InputError for an unknown strategy, or one that makes no sense on this number of nodes."""
+    """The strategy called `name`; None for `auto`. Raises InputError if it is unknown or needs more nodes."""
     if name not in (*Strategy, AUTO):
         raise InputError(f"strategy {name!r} is unknown; give {', '.join((*Strategy, AUTO))}")
     if name == AUTO:
@@ -195,9 +196,9 @@ def strategy_named(name: str, num_nodes: int) -> Strategy | None:
 
 
 def check_relays(topology: Topology, top_k: int, strategy: Strategy | None, device_type: str) -> None:
-    """Raises InputError where the transport `relayed` is impossible, or saves no message.
+    """Raise InputError if the transport `relayed` is impossible or useless.
 
-    On GPUs it does more than save messages: captured steps have fewer chunks.
+    For top-1 it saves no messages, but on GPUs captured steps have fewer chunks.
     """
     if topology.num_nodes == 1 or topology.gpus_per_node == 1:
         raise InputError(f"transport relayed: {topology} have no nodes of several ranks; give another")
@@ -215,7 +216,7 @@ def make_strategy(
     layers: int,
     hierarchical: bool = False,
 ) -> RankStrategy:
-    """The strategy called `name` for this rank of the job; every rank of it must call this."""
+    """Build the strategy `name` for this rank of the job. Collective."""
     cluster = exchange.cluster
     if name == Strategy.REPLICATED:
         return AllTokens(Replicated(exchange, tables), exchange)

@@ -1,4 +1,4 @@
-"""The routing trace of a job of several ranks: each saw a token only in the layers in which it owned it."""
+"""Routing trace of a job, merged from all ranks: a rank sees a token only in layers in which it owns it."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from exflow.runtime.engine import Engine
 
 @dataclass(frozen=True)
 class Decisions:
-    """What one rank saw: n routing decisions."""
+    """The n routing decisions that one rank has seen."""
 
     place: npt.NDArray[np.int64]  # [n, 4]: MoE layer, sequence, position, phase
     experts: npt.NDArray[np.int64]  # [n, top_k]
 
 
 class JobRecorder:
-    """Listens to this rank's routing; `trace` puts the ranks' parts together."""
+    """Records this rank's routing; `trace` merges the records of all ranks."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -37,7 +37,7 @@ class JobRecorder:
         self.parts.append(Decisions(place, expert_ids.cpu().numpy()))
 
     def trace(self) -> RoutingTrace:
-        """Stop listening; every rank must call it, and gets the whole job's trace."""
+        """Stop recording, and return the trace of the whole job. Collective."""
         self.stop()
         mine = Decisions(
             np.concatenate([part.place for part in self.parts]),
@@ -47,7 +47,7 @@ class JobRecorder:
 
 
 def merge_decisions(parts: list[Decisions], layout: RoutingLayout) -> RoutingTrace:
-    """One row a token, ordered by sequence and position; what several ranks saw alike counts once."""
+    """Merge decisions to one row a token, ordered by sequence and position; duplicates count once."""
     place, first = np.unique(np.concatenate([part.place for part in parts]), axis=0, return_index=True)
     experts = np.concatenate([part.experts for part in parts])[first]
     tokens = len(place) // layout.num_layers

@@ -1,9 +1,9 @@
-"""`exflow generate --verify`: compares what a job computed with one process without exchange, cache or graph.
+"""`exflow generate --verify`: compares a job with one process that has no exchange, cache or graph.
 
-The reference is the plain decoder over each sequence as a whole, eagerly, with all experts in one place. It
-replays the routing that the run recorded: where rounding turns a near-tie of a gate, another expert changes
-the logits far more than rounding itself does. The recorded routing is checked beside that, for every token
-and layer (verify_routing.py), and the counters against it (verify_counters.py). Up to MOST choices of tokens
+The reference runs the decoder eagerly over each whole sequence, with all experts in one process. It replays
+the routing that the run recorded: if rounding decides a near-tie of a gate, the other expert changes the
+logits far more than rounding does. The recorded routing itself is checked for every token and layer
+(verify_routing.py), and the counters against the routing (verify_counters.py). Up to MOST choices of tokens
 are compared, spread evenly over sequences and steps.
 
 Shapes: T tokens, S positions of a sequence, N steps of it, V vocabulary.
@@ -27,20 +27,20 @@ from exflow.runtime.request import Generation, Request
 from exflow.runtime.trace_recorder import JobRecorder
 from exflow.runtime.verify_routing import GateScores, ScoredExperts, check_dictated, count_ties
 
-MOST = 256  # choices compared: their logits are kept, 4 bytes for each entry of the vocabulary
-# Logits may differ by so much of the largest of their row, since sums are formed in another order. Measured
-# on the shipped model, 4 ranks: 1.6e-6 in float32, 0.018 in bfloat16.
+MOST = 256  # choices compared; each keeps 4 bytes for every entry of the vocabulary
+# Allowed difference of logits, as a share of the largest in their row: sums are formed in another order.
+# Measured on the shipped model, 4 ranks: 1.6e-6 in float32, 0.018 in bfloat16.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Choice = tuple[int, int]
 """A sequence of the request and a step of it; step 0 chooses the prompt's first new token."""
 Seen = dict[Choice, Tensor]
-"""The logits [V] float32 that tokens were chosen by."""
+"""The logits [V] float32 from which each token was chosen."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Which choices of a request are compared: every so many-th, counted step by step."""
+    """The choices of a request to compare: every `every`-th one, counted step by step."""
 
     sequences: int
     every: int
@@ -49,7 +49,7 @@ class Sample:
     def of(cls, request: Request) -> Self:
         sequences = len(request.prompts)
         every = -(-sequences * request.max_new_tokens // MOST)
-        while gcd(every, sequences) > 1:  # so that over the steps every sequence has its turn
+        while gcd(every, sequences) > 1:  # then every sequence is compared in some step
             every += 1
         return cls(sequences, every)
 
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What every rank saw of a request: logits of the sample, by rank, and the job's routing."""
+    """Record of a run: sampled logits of each rank (`seen`), and the job's routing (`trace`)."""
 
     request: Request
     seen: list[Seen]
@@ -68,7 +68,7 @@ class RunRecord:
 
 
 class RunRecorder:
-    """Watches an engine's next request; `observe` is the Observer to run it with."""
+    """Records an engine's next request, which must run with `observe` as its Observer."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self.engine, self.request = engine, request
@@ -85,17 +85,17 @@ class RunRecorder:
                 self.seen[choice] = logits_TV[row].cpu()
 
     def gather(self) -> RunRecord:
-        """Stop watching; collective."""
+        """Stop recording, and gather the record. Collective."""
         return RunRecord(self.request, self.engine.all_gather_object(self.seen), self.recorder.trace())
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What was compared, and how far apart the run and one process were at most.
+    """Result of a comparison of a run with one process.
 
-    choices: tokens whose logits were compared; largest_difference: of a logit, as a share of its row's
-    largest; tolerance: what of it is allowed. routings: choices of experts, one a token and MoE layer; ties:
-    those that near-ties decided otherwise than in one process.
+    choices: tokens whose logits were compared. largest_difference: largest difference of a logit, as a share
+    of its row's largest. tolerance: the difference allowed. routings: choices of experts, one for each token
+    and MoE layer. ties: routings that differ from one process's by a near-tie.
     """
 
     choices: int
@@ -106,13 +106,13 @@ class Compared:
 
 
 def check_choices(recorded: RunRecord, generation: Generation, reference: Decoder) -> Compared:
-    """Compare a run with `reference`, which takes the run's own routing; for an engine's first request.
+    """Compare an engine's first request with `reference`, which replays the routing of the run.
 
-    A `reference` that already replays a trace is that of a job that replays it, too.
+    If the job replays a trace, `reference` must already replay it.
 
     Raises WrongResult at the first choice that no rank made, whose logits differ by more than TOLERANCE, or
-    whose token is not the reference's (one that rounding can have put first will do). Then at the first
-    choice of experts that is neither the gate's nor a near-tie.
+    whose token is not the reference's, unless rounding can explain it. Raises it also at the first choice of
+    experts that is neither the gate's nor a near-tie.
     """
     weight, request = reference.embedding.weight, recorded.request
     dictated = reference.replay
@@ -141,8 +141,7 @@ def check_choices(recorded: RunRecord, generation: Generation, reference: Decode
 def _reference_run(
     reference: Decoder, prompt: list[int], tokens: list[int], number: int, steps: list[int]
 ) -> tuple[Tensor, list[GateScores]]:
-    """The logits [N, V] that one process has at these steps of a sequence, given the tokens before, and the
-    scores of its gates for the whole sequence."""
+    """Run one sequence in one process. Returns the logits [N, V] at `steps`, and the scores of its gates."""
     device = reference.embedding.weight.device
     whole_S = torch.tensor(prompt + tokens[:-1], device=device)
     rows = rows_of_batch(1, len(whole_S), device, first_sequence=number)
@@ -158,7 +157,10 @@ def _scores(logits_V: Tensor, request: Request, number: int, step: int) -> Tenso
 
 
 def _check_logits(place: str, found: list[Tensor], right_V: Tensor, tolerance: float) -> float:
-    """The largest difference of a row's logits on any rank that has it, as a share of its largest one."""
+    """The largest difference of a row's logits on any rank, as a share of the row's largest logit.
+
+    Raises WrongResult if no rank has the row, or if the difference exceeds `tolerance`.
+    """
     if not found:
         raise WrongResult(f"{place}: no rank chose its token; the exchange is at fault")
     difference = float((torch.stack(found) - right_V).abs().max()) / _largest(right_V)

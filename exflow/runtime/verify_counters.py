@@ -16,10 +16,11 @@ def check_counters(
     reference: Decoder,
     hierarchical: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Compare what the ranks counted with placement's count on the routing recorded in the same run.
+    """Compare the ranks' counters with placement's count on the routing recorded in the same run.
 
-    group_size: of a coherence group; 0 for `replicated`, which sends no messages. hierarchical: whether
-    prompts and decode steps went by relays. Raises WrongResult at the first counter that is not as expected.
+    group_size: ranks in a coherence group; 0 for `replicated`, which sends no messages. hierarchical:
+    (prompts went by relays, decode steps went by relays). Raises WrongResult at the first counter that is not
+    as expected.
     """
     phases = ((PREFILL, "prefill", 1), (DECODE, "decode", group_size))
     for (phase, name, owners), relays in zip(phases, hierarchical, strict=True):
@@ -37,7 +38,7 @@ def check_counters(
 def _expected_counters(
     trace: RoutingTrace, plan: Plan, owners: int, group_size: int, reference: Decoder, hierarchical: bool
 ) -> dict[str, int]:
-    """Counters of a phase in which `owners` ranks may own a token and `group_size` ranks keep its context."""
+    """Expected counters of a phase: `owners` ranks may own a token, `group_size` ranks keep its context."""
     config, itemsize = reference.config, reference.embedding.weight.dtype.itemsize
     sent = count_traffic(trace, plan, max(1, owners), hierarchical)
     copied = count_traffic(trace, plan, group_size)

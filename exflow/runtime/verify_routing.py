@@ -1,4 +1,4 @@
-"""Holds every choice of experts that a run recorded against the gates of one process.
+"""Compares every recorded choice of experts with the gates of one process.
 
 Rounding can decide a near-tie: two orders of summation give scores that differ in their last bits, and
 another expert comes first. Both choices are right then. A score is the product of a gate's row and a token's
@@ -27,15 +27,15 @@ from exflow.model.replay import ReplayedRouting
 from exflow.model.single_process import AllExpertsHere
 from exflow.profiling.trace import RoutingTrace
 
-VANISHING = 87.0  # so far below the largest score a probability in float32 is next to 0, and all are alike
+VANISHING = 87.0  # scores this far below the largest have probability 0 in float32, and count as equal
 
 
 @dataclass(frozen=True)
 class GateScores:
-    """What one gate of the reference says of the experts recorded for a sequence.
+    """Scores of one gate of the reference over a sequence, with the experts that the run recorded.
 
-    layer: its number in the model; chosen_SK: the recorded experts, int64; score_SE: the gate's scores before
-    the softmax, float32; size_S: the size of a token's scores, float32.
+    layer: number of the hidden layer. chosen_SK: the recorded experts, int64. score_SE: the gate's scores
+    before the softmax, float32. size_S: the size of a token's scores (see above), float32.
     """
 
     layer: int
@@ -70,10 +70,10 @@ class ScoredExperts(AllExpertsHere):
 
 
 def count_ties(sequence: int, gate: GateScores, tolerance: float) -> int:
-    """The number of tokens whose experts are, by a near-tie, not those that the gate of one process prefers.
+    """Number of tokens whose experts differ from those of one process's gate by a near-tie.
 
-    tolerance: of logits, as a share of a row's largest. Raises WrongResult at the first token whose experts
-    differ by more than a near-tie.
+    tolerance: allowed difference of logits, as a share of a row's largest. Raises WrongResult at the first
+    token whose experts differ by more than a near-tie.
     """
     lowest_S1 = gate.score_SE.amax(dim=1, keepdim=True) - VANISHING
     score_SE = torch.maximum(gate.score_SE, lowest_S1)
@@ -110,7 +110,7 @@ def check_dictated(trace: RoutingTrace, dictated: ReplayedRouting, config: Model
 
 
 def _listed(expert_K: Tensor, score_K: Tensor) -> str:
-    """The experts and, in brackets, their scores."""
+    """The experts with their scores in brackets."""
     scores = ", ".join(f"{score:.6g}" for score in score_K.tolist())
     return f"{_named(expert_K.tolist())} (scores {scores})"
 

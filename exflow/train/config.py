@@ -1,4 +1,4 @@
-"""What a training run is told: the model, the texts, the optimizer, the steps to keep; read from YAML."""
+"""Configuration of a training run, read from YAML: model, texts, optimizer, steps to keep."""
 
 from pathlib import Path
 from typing import Self
@@ -12,14 +12,15 @@ from exflow.validation import validated
 
 
 class DataConfig(StrictModel):
-    """texts: files, folders or "{stdlib}"; held_out: share of each file's end kept for evaluation."""
+    """Data of a run. texts: files, folders or "{stdlib}". held_out: share of each file kept for evaluation,
+    from its end."""
 
     texts: list[str] = Field(min_length=1)
     held_out: float = Field(default=0.05, gt=0, lt=0.5)
 
 
 class OptimiserConfig(StrictModel):
-    """AdamW with linear warm-up and a cosine to a tenth; batch_size counts sequences."""
+    """AdamW with linear warm-up and cosine decay to a tenth. batch_size: in sequences."""
 
     steps: PositiveInt
     batch_size: PositiveInt
@@ -34,7 +35,7 @@ class OptimiserConfig(StrictModel):
 
 
 class TrainConfig(StrictModel):
-    """What `exflow train CONFIG` reads; see configs/. A checkpoint of the last step is always kept."""
+    """Content of CONFIG in `exflow train CONFIG`; see configs/. The last step's checkpoint is always kept."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,4 +1,4 @@
-"""Texts to token streams: the held-out tail of each file, and the training and held-out parts as tokens."""
+"""Conversion of texts to token streams, with the tail of each file held out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,10 @@ from exflow.texts import read_text
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams; files joined in order, each ended by the end-of-text token."""
+    """Token streams for training and evaluation: files in order, each ended by the end-of-text token.
+
+    held_out_bytes: size of the held-out text in UTF-8.
+    """
 
     train: NDArray[np.uint16]
     held_out: NDArray[np.uint16]
@@ -22,7 +25,7 @@ class Corpus:
 
 
 def split_held_out(text: str, share: float) -> tuple[str, str]:
-    """Cut off the last `share` of a text, at the line end before it; a text without one stays whole."""
+    """Cut off the last `share` of a text, at the line end before it; a text without line ends stays whole."""
     cut = text.rfind("\n", 0, int(len(text) * (1 - share))) + 1 or len(text)
     return text[:cut], text[cut:]
 

@@ -1,6 +1,6 @@
-"""Train a small GPT-MoE from text: next-token loss plus the GShard balance loss, bf16 on GPUs.
+"""Training of a small GPT-MoE on text: next-token loss plus the GShard balance loss, bf16 on GPUs.
 
-Batches are a function of the seed and the step alone, so a resumed run sees what an unbroken one would have.
+Batches depend only on the seed and the step, so a resumed run sees the batches of an unbroken run.
 
 Shapes: B sequences, S tokens of one sequence, T = B * S, K choices, E experts.
 """
@@ -32,7 +32,7 @@ from exflow.train.run import Run
 
 @dataclass(frozen=True)
 class StepFigures:
-    """loss in nats a token; balance is the busiest expert's load over the mean, in the worst layer."""
+    """Figures of a step. loss: nats a token. balance: busiest expert's load over the mean, worst layer."""
 
     loss: float
     balance: float
@@ -41,7 +41,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Progress:
-    """What was measured after `step` steps: figures of the last one, or at a checkpoint the held-out text."""
+    """Measurements after `step` steps: figures of the last step, or at a checkpoint of the held-out text."""
 
     step: int
     figures: StepFigures | None = None
@@ -64,7 +64,7 @@ def balance_loss(routing: Routing) -> Tensor:
 
 
 def busiest_over_mean(routings: list[Routing]) -> Tensor:
-    """The worst layer's busiest expert, as a multiple of the mean load."""
+    """Load of the busiest expert over the mean, in the worst layer."""
     loads_E = [load_of_experts(routing) for routing in routings]
     return torch.stack([load_E.max() / load_E.float().mean() for load_E in loads_E]).max()
 
@@ -107,7 +107,7 @@ def held_out_bits_per_byte(decoder: Decoder, corpus: Corpus, config: OptimiserCo
 
 
 def finite(loss: float, step: int) -> float:
-    """The loss itself; raises WrongResult if it is NaN or infinite, so that no such model is saved."""
+    """Return the loss; raise WrongResult if it is NaN or infinite, so that the model is not saved."""
     if not math.isfinite(loss):
         raise WrongResult(f"step {step}: the loss is {loss}; lower learning_rate, or give other text")
     return loss
@@ -127,7 +127,7 @@ class Meter:
         self.since = (time.perf_counter(), step)
 
     def after(self, step: int, loss: Tensor, routings: list[Routing]) -> None:
-        """Report, if it is time; reading the figures waits for the device."""
+        """Report if a report is due; reading the figures waits for the device."""
         if step % self.every:
             return
         loss_value, balance = finite(float(loss.detach()), step), float(busiest_over_mean(routings))
@@ -138,7 +138,7 @@ class Meter:
 
 
 def corpus_of(config: TrainConfig) -> tuple[Corpus, Tokenizer]:
-    """The texts of a run as token streams. Raises InputError where they do not fill a sequence."""
+    """The texts of a run as token streams. Raises InputError if they do not fill a sequence."""
     names, length = config.data.texts, config.training.sequence_length
     corpus, tokenizer = build_corpus(find_texts(names), config.data.held_out, config.model.vocab_size)
     if min(len(corpus.train), len(corpus.held_out)) <= length:
@@ -167,7 +167,7 @@ def train(
 ) -> Path:
     """Run the training; returns the folder of the final checkpoint. Raises InputError for bad input.
 
-    A run that was stopped goes on, with `resume`, from its last checkpoint.
+    resume: continue a stopped run from its last checkpoint.
     """
     settings, run = config.training, Run(folder)
     corpus, tokenizer = corpus_of(config)

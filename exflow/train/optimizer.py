@@ -61,7 +61,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Load the tensors that `state` returned."""
         for key, tensor in state.items():
             kind, name = key.split("/")
             value = self.master[name]

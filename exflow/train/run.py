@@ -1,4 +1,4 @@
-"""The folder of a training run: the checkpoints it keeps, and the state a stopped run goes on from."""
+"""Folder of a training run: its checkpoints, and the state from which a stopped run continues."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ REMEDY = "leave out --resume to start from the beginning"
 
 @dataclass(frozen=True)
 class Run:
-    """`step-000500/` checkpoints, and `state/` to resume from."""
+    """Paths of a run: checkpoints in `step-000500/`, state to resume from in `state/`."""
 
     folder: Path
 
@@ -26,11 +26,11 @@ class Run:
 
     @property
     def latest(self) -> Path:
-        """Names the step of the state, its file, and the configuration it belongs to."""
+        """File with the step of the state, its file's name, and the configuration of the run."""
         return self.folder / "state" / "latest.json"
 
     def save_state(self, step: int, config: TrainConfig, state: dict[str, Tensor]) -> None:
-        """Write the optimizer's state; the step is named last, so a half-written state is never resumed."""
+        """Write the optimizer's state; `latest` is written last, so a half-written state is never resumed."""
         name = f"optimiser-{step:06d}.safetensors"
         with atomic_path(self.latest.with_name(name)) as temporary:
             temporary.write_bytes(save({key: value.cpu().contiguous() for key, value in state.items()}))
@@ -40,10 +40,10 @@ class Run:
                 old.unlink()
 
     def load_state(self, config: TrainConfig) -> tuple[int, dict[str, Tensor]]:
-        """The step and state to go on from. Raises InputError if there is none, or it is another run's."""
+        """The step and state to continue from. Raises InputError if there is none, or another run's."""
         latest = read_json(self.latest, "run to resume", REMEDY)
         try:
-            # what the run did not know yet had its default
+            # keys that are newer than the run had their defaults
             self._check_same_run(TrainConfig.model_validate(latest["config"]), config)
             return latest["step"], load_file(self.latest.with_name(latest["optimiser"]))
         except (KeyError, TypeError, OSError, SafetensorError, ValidationError) as error:

@@ -1,4 +1,4 @@
-"""From a routing trace to counts: which experts follow one another, go together, and how often.
+"""Counts a routing trace: how often experts follow one another, are selected together, and are selected.
 
 Shapes: T tokens, L MoE layers, K = top_k, E experts.
 """

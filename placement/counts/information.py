@@ -1,4 +1,4 @@
-"""How much one expert says about another, in bits, from counts (Shannon's entropy and mutual information)."""
+"""Information between experts, in bits, from counts: Shannon's entropy and mutual information."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,13 +8,13 @@ Bits = npt.NDArray[np.float64]
 
 
 def entropy(counts: Counts) -> Bits:
-    """[...] of the distributions along the last axis of counts [..., E], none of which may be all zero."""
+    """[...]: entropy in bits along the last axis of counts [..., E], of which no row may be all zero."""
     share = counts / counts.sum(axis=-1, keepdims=True)
     return np.asarray(-(share * np.log2(np.where(share > 0, share, 1.0))).sum(axis=-1))
 
 
 def mutual_information(joint: Counts) -> Bits:
-    """[...] how many bits the row says about the column, from how often they occur together [..., E, F].
+    """[...]: bits that the row says about the column, from counts of both together [..., E, F].
 
     This is the plug-in estimate: of N independent pairs it is not 0 but about (E - 1) (F - 1) / (2 N ln 2).
     """

@@ -1,4 +1,5 @@
-"""Which rank will a token want next?  The table by which the runtime chooses a token's owner.
+"""Counts the table by which the runtime chooses a token's next owner: the rank it will want in the next
+layer.
 
 Shapes: T tokens, L MoE layers, K = top_k, E experts, G ranks.
 """

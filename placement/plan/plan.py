@@ -202,13 +202,14 @@ class Plan:
 
     @property
     def gap(self) -> float | None:
-        """How far the objective may be above the minimum, as a share of it; None where no bound is known."""
+        """(objective - lower bound) / objective: the most the objective can exceed the minimum; None without
+        a bound."""
         if self.objective is None or self.lower_bound is None:
             return None
         return (self.objective - self.lower_bound) / self.objective if self.objective else 0.0
 
     def check_model(self, num_experts: int, moe_layer_ids: Sequence[int], num_ranks: int) -> None:
-        """Raise InputError if the plan is not for such a model on so many ranks."""
+        """Raise InputError if the plan is for another model or another number of ranks."""
         self._check_routing("the model", num_experts, moe_layer_ids, [num_experts] * len(moe_layer_ids))
         if num_ranks != self.num_ranks:
             raise InputError(
@@ -306,7 +307,7 @@ def _check_shape(key: str, array: IntArray, shape: tuple[int, ...]) -> None:
 
 
 def _check_every_expert_placed(layer: int, row: IntArray, num_experts: int) -> None:
-    """`row` [P] holds the experts of a layer's slots."""
+    """Raise InputError unless `row` [P], the experts in a layer's slots, holds every expert and no other."""
     key = f"physical_to_logical_map[{layer}]"
     unknown = row[(row < 0) | (row >= num_experts)]
     if len(unknown):

@@ -1,4 +1,4 @@
-"""The JSON form of a plan: what keys it has, how it is laid out, and what to say of a bad one.
+"""The JSON form of a plan: its keys, its layout, and the errors for a damaged file.
 
 The format is specified in docs/plan-format.md.
 """
@@ -57,7 +57,7 @@ class TopologyDocument(BaseModel):
         )
 
     def topology(self) -> Topology:
-        """Raises InputError where the numbers contradict each other."""
+        """The topology; raises InputError where the numbers contradict each other."""
         cost = None if self.link_cost is None else tuple(map(tuple, self.link_cost))
         return Topology(num_nodes=self.num_nodes, gpus_per_node=self.gpus_per_node, link_cost=cost)
 

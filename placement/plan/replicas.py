@@ -1,4 +1,4 @@
-"""Experts with several replicas: who hosts them, and which replica serves whom.
+"""Experts with several replicas: which ranks host them, and which replica serves an owner's tokens.
 
 Shapes: L MoE layers, E experts, P slots a layer, G ranks, S = P / G slots a rank.
 """

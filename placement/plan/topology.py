@@ -1,4 +1,4 @@
-"""Where the GPUs are: nodes, the GPUs inside each, and what a message between two of them costs."""
+"""GPUs and the links between them: nodes, GPUs in each node, and the cost of a message between two GPUs."""
 
 from dataclasses import dataclass
 
@@ -39,12 +39,12 @@ class Topology:
 
     @property
     def node_of_rank(self) -> npt.NDArray[np.int64]:
-        """[num_ranks] int64."""
+        """[num_ranks] int64: the node of each rank."""
         return np.arange(self.num_ranks) // self.gpus_per_node
 
     @property
     def distance(self) -> npt.NDArray[np.float64]:
-        """[num_ranks, num_ranks] float64: what a message costs, in messages over the cheapest link."""
+        """[num_ranks, num_ranks] float64: cost of a message, in units of the cheapest link."""
         node = self.node_of_rank
         cost = np.where(node[:, None] == node, 1.0, INTER_NODE_COST)
         if self.link_cost is not None:

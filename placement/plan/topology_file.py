@@ -121,7 +121,7 @@ Rows = tuple[tuple[float, ...], ...]
 
 
 def _equal_costs(document: EqualNodes) -> Rows:
-    """[gpus][gpus]: what a message costs in microseconds; put together from runs of GPUs that cost alike."""
+    """[gpus][gpus]: microseconds of a message, put together from runs of GPUs with equal cost."""
 
     def price(link: Link | None) -> float:  # without a link, because no two GPUs need it
         if link is None:
@@ -145,7 +145,7 @@ def _as_rows(cost: npt.NDArray[np.float64]) -> Rows:
 
 
 def _graph_costs(document: AnyGraph) -> npt.NDArray[np.float64]:
-    """[gpus, gpus]: what a message costs in microseconds along the best path.
+    """[gpus, gpus]: microseconds of a message along the best path.
 
     A path costs the sum of its latencies plus the time that its slowest link takes. For every bandwidth, the
     path of least latency over links no slower than that costs at most latency + time at that bandwidth; for
@@ -170,7 +170,8 @@ def _graph_costs(document: AnyGraph) -> npt.NDArray[np.float64]:
 
 
 def _shortest_paths(length: csr_array, num_gpus: int) -> npt.NDArray[np.float64]:
-    """[gpus, gpus]: from each GPU to each other one; infinite where none leads, meaningless on the diagonal.
+    """[gpus, gpus]: length of the shortest path between two GPUs; infinite without a path, meaningless on the
+    diagonal.
 
     length: [nodes, nodes] of each link; the GPUs are the first nodes. A GPU with one link begins every path
     with it. So paths are sought from where it leads: once from a switch, not from each GPU that hangs on it.

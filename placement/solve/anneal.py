@@ -31,7 +31,7 @@ _SAMPLES = 32  # swaps tried with each expert, to learn what prices are usual
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long and how hot to anneal. Raises InputError on values that make no schedule.
+    """Schedule of the annealing. Raises InputError on values that make no schedule.
 
     starts      independent runs, each from another assignment; the best result counts
     levels      number of temperatures, falling geometrically from `hot` to `cold`
@@ -96,7 +96,7 @@ def search_all(
     other: Assignment | None = None,
     interrupted: Event | None = None,
 ) -> list[Assignment]:
-    """As `search`: what every run came to, the best first.
+    """Run the search and return the assignment that each run found, the best first (see `search`).
 
     The second run begins with what `sweep` makes of `other` [L, E] (feasible; by default `start`). Ctrl-C
     sets `interrupted`, for whoever would go on from here.
@@ -181,8 +181,8 @@ def _compile() -> None:
 def _start(
     problem: PlacementProblem, first: Assignment, other: Assignment, seed: int, index: int, stop: Stop
 ) -> Assignment:
-    """The first assignment, what `sweep` makes of the other, then random ones; under limits, random swaps
-    away."""
+    """Start of run `index`: the first assignment, then `sweep` of the other, then random ones; under limits,
+    the first one after random swaps."""
     if index == 0:
         return first
     if index == 1:

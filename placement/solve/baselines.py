@@ -1,4 +1,4 @@
-"""The placements everything is measured against: what engines do today, and chance."""
+"""Placements to compare with: the engines' default, and chance."""
 
 from collections.abc import Sequence
 

@@ -24,12 +24,12 @@ def lower_bound(
     """A cost of separation that no balanced assignment is below; >= 0, in the unit of the prices at distance
     1.
 
-    With a `known` assignment [L, E] the spectral bound is tried too, until it proves that one the best, it
-    gains little, or `stop` says so: it sees that who is together with two is with both together, and takes
-    seconds.
+    With a `known` assignment [L, E] the spectral bound is tried too, which takes seconds. It sees that an
+    expert together with two others keeps these together as well. It ends when it proves the known assignment
+    optimal, when it gains little, or when `stop` says so.
 
-    Where every layer pair can be had at its own optimum (E == G) it comes close to the optimum; otherwise the
-    distance is the price of making the layers agree, and no sign of a bad assignment.
+    Where every layer pair can reach its own optimum (E == G), the bound comes close to the optimum. Otherwise
+    the distance to it is the price of making the layers agree, and no sign of a bad assignment.
     """
     others = problem.intra.copy()
     others[:, np.arange(problem.num_experts), np.arange(problem.num_experts)] = -np.inf
@@ -47,7 +47,7 @@ def lower_bound(
 
 
 def most_kept(prices: Prices, degree: int) -> float:
-    """At least the largest sum of entries of each matrix [N, E, E] with `degree` a row and a column.
+    """An upper bound on the largest sum of entries of each matrix [N, E, E] with `degree` a row and a column.
 
     For any column prices v [N, E] every such choice of entries is worth degree * sum(v) plus the sum of its
     entries of `prices - v`, hence at most degree * sum(v) plus, per row, the `degree` largest of those. A

@@ -61,7 +61,8 @@ def _apply_best_chain(
     other: int,
     negligible: float,
 ) -> None:
-    """State 0 of a layer swaps nothing; state 1 + x * m + y swaps members x of `part` and y of `other`."""
+    """Apply the best chain. State 0 of a layer swaps nothing; state 1 + x * m + y swaps members x of `part`
+    and y of `other`."""
     num_layers = assignment.shape[0]
     members = _members(assignment, part, other)
     size = members.shape[2]

@@ -1,4 +1,5 @@
-"""Descent: take an assignment to one that no large step improves. Every step is exact in what it may change.
+"""Descent: improves an assignment by large steps until none lowers the cost. Each step is exact in what it
+changes.
 
 Three steps, each of which leaves the cost lower or the assignment as it was, and a feasible one feasible:
 `align_layers` renames the parts of whole layers, `replace_layer` places one layer anew beside its neighbours,

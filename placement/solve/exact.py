@@ -117,7 +117,7 @@ def brute_force(problem: PlacementProblem) -> Assignment:
 def _best_predecessors(
     prices: Prices, labelled_hot: Prices, canonical_hot: Prices, kept_before: Prices
 ) -> tuple[Prices, NDArray[np.int64]]:
-    """For every canonical partition of a layer, the labelled one before it that keeps most together.
+    """Find, for every canonical partition of a layer, the labelled one before it that keeps most together.
 
     kept[q, p] = sum over parts g of prices[p's experts on g, q's experts on g], one matrix product with the
     one-hot forms; done in blocks of q to bound memory.

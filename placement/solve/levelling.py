@@ -1,4 +1,5 @@
-"""Replicas and places that make GPUs equally busy, of loads alone, never worse than DeepSeek's EPLB.
+"""Replicates and places experts so that GPUs are equally busy, by loads alone; never worse than DeepSeek's
+EPLB.
 
 The recipe is the published one: whole groups of experts go to nodes, each node's spare slots to its hottest
 experts, and its replicas onto its GPUs, the heaviest first. Here the search begins with it, in single
@@ -28,7 +29,7 @@ TRIES = 64  # exchanges of groups to look at in a layer; models have 8 groups, o
 
 @dataclass(frozen=True, eq=False)
 class _Node:
-    """What a node holds of a layer: its groups, and the experts [g, s / g] on each of its GPUs."""
+    """One node's part of a layer: its groups, and the experts [g, s / g] on each of its GPUs."""
 
     groups: IntArray
     experts: IntArray
@@ -38,7 +39,7 @@ class _Node:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """The loads [E] of a layer, the experts [groups, size] of each group, and what a node has room for."""
+    """A layer: the loads [E], the experts [groups, size] of each group, and the slots and GPUs of a node."""
 
     load: FloatArray
     members: IntArray
@@ -46,7 +47,7 @@ class _Layer:
     num_gpus: int
 
     def node(self, groups: IntArray) -> _Node:
-        """The node that these groups go to."""
+        """Place the experts of these groups on one node."""
         experts = self.members[groups].ravel()
         load = self.load[experts]
         held, most = _replicated(load, self.num_slots, self.num_gpus)
@@ -58,7 +59,8 @@ class _Layer:
 def levelled(
     load: FloatArray, of_group: SingleArray, num_slots: int, num_nodes: int, num_gpus: int
 ) -> tuple[IntArray, int]:
-    """The map [L, P] for loads [L, E], each GPU's experts ascending; the most replicas that EPLB would make.
+    """The map [L, P] for loads [L, E], each GPU's experts ascending; and the most replicas EPLB would make of
+    an expert.
 
     Those of this map are never more. A group's experts share a node; `of_group` [L, groups] are the sums of
     their loads, in any unit. Single precision must be able to hold the loads. The numbers must divide: groups
@@ -110,7 +112,8 @@ def _exchanges(of_group: FloatArray, nodes: list[_Node], hot: int) -> Iterator[t
 
 
 def _replicated(load: FloatArray, num_slots: int, num_gpus: int) -> tuple[list[IntArray], int]:
-    """What the slots [s] may hold, as EPLB chooses last, and how many replicas it makes of the hottest.
+    """Choices for the experts in the slots [s], with EPLB's last, and how many replicas EPLB makes of the
+    hottest.
 
     Where those are more than the GPUs, which makes GPUs uneven, the first choice is one a GPU.
     """

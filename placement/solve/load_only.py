@@ -101,7 +101,7 @@ def _pack(weight: FloatArray, count: IntArray, num_packs: int) -> IntArray:
 
 
 def _can_share(count: IntArray, room: IntArray) -> bool:
-    """Whether `count` [n] replicas fill the room [packs], no two of one expert in a pack (Gale and Ryser).
+    """True if `count` [n] replicas fit the room [packs], no two of an expert in one pack (Gale and Ryser).
 
     (2, 2) fill the room (2, 2), and not (3, 1): of a pack's three two would be of one expert.
     """

@@ -1,5 +1,4 @@
-"""From counts to prices: the messages of a strategy, as sums over pairs of experts, and the price of
-imbalance."""
+"""Turns counts into prices: messages of a strategy as sums over pairs of experts, and imbalance."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ BALANCE_PRICE = 0.3
 
 @dataclass(frozen=True)
 class Objective:
-    """What a plan shall be good at. Raises InputError on values that make no sense.
+    """The quantities that a plan minimises. Raises InputError on values that make no sense.
 
     strategy       whose messages count
     balance_price  messages per token and layer that a unit of imbalance (busiest load / mean load) costs

@@ -103,7 +103,7 @@ class PlacementProblem:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(L, E, G)."""
+        """The sizes (L, E, G)."""
         return self.num_layers, self.num_experts, self.num_parts
 
     @property
@@ -112,13 +112,13 @@ class PlacementProblem:
 
     @property
     def distances(self) -> Prices:
-        """[G, G]."""
+        """[G, G] float64: distance between two parts; 1 between any two by default."""
         assert self.distance is not None
         return self.distance
 
     @property
     def replica_ids(self) -> Assignment:
-        """[L, E]."""
+        """[L, E] int: the expert that each item is a replica of."""
         assert self.replica_of is not None
         return self.replica_of
 
@@ -149,11 +149,11 @@ class PlacementProblem:
 
     @property
     def least_soft_maximum(self) -> Prices:
-        """[L]: that of equal loads."""
+        """[L]: the soft maximum of equal loads."""
         return np.asarray(self.load.sum(axis=1) / self.num_parts ** (1 - 1 / NORM))
 
     def imbalance_cost(self, loads: Prices) -> float:
-        """What the loads [L, G] of the parts cost; 0 if all are equal."""
+        """Cost of the parts' loads [L, G]; 0 if all are equal."""
         return float(self.balance_price @ np.maximum(soft_maximum(loads) - self.least_soft_maximum, 0))
 
     def is_balanced(self, assignment: Assignment) -> bool:
@@ -175,7 +175,7 @@ class PlacementProblem:
         return not (places[:, 1:] == places[:, :-1]).any()
 
     def moves(self, assignment: Assignment) -> int:
-        """How many experts are not where they were; 0 without an anchor."""
+        """The number of experts that are on another part than in the anchor; 0 without one."""
         return 0 if self.anchor is None else int((assignment != self.anchor).sum())
 
     def is_feasible(self, assignment: Assignment) -> bool:

@@ -181,7 +181,8 @@ def _star(chosen: IntArray, parts: IntArray, owner: int, distance: Prices) -> fl
 
 @compiled
 def _message_cost(tokens: Tokens, assignment: Assignment, distance: Prices) -> float:
-    """Of all tokens and layers: dispatch from the owner before a layer, return to the owner after it."""
+    """Cost of all messages, over tokens and layers: dispatch from the owner before a layer, return to the
+    owner after it."""
     num_tokens, num_layers, _ = tokens.experts.shape
     cost = 0.0
     for token in range(num_tokens):
@@ -206,7 +207,7 @@ def _refine_layer(
     order: IntArray,  # [E]
     per_token: float,
 ) -> None:
-    """Try each expert of a layer, in this order, with the partners that pairs find cheapest."""
+    """Try each expert of a layer, in the given order, with the partners that pair prices find cheapest."""
     num_experts = len(order)
     price = np.empty(num_experts)
     for e in order:
@@ -247,7 +248,7 @@ def _change(
     p: int,
     q: int,
 ) -> float:
-    """What it does to the messages of the tokens that select e, and not f, that e has left part p for q."""
+    """Change of the message cost after e has left part p for q, over the tokens that select e and not f."""
     parts, last = assignment[layer], layer + 1 == len(assignment)
     change = 0.0
     for i in range(tokens.begin[layer, e], tokens.begin[layer, e + 1]):

@@ -1,4 +1,4 @@
-"""The recipe: from a problem and a topology to a placement, and what is known about its quality."""
+"""Solves a problem on a topology: the stages of each method, and what is known of the result's quality."""
 
 import math
 import os
@@ -136,7 +136,7 @@ def certified_bound(
 
 @dataclass(frozen=True)
 class _Run:
-    """How to solve; the clock runs since this was made."""
+    """The options of one solve, and its clock, which runs from construction."""
 
     method: str
     seed: int
@@ -151,7 +151,7 @@ class _Run:
         return 0.0 if self.interrupted.is_set() else max(0.0, self.began + self.time_limit - monotonic())
 
     def share(self, part: float) -> "_Run":
-        """For a stage that may take this part of what is left, and is not refined."""
+        """Options for a stage that may take this share of the time left, and is not refined."""
         time_limit = monotonic() - self.began + part * self.left()
         return replace(self, time_limit=time_limit, refine=None)
 
@@ -163,7 +163,7 @@ class _Run:
 def _in_stages(
     problem: PlacementProblem, topology: Topology, start: Assignment, run: _Run
 ) -> tuple[Assignment, str]:
-    """Nodes, then the GPUs inside each; and if that was a search, all GPUs at once from there."""
+    """Solve over nodes, then over the GPUs inside each; if a stage was a search, search all GPUs from it."""
     per_node = topology.gpus_per_node
     over_nodes = replace(
         problem,

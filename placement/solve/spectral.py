@@ -49,7 +49,8 @@ _SPARE = 4  # eigenvectors asked for beyond those of last time
 def most_kept_together(
     problem: PlacementProblem, enough: float = 0.0, stop: Callable[[], bool] = lambda: False
 ) -> float:
-    """At least the prices that any balanced assignment keeps together; infinity where it would take too long.
+    """An upper bound on the prices that a balanced assignment keeps together; infinity where it would take
+    too long.
 
     It ends early at `enough`, when it gains little, or when `stop` says so. Deterministic but for `stop`: the
     steps are counted, not timed.

@@ -35,7 +35,7 @@ class Fixed(NamedTuple):
 
 
 class State(NamedTuple):
-    """What swaps change, in place; everything but `assignment` follows from it."""
+    """An assignment and its derived arrays, which swaps update in place."""
 
     assignment: Assignment
     pull: Prices  # [L, G, E]
@@ -100,7 +100,8 @@ def try_swaps(fixed: Fixed, state: State, temperature: float, passes: int, rng: 
 
 @compiled
 def sample_prices(fixed: Fixed, state: State, passes: int, rng: np.random.Generator) -> Prices:
-    """What the swaps would cost that `passes` passes try, limits aside; 0 for those of one part."""
+    """[passes, L, E]: prices of random swaps, as `passes` passes would try them without limits; 0 for a swap
+    inside one part."""
     num_layers, num_experts = state.assignment.shape
     prices = np.zeros((passes, num_layers, num_experts))
     for i in range(passes):
@@ -129,7 +130,7 @@ def is_allowed(fixed: Fixed, state: State, layer: int, e: int, f: int) -> bool:
 
 @compiled
 def swap_price(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
-    """What exchanging e and f, on different parts, adds to the cost, balance left aside."""
+    """Change of the cost, balance aside, by exchanging e and f, which are on different parts."""
     p, q = state.assignment[layer, e], state.assignment[layer, f]
     pull, within = state.pull[layer], fixed.intra[layer, e, f]
     if fixed.uniform:
@@ -142,7 +143,7 @@ def swap_price(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
 
 @compiled
 def balance_change(fixed: Fixed, state: State, layer: int, e: int, f: int) -> float:
-    """What exchanging e and f adds to the price of the layer's soft maximum of loads."""
+    """Change of the price of the layer's soft maximum of loads by exchanging e and f."""
     price = fixed.balance_price[layer]
     if price == 0:
         return 0.0
@@ -202,7 +203,7 @@ def _would_meet_a_replica(fixed: Fixed, state: State, layer: int, e: int, f: int
 
 @compiled
 def _more_moves(fixed: Fixed, layer: int, e: int, f: int, p: int, q: int) -> int:
-    """By how much the number of moved experts grows if e leaves p for q and f the other way."""
+    """Change of the number of moved experts by exchanging e (on p) and f (on q)."""
     if fixed.max_moves == UNLIMITED:
         return 0
     home_e, home_f = fixed.anchor[layer, e], fixed.anchor[layer, f]
@@ -211,7 +212,7 @@ def _more_moves(fixed: Fixed, layer: int, e: int, f: int, p: int, q: int) -> int
 
 @compiled
 def _move_pull(of_e: Prices, of_f: Prices, pull_p: Prices, pull_q: Prices) -> None:
-    """Expert e has left part p for q, and f the other way."""
+    """Update the pull of parts p and q after e has left p for q, and f the other way."""
     for expert in range(len(of_e)):
         change = of_f[expert] - of_e[expert]
         pull_p[expert] += change

@@ -1,4 +1,4 @@
-"""Owners spread over the ranks: a token's next owner by affinity, and by how busy the ranks are with others.
+"""Spreads owners over the ranks: a token's next owner is chosen by affinity and by how busy the ranks are.
 
 By affinity alone the tokens of a coherence group gather where popular experts live, and the rank that owns
 most of them attends most and sends most: all others wait for it. Only a token with several experts leaves a
@@ -18,7 +18,7 @@ _STEPS = (300, 200, 150, 120, 100, 85, 75, 65)  # per mille of `next_owner`, for
 
 
 def balance_owners(plan: Plan, trace: RoutingTrace, price: float) -> Plan:
-    """The plan with the `next_owner` table that costs least: messages, and their owners' imbalance.
+    """The plan with the `next_owner` table of least cost: messages plus the price of the owners' imbalance.
 
     price: messages per token and layer that a unit of imbalance (busiest owner's tokens / mean) is worth.
     Every rank has a handicap in each layer, added to all its scores; it grows while the rank owns less than
@@ -41,7 +41,7 @@ def balance_owners(plan: Plan, trace: RoutingTrace, price: float) -> Plan:
 
 
 def _judged(plan: Plan, trace: RoutingTrace, price: float) -> tuple[float, npt.NDArray[np.float64]]:
-    """What the plan costs, and the share of the tokens that each rank owns after each MoE layer [L, G]."""
+    """Cost of the plan, and the share of the tokens that each rank owns after each MoE layer [L, G]."""
     followed = follow(trace, plan, plan.group_size)
     traffic, owned = total(followed, plan, plan.group_size), followed.owned[1:]
     level = float(imbalance_of(owned).mean())

@@ -1,4 +1,4 @@
-"""How far the figures of a plan can be trusted: held-out sequences, and intervals by the bootstrap.
+"""Confidence in the figures of a plan: held-out sequences, and intervals by the bootstrap.
 
 A trace is a sample. Its tokens are not independent, since those of one sequence are on one subject and
 follow one another; its sequences are taken to be. So whole sequences are held out, and whole sequences are
@@ -32,7 +32,7 @@ Bounds = dict[str, float]  # value, low, high
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What a plan does with a trace, by block of sequences: the parts that are drawn anew."""
+    """Traffic of a plan on a trace, by block of sequences; the bootstrap draws blocks anew."""
 
     sequences: int
     tokens: npt.NDArray[np.int64]  # [B]
@@ -186,7 +186,7 @@ def _imbalance(blocks: Blocks, times: Draws) -> Draws:
 
 
 def _quotients(ours: Draws, theirs: Draws) -> Draws:
-    """Without the draws that have nothing to compare with."""
+    """Quotients of the draws, without the draws whose denominator is 0."""
     return np.asarray(ours[theirs > 0] / theirs[theirs > 0])
 
 
@@ -197,7 +197,7 @@ def _percentiles(drawn: Draws, level: float) -> Bounds:
 
 
 def _both_ways(drawn: Draws, level: float) -> Bounds:
-    """What the percentiles hold, or these mirrored in the value (the basic bootstrap), from 1 up.
+    """The interval that covers the percentiles and these mirrored at the value (basic bootstrap), from 1 up.
 
     The busiest of several ranks looks busier the fewer the tokens, so the trace exceeds the truth about as a
     draw exceeds the trace. Percentiles alone would add to that error, and miss level loads always; mirrored

@@ -1,4 +1,4 @@
-"""What a plan is worth on a trace: every strategy's traffic, locality and balance; `exflow evaluate`."""
+"""Evaluates a plan on a trace: traffic of every strategy, locality and balance; `exflow evaluate`."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +61,7 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
 
 
 def own_figures(plan: Plan) -> dict[str, Any]:
-    """Of what the plan expects, the figures of the strategy that it was made for."""
+    """The plan's expected figures for the strategy that it was made for."""
     figures: dict[str, Any] = plan.expected["strategies"][plan.strategy.key]
     return figures
 

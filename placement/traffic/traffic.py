@@ -1,4 +1,5 @@
-"""The one count of traffic: every message that a trace causes under a plan and a coherence group size.
+"""Counts traffic, in one place for all callers: every message that a trace causes under a plan and a
+coherence group size.
 
 Shapes: T tokens, L MoE layers, K = top_k, E experts, G ranks.
 
@@ -69,7 +70,7 @@ class Traffic:
 
 @dataclass(frozen=True, eq=False)
 class Followed:
-    """What following a trace through a plan yields, kept apart so that parts of it can be drawn anew.
+    """Counts from following a trace through a plan, by sequence, so that sequences can be drawn anew.
 
     N sequences, in ascending order of their ids.
     """
@@ -107,7 +108,8 @@ def count_traffic(trace: RoutingTrace, plan: Plan, group_size: int, hierarchical
 def follow(
     trace: RoutingTrace, plan: Plan, group_size: int, blocks: int = 1, hierarchical: bool = False
 ) -> Followed:
-    """As `count_traffic`, by sequence; loads by block of sequences, `blocks` of them (they take memory)."""
+    """Counts of `count_traffic` by sequence; loads by block of sequences, `blocks` of them (loads take
+    memory)."""
     plan.check_trace(trace)
     if group_size < 1 or plan.num_ranks % group_size:
         raise InputError(
@@ -137,7 +139,7 @@ def follow(
 
 
 def total(followed: Followed, plan: Plan, group_size: int) -> Traffic:
-    """The sums over all sequences."""
+    """Sums of `followed` over all sequences."""
     kv_copies = followed.attended @ _kv_copies(plan.topology, group_size)
     totals = [*followed.messages.sum(axis=0).ravel().tolist(), *kv_copies.tolist()]
     return Traffic(int(followed.tokens.sum()), plan.num_layers, plan.num_hidden_layers, *totals)
@@ -158,7 +160,7 @@ def imbalance(trace: RoutingTrace, plan: Plan, group_size: int | None = None) ->
 
 
 def imbalance_of(load: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """[..., L] from the loads [..., L, G]."""
+    """[..., L]: the busiest rank's load over the mean load, from the loads [..., L, G]."""
     return np.asarray(load.max(axis=-1) / load.mean(axis=-1), dtype=np.float64)
 
 
@@ -181,6 +183,46 @@ def _kv_copies(topology: Topology, group_size: int) -> npt.NDArray[np.int64]:
     group, node = np.arange(topology.num_ranks) // group_size, topology.node_of_rank
     inside = ((group[:, None] == group) & (node[:, None] == node)).sum(axis=1)
     return np.stack([inside - 1, group_size - inside], axis=1)
+
+
+def owners(trace: RoutingTrace, plan: Plan, group_size: int) -> npt.NDArray[np.int16]:
+    """[T, L + 1] int16: the rank that owns each token before each MoE layer, and after the last."""
+    sequence_ids, sequence = np.unique(trace.sequence, return_inverse=True)
+    next_owner = plan.next_owner
+    if next_owner is None:
+        next_owner = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int16)
+    return _owners(
+        np.asarray(trace.experts),
+        sequence,
+        sequence_ids.astype(np.int64) % plan.num_ranks,
+        (plan.serving_slot // plan.slots_per_rank).astype(np.int16),
+        next_owner.astype(np.int16),
+        group_size,
+    )
+
+
+@compiled
+def _owners(
+    experts: IntArray,  # [T, L, K]
+    sequence: IntArray,  # [T]
+    home: IntArray,  # [sequences] rank
+    serving: IntArray,  # [G, L, E]
+    next_owner: IntArray,  # [L, E, G]
+    group_size: int,
+) -> npt.NDArray[np.int16]:
+    num_tokens, num_layers, top_k = experts.shape
+    found = np.empty((num_tokens, num_layers + 1), dtype=np.int16)
+    load, hosts = np.zeros(len(serving), dtype=np.int64), np.empty(top_k, dtype=np.int64)
+    owner_of = home.copy()
+    for token in range(num_tokens):
+        owner = owner_of[sequence[token]]
+        for layer in range(num_layers):
+            found[token, layer] = owner
+            chosen = experts[token, layer]
+            present = hosts[: distinct_hosts(chosen, serving[owner, layer], load, hosts)]
+            owner = choose_owner(owner, present, chosen, next_owner[layer], group_size)
+        found[token, num_layers] = owner_of[sequence[token]] = owner
+    return found
 
 
 @compiled

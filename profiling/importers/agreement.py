@@ -1,4 +1,4 @@
-"""What several files of one recording say."""
+"""Agreement of several files of one recording."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 def agreed(name: str, values: dict[Path, Value | None]) -> Value | None:
-    """What every file that is not silent says; InputError where they disagree."""
+    """The value that the files state; None if no file states one. InputError where two disagree."""
     said = {value: path for path, value in values.items() if value is not None}
     if len(said) > 1:
         claims = ", ".join(f"{value} in {path}" for value, path in said.items())

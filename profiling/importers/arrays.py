@@ -77,5 +77,5 @@ class ArrayStream:
 
 
 def rows_in_a_block(row_items: int, dtype: np.dtype[Any]) -> int:
-    """How many rows of `row_items` numbers make up a block."""
+    """The number of rows of `row_items` numbers that make up a block."""
     return max(1, BLOCK_BYTES // max(1, row_items * dtype.itemsize))

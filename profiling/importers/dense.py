@@ -1,4 +1,4 @@
-"""Which hidden layers route: engines that record all of them leave a mark where there is no router.
+"""Finds the layers that route: engines that record all hidden layers leave a mark where there is no router.
 
 SGLang 0.5.23 (state_capturer/base.py) and vLLM 0.33.0 (fused_moe/routed_experts_capturer.py) return routing
 from buffers of zeros, SGLang's recorder (eplb/expert_distribution.py) has buffers of -1, and only the layers
@@ -21,7 +21,8 @@ from exflow.profiling.importers.left_out import LeftOut
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What is kept of an array [T, H, k]: its `columns`, which are the hidden `layers`, of tokens `whole`.
+    """The kept part of an array [T, H, k]: its `columns`, which are the hidden `layers`, for the tokens
+    `whole`.
 
     hidden_layers  how many the model has; None where the array has rows of MoE layers alone
     """
@@ -33,9 +34,10 @@ class Routed:
 
 
 class RoutedLayers:
-    """Finds the MoE layers in the first rows and holds later ones to them; `given` ones are not sought.
+    """Finds the MoE layers in the first rows and holds later ones to them; `given` layers are not sought.
 
-    As many as an array has, and of higher numbers, they name its layers: versions of vLLM record no others.
+    Where an array has as many columns as `given` has layers, and not all of these are column numbers, `given`
+    names its columns: some versions of vLLM record MoE layers alone.
     """
 
     def __init__(self, given: tuple[int, ...] | None, left: LeftOut) -> None:

@@ -1,4 +1,4 @@
-"""What files of another program say of routing, and what the user says where they do not."""
+"""Routing as read from files of another program, and the user's hints where the files are silent."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ BLOCK_BYTES = 1 << 26  # of ids read at a time: large enough for speed, small be
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user says of the model, None where he leaves it to the files.
+    """Facts about the model that the user gives; None leaves a fact to the files.
 
     num_experts    experts of a layer
     moe_layers     which of the recorded layers to keep, as hidden-layer indices, ascending

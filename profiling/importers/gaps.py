@@ -15,7 +15,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def gaps(experts: IntArray) -> Mask:
-    """Where `experts` [tokens, layers, k] hold the mark instead of an id.
+    """[tokens, layers, k] bool: True where `experts` hold the mark instead of an id.
 
     Written as unsigned numbers the mark is the largest of them; with k > 1, and in all k, it is no routing.
     """
@@ -29,7 +29,8 @@ def gaps(experts: IntArray) -> Mask:
 
 
 def may_have_gaps(experts: IntArray) -> bool:
-    """Seen without an array of the block's size; of other negative numbers the callers complain."""
+    """A quick test for marks, without an array of the block's size; callers complain of other negative
+    numbers."""
     if experts.dtype.kind == "i":
         return bool(experts.min(initial=0) == -1)
     return bool(experts.max(initial=0) == np.iinfo(experts.dtype).max)

@@ -52,7 +52,7 @@ def json_values(path: Path, left: LeftOut) -> Iterator[tuple[str, Any, int]]:
 
 
 def looks_like_json(start: bytes) -> bool:
-    """Whether a text begins with an object or a list, or with nulls before one; a mark does not count."""
+    """True if a text begins with an object or a list, also after nulls or a byte order mark."""
     return re.match(rb"(\xef\xbb\xbf)?\s*(null\s*)*[{\[]", start) is not None
 
 

@@ -1,4 +1,4 @@
-"""What an import leaves out: counted while the files are read, told once when all are."""
+"""Counts what an import leaves out while the files are read, and reports it once at the end."""
 
 import logging
 
@@ -12,13 +12,13 @@ WITHOUT_TOKENS = "files without tokens"
 
 
 class LeftOut:
-    """Counts by what it is that was left out, each with the place of the first."""
+    """Counts of left-out things by kind, each with the place of the first."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, str]] = {}
 
     def add(self, what: str, where: str, count: int = 1) -> None:
-        """`count` of `what`, a plural noun; `where` begins with the file's name."""
+        """Count `count` of `what`, a plural noun; `where` begins with the file's name."""
         if count:
             before, first = self._found.get(what, (0, where))
             self._found[what] = (before + count, first)

@@ -62,7 +62,7 @@ def _rows(
 
 
 def _layers(paths: Sequence[Path], hints: Hints) -> frozenset[int]:
-    """All layers: one of the first two steps of a file is whole, or another file has more."""
+    """All layers of the recording: one of a file's first two steps is whole, or another file has more."""
     beginnings = (itertools.islice(_steps(path, hints.moe_layers, LeftOut()), 2) for path in paths)
     return frozenset(layer for steps in beginnings for step in steps for layer in step.layers)
 

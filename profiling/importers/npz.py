@@ -100,7 +100,7 @@ def _in_order(
 
 
 def _blocks(stream: ArrayStream) -> Iterator[npt.NDArray[Any]]:
-    """Of ids and weights alike in rows: as many as make a block of int64."""
+    """Blocks of an array by rows. Ids and weights get the same rows: as many as make a block of int64."""
     return stream.blocks(rows_in_a_block(int(np.prod(stream.shape[1:])), np.dtype(np.int64)))
 
 

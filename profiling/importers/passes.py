@@ -24,7 +24,8 @@ class SeenPasses:
         self._hashes: dict[Hashable, list[npt.NDArray[np.uint64]]] = {}
 
     def is_repeated(self, name: Hashable, experts: IntArray) -> bool:
-        """Whether `experts` [tokens, layers, top_k] were given before under this name, as far as both go.
+        """True if `experts` [tokens, layers, top_k] repeat the rows given before under this name, up to the
+        shorter length.
 
         One may go on where the other ends: SGLang cuts a batch that was gathered from all ranks to the
         length of each rank's own.

@@ -46,7 +46,11 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """Whether a file that begins with these bytes is of this format, and how to open files of it."""
+    """A foreign trace format.
+
+    matches  tells by a file's first bytes whether it is of this format
+    open     opens the files of one recording
+    """
 
     matches: Callable[[bytes], bool]
     open: Callable[[Sequence[Path], Hints], Recording]
@@ -64,7 +68,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written: the model's routed part, and how much of it."""
+    """The result of an import: the model's routed part, tokens and sequences written."""
 
     layout: RoutingLayout
     num_tokens: int
@@ -122,7 +126,7 @@ def import_trace(
 def _opened(
     paths: Sequence[Path], format: str | None, hints: Hints, advance: Advance
 ) -> tuple[Translation, Iterator[Rows]]:
-    """How the files' rows become rows of a trace, and these."""
+    """The translation from the files' rows to rows of a trace, and the translated rows."""
     if not paths:
         raise InputError("import: no files given; name at least one")
     full = [path for path in paths if not is_blank(path)]
@@ -149,7 +153,7 @@ def _opened(
 def _translated(
     translation: Translation, blocks: Iterator[ForeignRows], progress: "_Progress", left: LeftOut
 ) -> Iterator[Rows]:
-    """The rows of the blocks; at their end what was left out is told."""
+    """Yield the translated rows of the blocks, then log what was left out."""
     for block in blocks:
         yield translation.rows(progress.passing(block))
     left.tell()
@@ -158,7 +162,7 @@ def _translated(
 def _begun(
     recording: Recording, hints: Hints, paths: Sequence[Path]
 ) -> tuple[LeftOut, Iterator[ForeignRows]]:
-    """A pass over the files: the blocks that hold whole tokens, and what is left out as they are read."""
+    """Begin a pass over the files: (counter of what is left out, blocks that hold whole tokens)."""
     left = LeftOut()
     for path in filter(is_blank, paths):
         left.add("empty files", str(path))

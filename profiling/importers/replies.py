@@ -1,4 +1,4 @@
-"""What is in the place of a response: the response itself, unwrapped, or why there is none."""
+"""Unwraps responses of a server from client envelopes, and tells why one holds no routing."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ _ASK = "start the server with --enable-return-routed-experts (SGLang: and ask fo
 
 
 def unwrapped(value: Any) -> Any:
-    """The response in what clients wrap around it: {"status": 200, "body": ...}, and batch files (OpenAI's,
-    vLLM's run-batch): {"custom_id": ..., "response": {"status_code": 200, "body": ...}, "error": null}."""
+    """Take the response out of a client's envelope: {"status": 200, "body": ...}, or the line of a batch file
+    (OpenAI's, vLLM's run-batch): {"custom_id": ..., "response": {"status_code": 200, "body": ...}, "error":
+    null}."""
     while isinstance(value, dict) and not _OF_RESPONSES & value.keys():
         inner = next((value[key] for key in ("response", "body") if isinstance(value.get(key), dict)), None)
         if inner is None or _error(value) is not None:
@@ -22,7 +23,7 @@ def unwrapped(value: Any) -> Any:
 
 
 def lack(value: Any) -> tuple[str, str]:
-    """What an unwrapped value without any routing is, as a plural noun, and what it says."""
+    """The kind of an unwrapped value without routing, as a plural noun, and a reason."""
     if not isinstance(value, dict):
         return "responses without routing", f"is {shown(value)}; give the JSON object of a response"
     error = _error(value)
@@ -37,8 +38,11 @@ def lack(value: Any) -> tuple[str, str]:
 
 
 def _error(value: dict[str, Any]) -> Any:
-    """What an error says: OpenAI's and vLLM's {"error": {"message"}}, SGLang's {"object": "error"}, FastAPI's
-    {"detail"}, and whatever bears a status of HTTP from 400 up. None where it is no error."""
+    """The message of an error; None where the value is no error.
+
+    Known forms: {"error": {"message"}} of OpenAI and vLLM, {"object": "error"} of SGLang, {"detail"} of
+    FastAPI, and any HTTP status from 400 up.
+    """
     for name in ("error", "errors", "detail"):
         told = value.get(name)
         if told:

@@ -1,4 +1,4 @@
-"""Which tokens of successive forward passes are of one request, told by their positions alone."""
+"""Assigns tokens of successive forward passes to requests, by their positions alone."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -36,7 +36,7 @@ from exflow.profiling.trace import DECODE, PREFILL
 
 @dataclass(frozen=True)
 class _Told:
-    """How many tokens a sequence has, None where that is not told.
+    """Token counts of a sequence, as the response states them; None where it does not.
 
     billed  whether `usage` tells it, which may leave tokens out (SGLang's serving_chat.py does for Kimi K3)
     """
@@ -127,7 +127,7 @@ def _prompt_of(holder: dict[str, Any], response: dict[str, Any]) -> Any:
 
 
 def _holders(response: dict[str, Any]) -> Iterator[tuple[dict[str, Any], _Told]]:
-    """What holds the routing of each sequence, and what tells its tokens."""
+    """Yield for each sequence the object that holds its routing, and its stated token counts."""
     choices = response.get("choices")
     choices = [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
     usage = _told(response.get("usage"), billed=True) if len(choices) < 2 else _Told(True)  # a sum of several
@@ -152,7 +152,7 @@ def _of_choice(choice: dict[str, Any], usage: _Told) -> tuple[dict[str, Any], _T
 
 
 def _told(counts: Any, billed: bool) -> _Told:
-    """Tokens of the prompt, and in all, where both are told."""
+    """Tokens of the prompt, and in all, where `counts` states both."""
     if not isinstance(counts, dict):
         return _Told(billed)
     prompt, completion = counts.get("prompt_tokens"), counts.get("completion_tokens")

@@ -17,7 +17,7 @@ _NPY = b"\x93NUMPY"
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a server wrote it for a sequence of which it has no row."""
+    """True if a server wrote `value` for a sequence of which it has no row."""
     return value is None or value == "" or value == []
 
 

@@ -30,7 +30,7 @@ class TensorPlace:
 
 
 def tensor_places(path: Path, remedy: str) -> dict[str, TensorPlace]:
-    """Where each tensor is; InputError unless all are of integers and inside the file."""
+    """The place of each tensor by name; InputError unless all are of integers and inside the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

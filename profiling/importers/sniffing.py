@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes."""
+"""Tells a file's format from its first bytes."""
 
 import codecs
 from pathlib import Path
@@ -20,7 +20,7 @@ def start_of(path: Path) -> bytes:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether nothing but blanks is in a file: a rank had no tokens, or a request failed."""
+    """True if a file holds only whitespace: a rank had no tokens, or a request failed."""
     start = start_of(path)
     return len(start) < START and not start.removeprefix(codecs.BOM_UTF8).strip()
 
@@ -38,18 +38,18 @@ def is_zip(start: bytes) -> bool:
 
 
 def is_torch(start: bytes) -> bool:
-    """Whether an archive's first member is the one that torch.save writes first."""
+    """True if an archive's first member is the one that torch.save writes first."""
     length = int.from_bytes(start[26:28], "little")
     return is_zip(start) and start[30 : 30 + length].endswith(b"/data.pkl")
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether it begins with the length of a header of JSON, and not with text in UTF-16."""
+    """True if the bytes begin with the length of a JSON header, and are no text in UTF-16."""
     return start[4:9] == b"\0\0\0\0{"
 
 
 def is_json(start: bytes) -> bool:
-    """Whether it is JSON, if not from the first line on: the file may be cut, or a proxy answered first."""
+    """True for JSON, even if not from the first line on: the file may be cut, or a proxy answered first."""
     return looks_like_json(start) or (is_text(start) and any(map(looks_like_json, start.splitlines())))
 
 

@@ -1,4 +1,4 @@
-"""What torch.save wrote, read without running anything and without believing its sizes."""
+"""Reads files of torch.save without running code in them and without trusting their sizes."""
 
 import ctypes
 import mmap

@@ -15,7 +15,7 @@ from exflow.profiling.validate import check_ids, checked_weights
 
 @dataclass(frozen=True, eq=False)
 class Translation:
-    """What the first rows of a recording settle, and the others are held to."""
+    """The layout that the first rows of a recording settle; later rows must match it."""
 
     layout: RoutingLayout
     has_weights: bool
@@ -24,7 +24,8 @@ class Translation:
 
     @classmethod
     def of(cls, first: ForeignRows, num_experts: int, recording: Recording, hints: Hints) -> Self:
-        """Raises InputError, beginning with the file's name, where the numbers contradict each other."""
+        """Settle the layout from the first rows; raises InputError, beginning with the file's name, where
+        numbers contradict each other."""
         kept = hints.moe_layers or first.layers
         hidden = hints.hidden_layers or first.hidden_layers or max(first.layers) + 1
         if first.hidden_layers not in (None, hidden):
@@ -82,7 +83,7 @@ def check_rows(block: ForeignRows, hints: Hints) -> IntArray:
 
 
 def kept_columns(block: ForeignRows, hints: Hints) -> list[int]:
-    """Where the layers that are kept are among those of the block."""
+    """Columns of the block that hold the kept layers."""
     if hints.moe_layers is None:
         return list(range(len(block.layers)))
     absent = set(hints.moe_layers) - set(block.layers)

@@ -81,7 +81,7 @@ def _check_shapes(path: Path, iteration: int, layers: dict[int, TensorPlace]) ->
 
 
 def _num_experts(path: Path) -> int | None:
-    """From meta_info.json in the same folder, if it is there."""
+    """The number of experts by meta_info.json in the same folder; None without that file."""
     meta = path.with_name("meta_info.json")
     if not meta.exists():
         return None

@@ -58,7 +58,14 @@ def test_characters_that_stdout_lacks_are_escaped(
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "plan.json", "none"], ["doctor", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["evaluate", "plan.json", "none"],
+        pytest.param(["doctor", "--json"], marks=pytest.mark.all),
+    ],
+)
 def test_a_result_that_finds_no_room(folder: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "exflow.cli", *arguments]
     with FULL.open("w") as full:
@@ -82,7 +89,7 @@ def test_a_reader_that_goes_away(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
+@pytest.mark.parametrize("closed", ["1", pytest.param("2", marks=pytest.mark.all)])
 def test_a_stream_that_is_closed(folder: Path, closed: str) -> None:
     """Output for a closed stream goes nowhere: not to the other stream, and nothing fails."""
     command = [sys.executable, "-m", "exflow.cli", "-v", "evaluate", "plan.json", "none"]

@@ -1,8 +1,9 @@
-"""The demo in full, as `make demo` runs it: the promise of the README."""
+"""The demo: of a tiny model, and in full as `make demo` runs it, which is the promise of the README."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from exflow.cli.first_steps import print_demo
 from exflow.commands.demo import summary
+from exflow.model.config import ModelConfig
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -27,60 +29,75 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def result() -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, "-m", "exflow.cli", "demo", "--json"], capture_output=True, text=True
-    )
+Variants = dict[tuple[str, str], dict[str, Any]]
+
+
+def of_shipped(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that runs the demo in full."""
+    marked: Callable[..., None] = pytest.mark.all(pytest.mark.slow(pytest.mark.distributed(test)))
+    return marked
+
+
+def run_demo(*options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "exflow.cli", "demo", "--json", *options]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     shown: dict[str, Any] = json.loads(run.stdout)  # stdout holds nothing else
     return shown
 
 
-@pytest.fixture(scope="module")
-def variants(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def by_name(result: dict[str, Any]) -> Variants:
     return {(variant["strategy"], variant["placement"]): variant for variant in result["variants"]}
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_every_variant_says_the_same(result: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, Any]:
+    """The demo as `make demo` runs it."""
+    return run_demo()
+
+
+def check_variants(result: dict[str, Any], collectives: dict[str, tuple[int, int, int]]) -> None:
     assert result["same_tokens"] is True
     assert len(result["text"]) == 8
     assert all(set(variant) >= KEYS for variant in result["variants"])
+    counted = ("all_to_alls_per_step", "gathers_per_step", "all_reduces_per_step")
+    for (strategy, _), variant in by_name(result).items():
+        assert tuple(variant[name] for name in counted) == collectives[strategy]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_affinity_and_coherence_move_less(variants: dict[tuple[str, str], dict[str, Any]]) -> None:
-    messages = {key: variant["messages_per_token_layer"] for key, variant in variants.items()}
+def test_the_demo_of_a_tiny_model(
+    tiny_checkpoint: Callable[..., Path], tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    model = tiny_checkpoint(tiny_config(max_positions=256))
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night.\n" * 400)
+    result = run_demo("--model", str(model), "--text", str(tmp_path / "book.txt"))
+    collectives = {"dispatch-combine": (8, 0, 0), "coherent": (4, 2, 0), "replicated": (0, 0, 4)}
+    check_variants(result, collectives)
+    assert len(result["variants"]) == 6
+
+
+@of_shipped
+def test_every_variant_says_the_same(shipped: dict[str, Any]) -> None:
+    collectives = {"dispatch-combine": (24, 0, 0), "coherent": (12, 2, 0), "replicated": (0, 0, 12)}
+    check_variants(shipped, collectives)
+
+
+@of_shipped
+def test_affinity_and_coherence_move_less(shipped: dict[str, Any]) -> None:
+    messages = {key: variant["messages_per_token_layer"] for key, variant in by_name(shipped).items()}
     assert messages["coherent", "affinity"] < 0.7 * messages["dispatch-combine", "contiguous"]
     assert messages["coherent", "affinity"] < messages["coherent", "contiguous"]
     assert messages["coherent", "contiguous"] < messages["dispatch-combine", "contiguous"]
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("strategy", "collectives"),
-    [("dispatch-combine", (24, 0, 0)), ("coherent", (12, 2, 0)), ("replicated", (0, 0, 12))],
-)
-def test_collectives_of_a_decode_step(
-    variants: dict[tuple[str, str], dict[str, Any]], strategy: str, collectives: tuple[int, int, int]
-) -> None:
-    for placement in ("contiguous", "affinity"):
-        variant = variants[strategy, placement]
-        counted = ("all_to_alls_per_step", "gathers_per_step", "all_reduces_per_step")
-        assert tuple(variant[name] for name in counted) == collectives
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
+@of_shipped
 def test_the_readme_shows_what_the_demo_prints(
-    result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shipped: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    print_demo(result, as_json=False)
+    print_demo(shipped, as_json=False)
     printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
     listing = README.read_text(encoding="utf-8").split("```text\nstrategy ", 1)[1].split("```", 1)[0]
     table_and_summary, verdict = f"strategy {listing}".split("\n...\n")

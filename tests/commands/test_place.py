@@ -39,6 +39,8 @@ FIGURES = {
     "imbalance_max",
 }
 
+MESSAGES = ("--objective", "messages")
+
 
 def save_trace(folder: Path, seed: int, tokens: int = 300) -> Path:
     """Tokens of a sequence keep to four experts of eight, mostly; two of 3 layers' experts are hot."""
@@ -84,7 +86,7 @@ def moves(plan: Plan, before: Plan) -> int:
 
 
 def test_the_figures_are_those_of_the_plan(trace: Path, tmp_path: Path) -> None:
-    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "2")
+    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "2", *MESSAGES)
     assert set(shown) == FIGURES
     assert shown["plan"] == str(tmp_path / "plan.json")
     assert (shown["method"], shown["optimal"], shown["gap"]) == ("exact", True, 0)
@@ -94,7 +96,7 @@ def test_the_figures_are_those_of_the_plan(trace: Path, tmp_path: Path) -> None:
     coherent = plan.expected["strategies"]["coherent"]
     assert shown["messages_coherent"] == coherent["messages_per_token_layer"]
     assert shown["imbalance_max"] == plan.expected["imbalance"]["max"]
-    lines = exflow_place(trace, "--gpus", "2", "-o", tmp_path / "plan.json").splitlines()
+    lines = exflow_place(trace, "--gpus", "2", "-o", tmp_path / "plan.json", *MESSAGES).splitlines()
     assert len(lines) == len(FIGURES)
     assert [line.split()[0] for line in lines[:4]] == ["plan", "strategy", "method", "slots"]
 
@@ -137,7 +139,7 @@ def test_topology_is_what_the_file_says(trace: Path, tmp_path: Path) -> None:
 
 
 def test_nodes_are_equal(trace: Path, tmp_path: Path) -> None:
-    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "4", "--nodes", "2")
+    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "4", "--nodes", "2", *MESSAGES)
     assert plan.topology == Topology(num_nodes=2, gpus_per_node=2)
     assert set(shown) == FIGURES | {"messages_node_coherent"}
 
@@ -184,7 +186,7 @@ def test_a_high_price_buys_balance(trace: Path, tmp_path: Path) -> None:
 
 
 def test_weights_and_the_worst_case(trace: Path, other: Path, tmp_path: Path) -> None:
-    both = (trace, other, "--gpus", "2")
+    both = (trace, other, "--gpus", "2", *MESSAGES)
     loaded = [RoutingTrace.load(path) for path in (trace, other)]
 
     def by_trace(*options: str) -> list[float]:
@@ -236,7 +238,7 @@ def test_pareto_prints_a_line_a_price_and_writes_the_plan_asked_for(trace: Path,
 
 
 def test_held_out_figures_are_of_tokens_that_the_plan_has_not_seen(trace: Path, tmp_path: Path) -> None:
-    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "2", "--holdout", "0.2")
+    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "2", "--holdout", "0.2", *MESSAGES)
     assert shown["held_out_sequences"] == 6
     assert shown["held_out_tokens"] == 60
     assert plan.expected["tokens"] == 240
@@ -316,7 +318,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     experts = np.random.default_rng(0).integers(0, 64, (500, 24, 2))
     RoutingTrace.from_arrays(experts, num_experts=64).save(folder / "trace")
     (folder / "plan.json").write_text("an older plan")
-    arguments = ["place", "trace", "--gpus", "8", "-o", "plan.json", "--time-limit", "4"]
+    arguments = ["place", "trace", "--gpus", "8", "-o", "plan.json", "--time-limit", "4", *MESSAGES]
     done = subprocess.run(
         [sys.executable, "-c", _INTERRUPTED, *arguments],
         cwd=folder,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from exflow.cost.auto import expected_figures, predictions, step_traffic
-from exflow.cost.machine import Link, Machine
 from exflow.cost.probe import link_of
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
 from exflow.placement.make_plan import place
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Link, Machine
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.deploy import default_plan

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exflow.cost.machine import Link, Machine
 from exflow.cost.predict import Prediction, choose, predict
 from exflow.cost.workload import StepTraffic, Workload, imbalance_of_batch
 from exflow.errors import InputError
 from exflow.model.config import ModelConfig
+from exflow.placement.time.machine import Link, Machine
 
 # 2 nodes of 2 ranks; a message of 100 bytes, in a dispatch 120 with its 5 numbers
 WORKLOAD = Workload(

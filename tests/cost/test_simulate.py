@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from exflow.cost import machines as times
 from exflow.cost.auto import predictions
 from exflow.cost.crossover import crossovers, quantities
-from exflow.cost.machine import Link, Machine
 from exflow.cost.simulate import (
     Layout,
     Point,
@@ -30,6 +29,8 @@ from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.time.machine import Link, Machine
+from exflow.placement.time.machines import load_machine
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
 
@@ -196,7 +197,7 @@ def test_crossovers_are_where_the_fastest_changes(choice: list[Variant]) -> None
 
 def test_presets() -> None:
     """Each can be read; those of H200s are what a report assumes of one node, and of several."""
-    found = {path.stem: times.load_machine(path) for path in MACHINES.glob("*.yaml")}
+    found = {path.stem: load_machine(path) for path in MACHINES.glob("*.yaml")}
     assert set(found) == {"h200", "h200-nccl", "h200-relayed", "a100-hdr", "hosts-1gbit"}
     assert replace(found["h200"], between=times._ONE_NODE.between) == times._ONE_NODE
     assert found["h200-nccl"] == times._SEVERAL_NODES

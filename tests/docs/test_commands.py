@@ -201,8 +201,8 @@ def several_traces(folder: Path) -> None:
         RoutingTrace.from_arrays(experts, num_experts=16, sequence=sequence).save(folder / name)
 
 
-# what they run is run by README, by other pages of docs/how-to, and by the tests of the demo and of simulate
-LONG = ("docs/tutorial.md", "docs/how-to/sglang.md", "docs/simulate.md")
+# run by `make test-all`: other pages and the tests of place, simulate and the demo run the same verbs
+LONG = ("docs/tutorial.md", "docs/how-to/sglang.md", "docs/placement.md", "docs/simulate.md")
 BEGINNINGS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "README.md": (repository, hugging_face, sglang),
     "docs/tutorial.md": (repository,),
@@ -237,6 +237,14 @@ def test_what_is_to_be_typed_works(page: str, tmp_path: Path, monkeypatch: pytes
             continue
         for command in block.commands():
             run(command, block.where, monkeypatch)
+
+
+@pytest.mark.parametrize("page", LONG)
+def test_options_of_long_pages_are_known(page: str) -> None:
+    for block in RUN[page]:
+        for command in block.commands() if block.language == "sh" else []:
+            if command.startswith("exflow "):
+                parse(command)
 
 
 def run(command: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def test_a_file_that_may_grow_no_more(verb: str, folder: Path, verbs: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["profile", pytest.param("place", marks=pytest.mark.all), "report"])
+@pytest.mark.parametrize(
+    "verb", ["profile", *(pytest.param(verb, marks=pytest.mark.all) for verb in ("place", "report"))]
+)
 def test_a_disk_that_is_full(verb: str, folder: Path, verbs: Any) -> None:
     """The cache of compiled code lies on it, and is empty: the command compiles, and keeps nothing."""
     line, named = COMMANDS[verb]

@@ -124,6 +124,7 @@ def test_a_slow_rank_is_waited_for(generate: Callable[..., Any], fault: Any, mod
     assert json.loads(out)["tokens"] == tokens_of_one_process(model, list(PROMPTS), 6)
 
 
+@pytest.mark.all
 def test_a_fault_that_one_rank_finds_is_told_once(
     generate: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:

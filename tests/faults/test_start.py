@@ -231,12 +231,17 @@ def test_a_rank_whose_starter_is_gone_ends(model: Path, job: Any) -> None:
         assert rank.end() == (-signal.SIGKILL, "", "")
 
 
+NO_FILES = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash"]  # none may grow
+
+
+@pytest.mark.all
 def test_generating_needs_no_temporary_folder(model: Path, tmp_path: Path, job: Any) -> None:
-    """Nothing can be written anywhere: no file may grow. The demo needs a folder, and says so."""
-    no_files = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash"]
-    with job([*no_files, *generate(model)], cwd=tmp_path) as started:
+    with job([*NO_FILES, *generate(model)], cwd=tmp_path) as started:
         check_ran(started)
-    with job([*no_files, str(EXFLOW), "demo"], cwd=Path(exflow.__file__).parents[1]) as demo:
+
+
+def test_the_demo_needs_a_temporary_folder_and_says_so(job: Any) -> None:
+    with job([*NO_FILES, str(EXFLOW), "demo"], cwd=Path(exflow.__file__).parents[1]) as demo:
         code, out, err = demo.end()
     assert (code, out) == (2, ""), err
     assert err == "exflow: no temporary folder can be written; make room there, or name another in TMPDIR\n"

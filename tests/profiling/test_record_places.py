@@ -67,8 +67,15 @@ def check(model: Any, run: Callable[[Any], list[list[int]]], routing: bool = Tru
     return recorder.trace
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", FAMILIES)
+# of every family and of every way one half in `make test`
+PAIRS = [
+    pytest.param(name, way, marks=[pytest.mark.all] if (family + number) % 2 else [])
+    for family, name in enumerate(FAMILIES)
+    for number, way in enumerate(WAYS)
+]
+
+
+@pytest.mark.parametrize(("name", "way"), PAIRS)
 def test_every_token_is_in_its_place(name: str, way: str) -> None:
     family = FAMILIES[name]
     if way in family.lacks:

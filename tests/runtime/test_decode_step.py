@@ -70,7 +70,7 @@ def test_ranks_of_a_static_step_choose_the_tokens_of_one_process(
     ("family", "ranks", "group_size", "replicated"),
     [
         pytest.param("mixtral", 2, 2, False, marks=ALL),
-        ("olmoe", 2, 1, False),
+        pytest.param("olmoe", 2, 1, False, marks=ALL),
         ("qwen3_moe", 2, 2, True),
         pytest.param("gpt_oss", 4, 2, False, marks=ALL),
     ],
@@ -135,7 +135,7 @@ def test_mail_that_a_collective_moves_says_the_same(
 @pytest.mark.parametrize(
     ("nodes", "per_node", "group_size", "top_k"),
     [
-        (2, 2, 1, 2),
+        pytest.param(2, 2, 1, 2, marks=ALL),
         (2, 2, 2, 3),
         pytest.param(2, 2, 4, 3, marks=ALL),
         pytest.param(2, 2, 4, 1, marks=ALL),

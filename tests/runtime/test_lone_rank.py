@@ -8,7 +8,8 @@ import torch.distributed as dist
 from exflow.errors import InputError, WrongResult
 from exflow.job import liveness
 from exflow.job.cluster import annotate_errors, join_cluster
-from exflow.job.launch import LostContact, Place
+from exflow.job.environment import Place
+from exflow.job.launch import LostContact
 from exflow.model.checkpoint import Checkpoint
 from exflow.model.random_weights import RandomWeights
 from exflow.placement.plan.strategy import Strategy

@@ -20,20 +20,20 @@ class Target:
     read: Callable[[Path], object]
 
     def write(self, folder: Path) -> None:
-        """The valid files."""
+        """Write the valid files to `folder`."""
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
 
 @dataclass
 class Result:
-    """What came of the inputs tried: for each kind of crash the number of the first input, and how many."""
+    """The crashes found: for each kind, the numbers of its inputs, the first one first; and inputs tried."""
 
     tried: int = 0
     crashes: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, tried: int, found: list[tuple[int, str]]) -> None:
-        """The numbers of a crash stay in order, however late some are added."""
+        """Add a batch's result. The numbers of a crash stay in order, however late some are added."""
         self.tried += tried
         for number, crash in found:
             insort(self.crashes.setdefault(crash, []), number)

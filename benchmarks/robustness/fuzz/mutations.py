@@ -49,7 +49,7 @@ def mutated(rng: random.Random, content: bytes) -> bytes:
 
 
 def changed_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Flipped, cut, doubled, filled or interrupted."""
+    """Flip, cut, double, fill or interrupt bytes."""
     start, stop = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     match rng.randrange(6):
         case 0 if content:
@@ -69,7 +69,7 @@ def changed_bytes(rng: random.Random, content: bytes) -> bytes:
 
 
 def changed_numbers(rng: random.Random, content: bytes) -> bytes:
-    """A number in the text becomes another."""
+    """Replace a number in the text by another."""
     found = list(re.finditer(rb"-?\d+", content[: 1 << 16]))
     if not found:
         return changed_bytes(rng, content)
@@ -78,7 +78,7 @@ def changed_numbers(rng: random.Random, content: bytes) -> bytes:
 
 
 def changed_structure(rng: random.Random, content: bytes) -> bytes:
-    """As what the bytes are; if they are nothing known, as bytes."""
+    """Change the content in the structure of its format; as bytes where the format is unknown."""
     if content.startswith(b"PK\x03\x04"):
         return changed_archive(rng, content)
     if content.startswith(b"\x93NUMPY"):
@@ -106,7 +106,7 @@ def parsed(content: bytes) -> Any:
 
 
 def changed_archive(rng: random.Random, content: bytes) -> bytes:
-    """One member changed, or under another name; the archive is whole."""
+    """Change one member, or its name; the archive stays whole."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = [(info, archive.read(info)) for info in archive.infolist()]
@@ -123,7 +123,7 @@ def changed_archive(rng: random.Random, content: bytes) -> bytes:
 
 
 def changed_npy(rng: random.Random, content: bytes) -> bytes:
-    """Another header, of the length that it declares, or other bytes."""
+    """Replace the header by another, of the length that it declares, or change bytes."""
     length = int.from_bytes(content[8:10], "little")
     if rng.random() < 0.3 or len(content) < 10 + length:
         return changed_bytes(rng, content)
@@ -134,7 +134,7 @@ def changed_npy(rng: random.Random, content: bytes) -> bytes:
 
 
 def changed_safetensors(rng: random.Random, content: bytes) -> bytes:
-    """Another header of the length that it declares, or another length."""
+    """Replace the header by another of the length that it declares, or change the length."""
     length = int.from_bytes(content[:8], "little")
     try:
         header = json.loads(content[8 : 8 + length])

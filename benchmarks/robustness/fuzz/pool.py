@@ -62,7 +62,8 @@ class Pool:
         return self._pool.schedule(_try, (target.name, numbers, stop), timeout=timeout)
 
     def _outcome(self, target: Target, numbers: range, future: Future[Tried], stop: float) -> Tried:
-        """Of a batch that killed its process each half is tried again, down to the input that does it."""
+        """The result of a batch. If it killed its process, each half is tried again, down to the input that
+        does it."""
         crash = _death_by(future)
         if crash is None:
             return future.result()
@@ -81,7 +82,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a process of the pool has from its start."""
+    """The data that a process of the pool gets at its start."""
 
     targets: dict[str, Target]
     folder: Path
@@ -127,7 +128,7 @@ def _try(name: str, numbers: range, stop: float) -> Tried:
 
 
 def _death_by(future: Future[Tried]) -> str | None:
-    """How the process ended that should have answered; None where it did."""
+    """The way in which the process ended that should have answered; None where it did answer."""
     try:
         future.result()
     except ProcessExpired as expired:

@@ -1,4 +1,4 @@
-"""What a reader may do with a damaged file: read it, or refuse it with an InputError of one line."""
+"""The contract of a reader for a damaged file: read it, or refuse it with an InputError of one line."""
 
 import errno
 import traceback
@@ -9,7 +9,7 @@ from exflow.errors import InputError
 
 
 def crash_of(read: Callable[[Path], object], folder: Path) -> str | None:
-    """What is wrong with how the files in `folder` are read, or None."""
+    """The fault in how `read` handles the files in `folder`, or None."""
     try:
         read(folder)
     except (InputError, SystemExit) as error:
@@ -26,7 +26,7 @@ def crash_of(read: Callable[[Path], object], folder: Path) -> str | None:
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether memory that was refused is behind the error."""
+    """True if refused memory is behind the error."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True

@@ -12,11 +12,11 @@ import torch
 
 from benchmarks.robustness.fuzz.checkpoints import checkpoints, configurations
 from benchmarks.robustness.fuzz.inputs import Target
-from exflow.cost.machines import load_machine
 from exflow.placement.formats.importers.registry import read_plan
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.placement.plan.topology_file import load_topology
+from exflow.placement.time.machines import load_machine
 from exflow.profiling.importers.foreign import Hints
 from exflow.profiling.importers.loads import read_loads
 from exflow.profiling.importers.registry import import_trace

@@ -1,7 +1,7 @@
-"""Hugging Face model families: their configurations as ours, their tensors as our parameters.
+"""Hugging Face model families: conversion of their configurations and tensors to ours.
 
-One file a family. `settings` of its configuration are those of the ModelConfig that computes the same;
-`layout` says which stored tensors make up each parameter.
+Each family has one file. `settings` of its configuration returns the settings of the equivalent ModelConfig;
+`layout` lists the stored tensors of each parameter.
 """
 
 from collections.abc import Callable, Set
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """`layout(config, names of the stored tensors)` is the layout of a checkpoint."""
+    """A family's configuration; `layout(config, names of the stored tensors)` is a checkpoint's layout."""
 
     config: type[HuggingFaceConfig]
     layout: "Callable[[ModelConfig, Set[str]], Layout]"

@@ -1,4 +1,4 @@
-"""What the configurations of Hugging Face models have in common, and what it comes to here."""
+"""Keys common to the configurations of Hugging Face models, and their conversion to ours."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -9,9 +9,9 @@ from exflow.model.limits import LayerCount
 
 
 class HuggingFaceConfig(RopeConfig):
-    """Keys that all families have. Others, which matter to training or to transformers alone, are ignored."""
+    """Keys that all families have. Keys that only training or transformers use are ignored."""
 
-    quantisations: ClassVar[tuple[str, ...]] = ()  # those that the family's layout can read
+    quantisations: ClassVar[tuple[str, ...]] = ()  # methods that the family's layout can read
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -39,7 +39,7 @@ class HuggingFaceConfig(RopeConfig):
         return self
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Those of the ModelConfig of a model called `name`, as far as all families have them."""
+        """Settings of a ModelConfig called `name`; a family's subclass adds its own."""
         return {
             "name": name,
             "vocab_size": self.vocab_size,
@@ -59,5 +59,5 @@ class HuggingFaceConfig(RopeConfig):
         } | ({"head_dim": self.head_dim} if self.head_dim else {})
 
     def same_window(self, window: int | None) -> tuple[int | None, ...]:
-        """Every layer's window."""
+        """`window` for every layer; empty if there is none."""
         return () if window is None else (window,) * self.num_hidden_layers

@@ -1,7 +1,7 @@
 """gpt-oss: attention sinks, windows in every other layer, YaRN, biases everywhere, clamped SwiGLU.
 
-Its experts are stacked, with gate and up taking turns. Published weights are MXFP4: blocks of 32 numbers of
-4 bits that share a power of two. They are read as they are and take the decoder's type.
+Its experts are stacked, with the rows of gate and up interleaved. Published weights are MXFP4: blocks of 32
+numbers of 4 bits that share a power of two. They are dequantised and take the decoder's dtype.
 
 Shapes: E experts, D hidden, F inner width, G blocks of a row.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from exflow.model.config import ModelConfig
 
 BLOCK = 32
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and negative with the highest of the four bits
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the highest of the four bits is the sign
 PUBLISHED_ROPE = RopeParameters(
     rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, truncate=False
 )
@@ -83,7 +83,7 @@ def _experts(config: "ModelConfig", theirs: str, ours: str, stored: Set[str]) ->
 def _matrix(
     name: str, rows: int, columns: int, stored: Set[str]
 ) -> tuple[dict[str, tuple[int, ...]], Joined]:
-    """What is stored of a matrix [rows, columns] of each expert, and how to read it."""
+    """Stored tensors of each expert's matrix [rows, columns]: their shapes by name, and how to join them."""
     if f"{name}_blocks" in stored:
         blocks = columns // BLOCK
         return {f"{name}_blocks": (rows, blocks, BLOCK // 2), f"{name}_scales": (rows, blocks)}, dequantised
@@ -93,7 +93,7 @@ def _matrix(
 def _each(
     experts: int, shapes: dict[str, tuple[int, ...]], read: Joined, take_turns: bool = False
 ) -> list[Piece]:
-    """A piece for each expert; where the rows of gate and up take turns, it has all gates first."""
+    """A piece for each expert. take_turns: gate and up rows are interleaved; gate rows are put first."""
 
     def gates_first(parts: list[Tensor]) -> Tensor:
         rows = read(parts)
@@ -116,7 +116,7 @@ def transposed(parts: list[Tensor]) -> Tensor:
 
 
 def dequantised(parts: list[Tensor]) -> Tensor:
-    """Blocks [rows, G, 16] and scales [rows, G] of MXFP4 as [rows, G * 32]; bfloat16 holds them exactly.
+    """Dequantise MXFP4 blocks [rows, G, 16] and scales [rows, G] to [rows, G * 32] bfloat16, without loss.
 
     A byte has two numbers, the lower four bits first; a scale s stands for 2 ** (s - 127).
     """

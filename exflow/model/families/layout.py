@@ -1,7 +1,7 @@
-"""Where the parameters of a decoder lie in a file: the tensors each is put together from.
+"""Layouts: the stored tensors from which each parameter of a decoder is built.
 
-A layout names, for every parameter, the pieces it is made of: one piece for most, one for each expert where
-the parameter holds experts. So a rank reads the pieces of its own experts and no others.
+A layout lists the pieces of every parameter: one piece for most, one for each expert if the parameter holds
+experts. So a rank reads only the pieces of its own experts.
 """
 
 import re
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Joined = Callable[[list[Tensor]], Tensor]
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Buffers, which earlier versions of transformers stored beside the weights. config.json implies them.
+# Buffers that earlier versions of transformers stored beside the weights; config.json implies them.
 LEFT_OVER = re.compile(
     r"(.*\.)?(rotary_emb\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"
     r"|(attn|attention|self_attn)\.(bias|masked_bias|causal_mask)|position_ids)"
@@ -28,9 +28,9 @@ LEFT_OVER = re.compile(
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, and the shape it must have; `row` takes one entry of its first dimension.
+    """A tensor in a file, and the shape it must have.
 
-    packed: its bytes hold quantised numbers.
+    row: one entry of its first dimension; None means all. packed: its bytes hold quantised numbers.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter, or one expert's part of it: what `join` makes of stored tensors, by default all rows."""
+    """A parameter, or one expert's part of it: `join` of stored tensors, by default their concatenation."""
 
     parts: tuple[Stored, ...]
     join: Joined = torch.cat
@@ -56,9 +56,9 @@ def single(name: str, *shape: int) -> list[Piece]:
 
 
 def own_layout(config: "ModelConfig", shapes: dict[str, tuple[int, ...]]) -> Layout:
-    """Of our own checkpoints: a tensor a parameter, under its name; those of experts are stacked.
+    """Layout of our own checkpoints: one tensor for each parameter, under its name; experts are stacked.
 
-    shapes: of the parameters of a decoder that holds any number of experts.
+    shapes: shapes of the parameters of a decoder that holds any number of experts.
     """
     layout = {}
     for name, shape in shapes.items():
@@ -71,9 +71,9 @@ def own_layout(config: "ModelConfig", shapes: dict[str, tuple[int, ...]]) -> Lay
 
 
 def hugging_face_layout(config: "ModelConfig", stored: Set[str]) -> Layout:
-    """What the families have in common: everything but the MLPs, under the names transformers gives them.
+    """Layout common to the families: all parameters but the MLPs, under the names of transformers.
 
-    Of a tied head and its embedding either may be stored.
+    For a tied head, the head or the embedding may be stored.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
     under_the_head = config.tied_head and EMBEDDING not in stored and HEAD in stored
@@ -116,7 +116,7 @@ def _attention(config: "ModelConfig", theirs: str, ours: str) -> Layout:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a family calls the matrices of a gated expert, where each expert has its own tensors."""
+    """A family's names for the matrices of a gated expert, if each expert has its own tensors."""
 
     gate: str
     up: str
@@ -129,9 +129,9 @@ PROJECTIONS = ExpertNames("gate_proj", "up_proj", "down_proj")
 def gated_experts(
     config: "ModelConfig", theirs: str, ours: str, names: ExpertNames, stored: Set[str]
 ) -> Layout:
-    """The experts of a layer, `theirs` the name of their module: each its own tensors, or all stacked.
+    """Layout of a layer's experts, with tensors for each expert or stacked. theirs: name of their module.
 
-    Stacked is what `save_pretrained(save_original_format=False)` writes.
+    `save_pretrained(save_original_format=False)` writes stacked tensors.
     """
     inner, hidden = config.intermediate_size, config.hidden_size
     w_in, w_out = f"{ours}.experts.w_in", f"{ours}.experts.w_out"
@@ -152,5 +152,5 @@ def gated_experts(
 
 
 def gate_and_up(theirs: str, names: ExpertNames, inner: int, hidden: int) -> Piece:
-    """The gate's rows, and below them those of the projection up."""
+    """The rows of the gate projection, then the rows of the up projection."""
     return Piece(tuple(Stored(f"{theirs}.{name}.weight", (inner, hidden)) for name in (names.gate, names.up)))

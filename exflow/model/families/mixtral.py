@@ -1,4 +1,4 @@
-"""Mixtral: every layer a Mixture of Experts, optionally a sliding window in all of them."""
+"""Mixtral: every layer is a Mixture of Experts, optionally with a sliding window."""
 
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -30,7 +30,7 @@ class Qwen3MoeConfig(HuggingFaceConfig):
     decoder_sparse_step: PositiveInt = 1
     mlp_only_layers: tuple[NonNegativeInt, ...] | None = None
     use_sliding_window: bool = False
-    sliding_window: int | None = 4096  # of any value where it is not used
+    sliding_window: int | None = 4096  # any value if it is not used
 
     def settings(self, name: str) -> dict[str, Any]:
         return super().settings(name) | {

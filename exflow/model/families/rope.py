@@ -1,8 +1,8 @@
-"""What a Hugging Face configuration says of rotary positions, understood as transformers 5 does.
+"""Rotary positions in a Hugging Face configuration, read as transformers 5 does.
 
 Two spellings are in use. transformers 4 wrote `rope_scaling`, with `rope_theta` beside it. transformers 5
 writes `rope_parameters`, with `rope_theta` in it. Model cards advise to add `rope_scaling` for long contexts,
-so that some files have both: then `rope_scaling` counts, and nothing of `rope_parameters` does
+so some files have both: then `rope_scaling` counts, and `rope_parameters` is ignored
 (transformers/modeling_rope_utils.py, `convert_rope_params_to_dict`).
 """
 
@@ -23,7 +23,7 @@ from exflow.model.limits import PositionCount, Theta
 
 
 class RopeParameters(BaseModel):
-    """What either spelling holds."""
+    """The content of `rope_scaling` or `rope_parameters`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -57,11 +57,11 @@ class RopeParameters(BaseModel):
 
 
 class RopeConfig(BaseModel):
-    """The keys of a configuration that rotary positions depend on. A family says its defaults."""
+    """The keys of a configuration that rotary positions depend on. A family sets the defaults."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     default_theta: ClassVar[float] = 10_000.0
-    default_rope: ClassVar[RopeParameters] = RopeParameters()  # where neither spelling has a value
+    default_rope: ClassVar[RopeParameters] = RopeParameters()  # used if neither spelling has a value
 
     max_position_embeddings: PositionCount
     rope_theta: Theta | None = None
@@ -108,7 +108,10 @@ class RopeConfig(BaseModel):
         return self.rope_scaling or self.rope_parameters or self.default_rope
 
     def _theta(self) -> float | None:
-        """That of the spelling that counts, else that beside it, else the family's. Null is not absent."""
+        """rope_theta of the spelling that counts, else the top-level key, else the family's default.
+
+        A null value is not an absent one.
+        """
         for place in (self._given(), self):
             if "rope_theta" in place.model_fields_set:
                 return place.rope_theta
@@ -116,7 +119,7 @@ class RopeConfig(BaseModel):
 
 
 def _attention_factor(factor: float, given: RopeParameters) -> float:
-    """By which YaRN scales rotated queries and keys where the configuration does not say it."""
+    """YaRN's default scale of rotated queries and keys, used if the configuration has none."""
 
     def scale(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * log(factor) + 1.0

@@ -57,7 +57,7 @@ _KINDS = ("amount", "balance", "chance")
 
 
 def css() -> str:
-    """Both sets; dark where the reader's system asks for it, light on paper."""
+    """Style sheet with both sets of colours: dark if the reader's system asks for it, light on paper."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in {**colours, **_ramps(mode)}.items())
         for mode, colours in (("light", LIGHT), ("dark", DARK))
@@ -69,7 +69,7 @@ def css() -> str:
 
 
 def filters() -> str:
-    """An SVG filter a ramp: it turns the grey of a heat map's image into the ramp's colours."""
+    """One SVG filter for each ramp. It turns the grey of a heat map's image into the ramp's colours."""
     return "".join(
         f'<filter id="{name}" color-interpolation-filters="sRGB" x="0" y="0" width="1" height="1">'
         f"<feComponentTransfer>{_functions(ramp)}</feComponentTransfer></filter>"

@@ -1,4 +1,4 @@
-"""A figure of the page: a drawing, what it shows in words, and its numbers as a table."""
+"""A figure of the page: a drawing, its description in words, and its numbers as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Table:
-    """The first `texts` columns hold names, the others numbers; `caption` is for screen readers."""
+    """A table of numbers. The first `texts` columns hold names; `caption` is for screen readers."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -30,23 +30,23 @@ class Figure:
     caption: str = ""
 
     def file(self) -> str:
-        """The drawing as the content of an SVG file."""
+        """Content of an SVG file with the drawing."""
         return standing_alone(in_own_colours(self.svg))
 
 
 def number(value: float) -> str:
-    """Four significant digits, large numbers whole, with a true minus sign."""
+    """Format with four significant digits, large numbers whole, with a true minus sign."""
     shown = f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return shown.replace("-", MINUS) if "e" not in shown else f"{value:.2e}"
 
 
 def percent(share: float) -> str:
-    """A change, with its sign."""
+    """Format a change as a percentage with its sign."""
     return f"{share:+.0%}".replace("-", MINUS)
 
 
 def cell(value: object) -> str:
-    """As tables show it."""
+    """Format a value for a cell of a table."""
     return (
         number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     )

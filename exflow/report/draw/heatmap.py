@@ -1,4 +1,4 @@
-"""Heat maps: an image of a pixel a cell, axes around it, and what the page's script needs to tell a value.
+"""Heat maps: an image with one pixel a cell, axes, and the data with which the script shows values.
 
 On the page images are grey and coloured by a filter, which follows light and dark; in a file of its own a
 drawing has the light colours in the image.
@@ -29,7 +29,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scale:
-    """From what to what values are coloured; `kind` is "amount", or around a middle "balance" or "chance".
+    """Range of the values that are coloured. `kind` is "amount", or around a middle "balance" or "chance".
 
     open: there are values above `high`.
     """
@@ -58,7 +58,7 @@ class Heat:
 
 
 def heatmap(heat: Heat, x: float, y: float, width: float, height: float) -> str:
-    """The image with its corner at x, y, and axes to the left and below."""
+    """Draw the image with its corner at x, y, and axes to the left and below."""
     rows, columns = heat.values.shape
     high, wide = height / rows, width / columns
     levels = png.levels_of(heat.values, heat.scale.low, heat.scale.high)
@@ -91,12 +91,12 @@ def heatmap(heat: Heat, x: float, y: float, width: float, height: float) -> str:
 
 
 def brief(label: str) -> str:
-    """What fits below a column; the page's script says it likewise."""
+    """Short label that fits below a column. The page's script shortens labels in the same way."""
     return re.split("[ -]", label.replace("GPU ", "G"))[0]
 
 
 def scale_bar(scale: Scale, x: float, y: float, width: float = 180) -> str:
-    """The colours from low to high, with both numbers and the unit."""
+    """Draw the colours from low to high, with both numbers and the unit."""
     ramp = np.arange(1, 256, dtype=np.uint8)[np.newaxis]
     return (
         f'<image class="cells {scale.kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="10" '
@@ -112,7 +112,7 @@ def scale_bar(scale: Scale, x: float, y: float, width: float = 180) -> str:
 
 
 def in_own_colours(svg: str) -> str:
-    """The drawing with the light ramps' colours inside its images."""
+    """Return the drawing with the light ramps' colours inside its images."""
 
     def coloured(found: re.Match[str]) -> str:
         levels = png.decode(b64decode(found["png"]))
@@ -146,7 +146,7 @@ def _image(heat: Heat, levels: png.Levels, x: float, y: float, width: float, hei
 
 
 def _tick(axis: str, place: int, x: float, y: float, anchor: str, label: str) -> str:
-    """A label that the script can find."""
+    """Draw a label that the script can find."""
     return (
         f'<text class="small" data-{axis}="{place}" x="{x:.5g}" y="{y:.5g}" text-anchor="{anchor}">'
         f"{escape(label)}</text>"

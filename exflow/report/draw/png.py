@@ -18,14 +18,14 @@ Colour = tuple[int, int, int]
 
 
 def levels_of(values: npt.NDArray[np.floating], low: float, high: float) -> Levels:
-    """Levels 1 to 255 of the values from low to high, those beyond cut off; NOTHING for NaN."""
+    """Map values from low to high to levels 1 to 255; values beyond are clipped, NaN becomes NOTHING."""
     share = (np.nan_to_num(values) - low) / ((high - low) or 1.0)
     levels = 1 + np.rint(254 * np.clip(share, 0, 1))
     return np.asarray(np.where(np.isnan(values), NOTHING, levels), dtype=np.uint8)
 
 
 def data_uri(levels: Levels, palette: Sequence[Colour] | None = None) -> str:
-    """A pixel a cell, as an address to put into a page. Without a palette of 256 colours in grey."""
+    """Encode one pixel a cell as a data URI. Without a palette of 256 colours it is grey."""
     return "data:image/png;base64," + b64encode(encode(levels, palette)).decode()
 
 
@@ -43,7 +43,7 @@ def encode(levels: Levels, palette: Sequence[Colour] | None = None) -> bytes:
 
 
 def decode(content: bytes) -> Levels:
-    """The levels of an image that `encode` made."""
+    """Decode the levels of an image that `encode` made."""
     columns, rows = struct.unpack(">2I", content[16:24])
     start = content.index(b"IDAT") + 4
     scanlines = zlib.decompressobj().decompress(content[start:])

@@ -22,7 +22,7 @@ def drawing(height: float, label: str, body: Iterable[str]) -> str:
 
 
 def standing_alone(svg: str) -> str:
-    """A drawing as a file: light, with its colours written out, since not every program knows variables."""
+    """Make a file of a drawing: light, with its colours written out, as not every program knows variables."""
     style = re.sub(r"var\(--([a-z0-9-]+)\)", lambda found: LIGHT[found[1]], STYLE)
     opening, rest = svg.split(">", 1)
     return (
@@ -38,7 +38,7 @@ def text(x: float, y: float, content: object, *, anchor: str = "start", kind: st
 
 
 def upright(x: float, y: float, content: object) -> str:
-    """Text from bottom to top, its middle at x, y."""
+    """Draw text from bottom to top, with its middle at x, y."""
     return (
         f'<text transform="translate({x:.5g} {y:.5g}) rotate(-90)" text-anchor="middle" class="small">'
         f"{escape(str(content))}</text>"
@@ -58,7 +58,7 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def key(x: float, y: float, entries: Sequence[tuple[str, str]]) -> str:
-    """A legend in one row: (class of the swatch, what it stands for)."""
+    """Draw a legend in one row. An entry is the class of the swatch and its name."""
     parts = []
     for kind, name in entries:
         parts += [rect(x, y - 9, 10, 10, kind), text(x + 15, y, name)]
@@ -67,7 +67,7 @@ def key(x: float, y: float, entries: Sequence[tuple[str, str]]) -> str:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from low to high, `most` or fewer steps apart."""
+    """Choose round numbers from low to high with at most `most` steps between them."""
     rough = (high - low) / most or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
@@ -76,11 +76,11 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def every(labels: Sequence[object], space: float, needed: float) -> range:
-    """Places of the labels that fit on an axis of `space`, each `needed` long."""
+    """Indices of the labels that fit on an axis of length `space`, each `needed` long."""
     step = max(1, math.ceil(len(labels) * needed / space))
     return range(0, len(labels), step)
 
 
 def short(name: str, most: int = 40) -> str:
-    """A name that fits a drawing; its beginning and its end are kept."""
+    """Shorten a name to fit a drawing; its beginning and its end are kept."""
     return name if len(name) <= most else f"{name[: most - 13]}…{name[-12:]}"

@@ -4,5 +4,5 @@ from importlib.resources import files
 
 
 def content(name: str) -> str:
-    """The text of the file of this name."""
+    """Text of the file of this name."""
     return files(__name__).joinpath(name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the exporters share: how an engine is told of a file, and what a format cannot express."""
+"""Code that the exporters share: usage notes for an engine, and checks of what a format can express."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from exflow.placement.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Usage:
-    """How to give the exported file to its engine, and what is known to go wrong.
+    """Instructions for an engine to read the exported file, and known pitfalls.
 
     options  lines of a command, a configuration or a program, ready to be copied: a path in them is quoted as
              the shell, YAML or Python wants it

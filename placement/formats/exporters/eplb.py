@@ -15,7 +15,7 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_eplb(plan: Plan) -> bytes:
-    """Raises InputError if layers have different numbers of experts."""
+    """The bytes of the safetensors file. Raises InputError if layers have different numbers of experts."""
     check_equal_experts(plan, "EPLB")
     slots = np.ascontiguousarray(plan.physical_to_logical_map, dtype=np.int64)
     logical_to_physical, count = logical_maps(slots, plan.num_experts)

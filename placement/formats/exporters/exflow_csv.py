@@ -11,7 +11,8 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_exflow(plan: Plan) -> bytes:
-    """The order of a rank's slots is not in the file; `exflow place` sorts them by expert anyway.
+    """The bytes of the CSV file. It does not hold the order of a rank's slots; `exflow place` sorts them by
+    expert anyway.
 
     Raises InputError if there are replicas, or layers have different numbers of experts.
     """

@@ -15,7 +15,8 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_sglang(plan: Plan) -> bytes:
-    """The row of a dense layer, which nothing reads, is the engine's own default: slot i has expert i mod E.
+    """The bytes of the JSON file. The row of a dense layer, which nothing reads, is the engine's own default:
+    slot i has expert i mod E.
 
     Raises InputError if layers have different numbers of experts.
     """

@@ -58,7 +58,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a plan says besides its map: all that an import needs to make a plan of the map again."""
+    """The parts of a plan that its map does not hold; together with the map they are enough for an import."""
 
     model: ModelShape
     topology: Topology
@@ -89,7 +89,7 @@ def sidecar_path(path: Path) -> Path:
 
 
 def write_sidecar(path: Path, plan: Plan) -> None:
-    """Write what `path`, an exported file, does not say of the plan; atomically, one line a key."""
+    """Write the sidecar of the exported file `path`; atomically, one line a key."""
     document = _Document(
         format="exflow-placement",
         version=1,

@@ -11,7 +11,8 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_trtllm(plan: Plan) -> bytes:
-    """Every plan can be expressed. `layer_updates_per_iter` 0 means that nothing moves at run time."""
+    """The bytes of the YAML file; every plan can be expressed. `layer_updates_per_iter` 0 means that nothing
+    moves at run time."""
     rows = zip(plan.moe_layer_ids, plan.physical_to_logical_map.tolist(), strict=True)
     lines = [
         "initial_global_assignments:",

@@ -12,7 +12,7 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_vllm(plan: Plan) -> bytes:
-    """Raises InputError if layers have different numbers of experts."""
+    """The bytes of the JSON file. Raises InputError if layers have different numbers of experts."""
     check_equal_experts(plan, "vLLM")
     lines = ",\n".join(json.dumps(row) for row in plan.physical_to_logical_map.tolist())
     return f"[\n{lines}\n]\n".encode()

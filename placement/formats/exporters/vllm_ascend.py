@@ -16,7 +16,8 @@ from exflow.placement.plan.plan import Plan
 
 
 def write_vllm_ascend(plan: Plan) -> bytes:
-    """Raises InputError if layers have different numbers of experts, or a rank holds an expert twice."""
+    """The bytes of the JSON file. Raises InputError if layers have different numbers of experts, or a rank
+    holds an expert twice."""
     check_equal_experts(plan, "vllm-ascend")
     devices = plan.physical_to_logical_map.reshape(plan.num_layers, plan.num_ranks, plan.slots_per_rank)
     _check_none_twice(devices)
@@ -42,8 +43,9 @@ def _layer(index: int, devices: list[list[int]]) -> str:
 
 
 def _check_none_twice(devices: npt.NDArray[np.integer]) -> None:
-    """`devices` [L, G, S]. The engine inverts a device's list: of two equal experts one slot would be lost,
-    and the slots of later devices miscounted."""
+    """Raise InputError if a device in `devices` [L, G, S] holds an expert twice. The engine inverts a
+    device's list: one of two slots with one expert would be lost, and the slots of later devices miscounted.
+    """
     ordered = np.sort(devices, axis=2)
     twice = np.argwhere(ordered[:, :, 1:] == ordered[:, :, :-1])
     if len(twice):

@@ -18,7 +18,7 @@ _REMEDY = "save what rebalance_experts returned"
 
 
 def read_eplb(content: bytes, model: ModelShape) -> ForeignMap:
-    """The map [L, P]; the two other tensors must say the same, an expert's slots in any order."""
+    """The map [L, P]. The two other tensors must agree with it; an expert's slots may be in any order."""
     try:
         tensors = load(content)
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that numpy does not have
@@ -44,7 +44,7 @@ def read_eplb(content: bytes, model: ModelShape) -> ForeignMap:
 
 
 def is_eplb(content: bytes) -> bool:
-    """Whether the header of a safetensors file names the map."""
+    """True if the header of a safetensors file names the map."""
     length = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + length]
     named = any(f'"{names[0]}"'.encode() in header for names in (_NAMES, _SHORT_NAMES))
@@ -58,6 +58,6 @@ def _integers(name: str, value: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 
 def _signed(physical: npt.NDArray[np.int64], dtype: np.dtype[Any], num_slots: int) -> npt.NDArray[np.int64]:
-    """With -1 as padding also where a dtype without a sign has made its largest number of it."""
+    """The map with -1 as padding, also where an unsigned dtype has stored -1 as its largest number."""
     padding = np.iinfo(dtype).max
     return np.where((physical == padding) & (padding >= num_slots), -1, physical)

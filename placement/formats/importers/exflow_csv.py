@@ -16,7 +16,8 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def read_exflow(content: bytes, model: ModelShape) -> ForeignMap:
-    """The experts of each GPU in ascending order, for the file says no order. Rows may be in any order.
+    """Each GPU's experts in ascending order, since the file holds no order of slots. Rows may be in any
+    order.
 
     Raises InputError if the layers of the model have different numbers of experts: ids are layer * E + e.
     """

@@ -1,4 +1,4 @@
-"""YAML of mappings, lists and numbers, and nothing more: what a load balancer's file holds.
+"""Parses YAML that holds only mappings, lists and numbers, as the file of a load balancer does.
 
 The text is taken as a stream of events, from which plain values are built here. No tag is ever looked up, no
 alias followed, and nesting is bounded, so that no file can run code, blow up or exhaust the stack (composing

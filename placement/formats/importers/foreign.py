@@ -1,4 +1,4 @@
-"""What a file of another engine says of a placement, and the checks that all readers share.
+"""A placement as read from another engine's file, and the checks that all readers share.
 
 Readers are given a file's bytes and raise InputErrors that do not name the file; the registry adds its name.
 """
@@ -77,7 +77,7 @@ def items(name: str, value: Any, length: int, of_what: str) -> list[Any]:
 
 
 def number(name: str, value: Any, expected: int, why: str) -> None:
-    """Raise InputError unless the file says `expected` where it must."""
+    """Raise InputError unless `value` is the `expected` number."""
     if type(value) is not int or value != expected:
         raise InputError(f"{name}: is {reprlib.repr(value)} instead of {expected}, {why}")
 

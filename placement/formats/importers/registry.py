@@ -26,7 +26,11 @@ MAX_BYTES = 1 << 25  # ten times a large model's map in the wordiest format
 
 @dataclass(frozen=True)
 class ImportFormat:
-    """Whether bytes look like this format, and the placement in them, for a model."""
+    """A format of an engine.
+
+    matches  tells by a file's bytes whether it is of this format
+    read     returns the placement in the bytes, for a model
+    """
 
     matches: Callable[[bytes], bool]
     read: Callable[[bytes, ModelShape], ForeignMap]
@@ -87,7 +91,7 @@ def read_plan(
 
 
 def _judged(plan: Plan, trace: RoutingTrace) -> Plan:
-    """With what the trace tells: the preferred owners and the expected figures."""
+    """The plan with preferred owners and expected figures, both counted on the trace."""
     from exflow.placement.counts.owners import next_owner_table
     from exflow.placement.traffic.evaluate import evaluate  # compiled: not needed without a trace
 

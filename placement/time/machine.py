@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pydantic import ConfigDict
 
 from exflow.comm.capacity import ROUND_BYTES
-from exflow.comm.transport import Transport
+from exflow.comm.transport_names import Transport
 
 _EXACT = ConfigDict(extra="forbid")  # for files
 
 
 @dataclass(frozen=True)
 class Link:
-    """How fast a rank exchanges with the other ranks of its node, or with those of other nodes.
+    """Speed of a rank's exchanges with the other ranks of its node, or with the ranks of other nodes.
 
     latency_s: time of an empty all-to-all. bytes_per_s: bandwidth of one rank in each direction, while all
     ranks send. peer_s: extra time for each rank that the link leads to; 0 where the latency was measured

@@ -1,0 +1,136 @@
+"""`exflow place` by its default objective: what it prints, stores and refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from exflow.cli import app
+from exflow.errors import InputError
+from exflow.placement.place_for_time import compared, references
+from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
+from exflow.placement.time.machines import machine_named
+from exflow.placement.time.serving import TARGETS, Serving
+from exflow.placement.time.sizes import UNKNOWN, sizes_for_trace, sizes_of
+from exflow.placement.traffic.confidence import split_by_sequence
+from exflow.profiling.trace import RoutingTrace
+
+TIMES = {
+    "step_us",
+    "exchange_us",
+    "experts_us",
+    "attention_us",
+    "busiest_link_rows",
+    "compute_imbalance",
+    "messages",
+}
+
+
+def save_trace(folder: Path, top_k: int) -> Path:
+    rng = np.random.default_rng(top_k)
+    hot = rng.gamma(0.7, size=(3, 8)) + 0.05
+    experts = [[rng.choice(8, top_k, replace=False, p=row / row.sum()) for row in hot] for _ in range(400)]
+    trace = RoutingTrace.from_arrays(
+        np.array(experts), num_experts=8, sequence=np.arange(400) // 10, model="openai/gpt-oss-20b"
+    )
+    trace.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_trace(tmp_path_factory.mktemp("time") / "trace", 2)
+
+
+def exflow_place(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, ["place", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def placed(plan: Path, *arguments: str | Path) -> tuple[Plan, dict[str, Any]]:
+    shown = exflow_place(*arguments, "-o", plan, "--json")
+    return Plan.load(plan), json.loads(shown)
+
+
+def test_the_time_is_that_of_the_plan_on_tokens_that_it_has_not_seen(trace: Path, tmp_path: Path) -> None:
+    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "4", "--for", "sglang", "--holdout", "0.25")
+    train, test = split_by_sequence(RoutingTrace.load(trace), 0.25)
+    serving = Serving("sglang", machine=machine_named("h200"), sizes=sizes_of("gpt-oss-20b"))
+    others = references(train, plan.topology, serving.strategy, plan.num_slots)
+    assert plan.strategy == Strategy.DISPATCH_COMBINE
+    assert shown["time"] == compared(plan, others, train, serving)
+    assert shown["held_out_time"] == compared(plan, others, test, serving)
+    assert shown["made_for"] == serving.as_json()
+    assert set(shown["time"]) == TIMES | {"ratio_to_contiguous", "references"}
+    assert shown["time"]["step_us"] == shown["objective"] >= shown["lower_bound"] > 0
+
+
+def test_the_last_line_says_what_was_gained(trace: Path, tmp_path: Path) -> None:
+    *_, last = exflow_place(trace, "--gpus", "4", "-o", tmp_path / "plan.json").splitlines()
+    share = Plan.load(tmp_path / "plan.json").expected["time"]["ratio_to_contiguous"]
+    assert last.startswith(
+        f"{100 * (1 - share):.1f}% less time than experts in order on the tokens placed on"
+    )
+    assert last.endswith("exflow, dispatch-combine, h200, gpt-oss-20b, 64 tokens a GPU")
+
+
+def test_top_1_runs_coherently_in_our_runtime_alone(tmp_path: Path) -> None:
+    trace = save_trace(tmp_path / "top-1", 1)
+    ours, _ = placed(tmp_path / "plan.json", trace, "--gpus", "2")
+    theirs, _ = placed(tmp_path / "plan.json", trace, "--gpus", "2", "--for", "vllm")
+    assert (ours.strategy, theirs.strategy) == (Strategy.COHERENT, Strategy.DISPATCH_COMBINE)
+
+
+def test_a_baseline_is_what_was_asked_for(trace: Path, tmp_path: Path) -> None:
+    plan, shown = placed(tmp_path / "plan.json", trace, "--gpus", "2", "--method", "contiguous")
+    assert plan.method == "contiguous"
+    assert shown["time"]["ratio_to_contiguous"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--for", "mlx"], "target 'mlx' is unknown; give one of exflow, sglang"),
+        (["--machine", "abacus"], "machine 'abacus' is unknown; give one of a100-hdr, h200"),
+        (["--model", "gpt-2"], "model 'gpt-2' is unknown; give one of deepseek-v2-lite, "),
+        (["--objective", "fame"], "objective 'fame' is unknown; give time or messages"),
+        (["--for", "sglang", "--strategy", "coherent"], "strategy coherent: sglang runs dispatch-combine"),
+        (["--for", "transformers", "--redundant-experts", "4"], "4: transformers holds no replicas"),
+        (["--objective", "time", "--pareto"], "--pareto: belongs to --objective messages"),
+        (["--strategy", "none"], "strategy 'none' is unknown"),
+    ],
+)
+def test_bad_input(trace: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        exflow_place(trace, "--gpus", "2", "-o", tmp_path / "plan.json", *options)
+    assert message in str(error.value)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_sizes_are_those_published() -> None:
+    """Weights of one expert: three matrices of the hidden width by the inner one."""
+    assert sizes_of("deepseek-v3").expert_weights == 3 * 7168 * 2048
+    assert sizes_of("Qwen3-30B-A3B").expert_weights == 3 * 2048 * 768
+    assert sizes_of("gpt-oss-20b") == sizes_for_trace("openai/gpt-oss-20b")
+    assert sizes_of("deepseek-v3").kv_bytes == 2 * 576
+    assert sizes_of("mixtral-8x7b").kv_bytes == 2 * 2 * 8 * 128
+    assert sizes_for_trace("somebody/else") is UNKNOWN
+
+
+def test_a_configuration_without_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(InputError, match=r"config\.json: has no moe_intermediate_size or intermediate_size"):
+        sizes_of(str(tmp_path))
+
+
+def test_the_names_that_are_completed() -> None:
+    from exflow.cli import options
+    from exflow.commands.place import OBJECTIVES
+
+    assert set(options.TARGETS) == set(TARGETS)
+    assert options.OBJECTIVES == OBJECTIVES
