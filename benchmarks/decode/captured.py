@@ -79,7 +79,7 @@ class ExchangeOnly(DecodeStep):
     def run(self) -> Iterator[None]:
         for block in self.decoder.blocks:
             yield from self._dispatch(block.mlp)
-        self.state.progress.step += 1
+        self.state.progress.step.add_(1)
 
 
 def exchange_us(case: Case, cluster: Cluster, batch: int, context: int) -> dict[str, float]:

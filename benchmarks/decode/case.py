@@ -32,7 +32,9 @@ class Case:
     @classmethod
     def load(cls, folder: Path, cluster: Cluster) -> "Case":
         path = folder / "config.json"
-        config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
+        config = validated(
+            ModelConfig, read_json(path, "model configuration", "run benchmarks/decode/cases.py"), path
+        )
         plans = {name: Plan.load(folder / f"{name}.json") for name in PLACEMENTS}
         # which expert a slot holds makes no difference to how long it takes: all placements share the weights
         held = [list(range(plans["contiguous"].slots_per_rank))] * len(config.moe_layer_ids)

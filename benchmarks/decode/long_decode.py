@@ -25,12 +25,13 @@ from exflow.files import atomic_path
 from exflow.job.cluster import Cluster, join_cluster
 from exflow.model.checkpoint import Checkpoint
 from exflow.model.config_file import load_model_config
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.runtime.deploy import Deployment, default_plan, deploy, load_model
 from exflow.runtime.engine import Engine
 from exflow.runtime.request import Request
 
-STRATEGIES = ("dispatch-combine", "coherent", "replicated")
+STRATEGIES = (Strategy.DISPATCH_COMBINE, Strategy.COHERENT, Strategy.REPLICATED)
 SEQUENCES = 32
 LONGEST_PROMPT = 24
 

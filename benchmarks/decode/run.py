@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", type=Path, help="folder that decode_cases.py wrote")
+    parser.add_argument("cases", type=Path, help="folder that decode/cases.py wrote")
     parser.add_argument("--only", action="append", help="a case; repeatable")
     parser.add_argument("--strategy", action="append", choices=STRATEGIES, help="by default all; repeatable")
     parser.add_argument("--batch", type=int, action="append", help="repeatable")

@@ -3,7 +3,7 @@
     python -m benchmarks.decode.scaling results/decode-2xh100.json results/decode-4xh100.json \
         --predict CASES2 CASES4 CASES8 --batch 256 -o FILE.json [--drawing FILE.svg]
 
-RESULTs are of decode.py on the same cards, fewest first. CASESn is what decode_cases.py --ranks n wrote: its
+RESULTs are of decode/run.py on the same cards, fewest first. CASESn is what decode/cases.py --ranks n wrote: its
 steps are predicted by the cost model with the links and the memory that the RESULT of as many GPUs measured,
 or else the last. Tokens per second of dispatch-combine with affinity placement, one-sided and over NCCL,
 beside what the model says of each.
@@ -19,13 +19,15 @@ from typing import Any
 from exflow.cost.auto import predictions
 from exflow.cost.workload import Workload
 from exflow.files import atomic_path, read_json
-from exflow.model.config import ModelConfig, validated
+from exflow.model.config import ModelConfig
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machine import Link, Machine
 from exflow.report.axes import FOOT, HIGH, LEFT, TOP, Axis, axis_of, curve, frame, marker
 from exflow.report.draw.svg import WIDTH, drawing, standing_alone, text
+from exflow.validation import validated
 
-STRATEGY, PLACEMENT = "dispatch-combine", "affinity"
+STRATEGY, PLACEMENT = Strategy.DISPATCH_COMBINE, "affinity"
 TRANSPORTS = ("one-sided", "collective")
 
 
@@ -56,7 +58,9 @@ def predicted(
     """Tokens per second by the cost model, for the cases in a folder, on as many GPUs as their plans have."""
     for at in sorted(folder.iterdir()):
         path = at / "config.json"
-        config = validated(ModelConfig, read_json(path, "model configuration", "run decode_cases.py"), path)
+        config = validated(
+            ModelConfig, read_json(path, "model configuration", "run benchmarks/decode/cases.py"), path
+        )
         plan = Plan.load(at / f"{PLACEMENT}.json")
         result = next((each for each in results if gpus_of(each) == plan.num_ranks), results[-1])
         load = Workload.of(config, plan, batch, result["context"], 2)
@@ -94,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument(
-        "--predict", type=Path, nargs="+", required=True, help="folders that decode_cases.py wrote"
+        "--predict", type=Path, nargs="+", required=True, help="folders that decode/cases.py wrote"
     )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--case", default="top1-64", help="that is drawn")

@@ -12,6 +12,7 @@ from exflow.cost.predict import predict
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machine import Link, Machine
 from exflow.profiling.trace import RoutingTrace
 
@@ -59,7 +60,8 @@ def describe(strategy: str, placement: str, runs: list[dict[str, Any]], job: Job
 def predicted(
     strategy: str, load: Workload, moved: StepTraffic, machine: Machine, job: Job
 ) -> dict[str, Any]:
-    prediction = predict(strategy, load, moved, machine)
+    named = Strategy.REPLICATED if strategy == "replicated" else Strategy.COHERENT
+    prediction = predict(named, load, moved, machine)
     return {
         "predicted_ms": 1000 * prediction.step_s,
         "predicted_parts_ms": {
@@ -95,7 +97,7 @@ def machine_figures(machine: Machine) -> dict[str, float | bool]:
 
 
 def gains(variants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each placement, the variant that the model picks, over dispatch-combine with contiguous placement."""
+    """For each placement, the model's pick over dispatch-combine with contiguous placement."""
     placed = {name: [each for each in variants if each["placement"] == name] for name in PLACEMENTS}
     baseline = next((each for each in placed["contiguous"] if each["strategy"] == "1"), None)
     if baseline is None:

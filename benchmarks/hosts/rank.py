@@ -1,6 +1,6 @@
 """Runs one rank of benchmarks/hosts/run.py: `rank.py FOLDER`, started by torchrun on each host.
 
-Reads FOLDER/job.json (see hosts.Job), config.json, the plans and the routing to replay. Rank 0 writes what
+Reads FOLDER/job.json (see job.py), config.json, the plans and the routing to replay. Rank 0 writes what
 network and ranks can do to FOLDER/machine.json, then a line for each run to FOLDER/runs.jsonl.
 """
 

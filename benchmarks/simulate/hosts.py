@@ -13,6 +13,7 @@ from benchmarks.simulate.common import MACHINES, RESULTS, tell
 from exflow.cost.predict import predict
 from exflow.cost.workload import Workload
 from exflow.files import read_json
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machine import Machine
 from exflow.placement.time.machines import load_machine
 
@@ -31,7 +32,7 @@ def host_rows(traces: Path) -> Iterator[dict[str, Any]]:
             for variant in result["variants"]:
                 if variant["placement"] == placement:
                     moved = moved_of(variant["strategy"], plan, decoded)
-                    predicted = 1e3 * predict("coherent", load, moved, machine).step_s
+                    predicted = 1e3 * predict(Strategy.COHERENT, load, moved, machine).step_s
                     yield {
                         "shape": result["shape"],
                         "group": variant["strategy"],

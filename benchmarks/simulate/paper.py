@@ -7,6 +7,7 @@ from benchmarks.decode.cases import generated, grid_config
 from benchmarks.simulate.common import MACHINES, PLACE_SECONDS, tell
 from benchmarks.simulate.routing import routing
 from exflow.cost.simulate import Layout, Point, Variant, fastest, step, variants
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machines import load_machine
 
 PAPER = ((8, (4, 8)), (16, (4, 8, 16)), (32, (4, 8, 16, 32)), (64, (4, 8, 16, 32, 64)))
@@ -40,7 +41,7 @@ def against_vanilla(choice: list[Variant], point: Point) -> dict[str, Any]:
     """Figures of each strategy with affinity, and of coherence without, against vanilla: saved exchange time,
     throughput, and throughput if sharing keys and values took no time."""
     by_name = {(each.strategy, each.placement): step(each, point) for each in choice}
-    vanilla = by_name["dispatch-combine", "contiguous"]
+    vanilla = by_name[Strategy.DISPATCH_COMBINE, "contiguous"]
     figures: dict[str, Any] = {
         "vanilla_ms": 1e3 * vanilla.seconds,
         "vanilla_exchange_ms": 1e3 * vanilla.prediction.exchange_s,

@@ -10,7 +10,7 @@ Five questions, each answered by a table, a drawing (QUESTION.svg) and its data 
     distance   what an expert says about one two, three, ... layers later
     adjacent   mutual information of adjacent layers, beside a shuffled control
 
-DIR of --texts holds the texts named in study_data.py, DIR of --traces recorded routing as .npz; a model whose
+DIR of --texts holds the texts named in data.py, DIR of --traces recorded routing as .npz; a model whose
 folder is not given is left out, and its reason written down. --training takes other traces of a model in
 training, one step-NNNNNN a checkpoint (exflow profile RUN/step-000050 --text TEXT -o DIR/step-000050). --draw
 runs nothing, but writes tables and drawings again from the data.

@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Write a plan in another engine's format, and print the options to start the engine with.
 
-    These engines dispatch and combine, so make the plan with exflow place --strategy dispatch-combine.
+    These engines dispatch and combine, so make the plan with exflow place --for ENGINE.
     """
     from exflow.commands.export import run_export
 

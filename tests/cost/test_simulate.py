@@ -198,7 +198,7 @@ def test_crossovers_are_where_the_fastest_changes(choice: list[Variant]) -> None
 def test_presets() -> None:
     """Each can be read; those of H200s are what a report assumes of one node, and of several."""
     found = {path.stem: load_machine(path) for path in MACHINES.glob("*.yaml")}
-    assert set(found) == {"h200", "h200-nccl", "h200-relayed", "a100-hdr", "hosts-1gbit"}
+    assert set(found) == {"h200", "h200-nccl", "h200-relayed", "a100-hdr", "hosts-1gbit", "single-gpu-nodes"}
     assert replace(found["h200"], between=times._ONE_NODE.between) == times._ONE_NODE
     assert found["h200-nccl"] == times._SEVERAL_NODES
 
