@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exflow.placement.eplb import rebalance_experts as rebalance_experts
+    from exflow.placement.fastest_plan import place_for_time as place_for_time
     from exflow.placement.formats.exporters.registry import export_plan as export_plan
     from exflow.placement.formats.importers.registry import read_plan as read_plan
     from exflow.placement.make_plan import InUse as InUse
     from exflow.placement.make_plan import Solving as Solving
     from exflow.placement.make_plan import place as place
-    from exflow.placement.place_for_time import place_for_time as place_for_time
     from exflow.placement.plan.plan import Plan as Plan
     from exflow.placement.plan.topology import Topology as Topology
     from exflow.placement.plan.topology_file import load_topology as load_topology
@@ -32,7 +32,7 @@ _HOME = {
     "export_plan": "formats.exporters.registry",
     "load_topology": "plan.topology_file",
     "place": "make_plan",
-    "place_for_time": "place_for_time",
+    "place_for_time": "fastest_plan",
     "read_plan": "formats.importers.registry",
     "rebalance_experts": "eplb",
     "step_time": "traffic.step_time",

@@ -29,7 +29,7 @@ FLOORS = (
     ("placement.solve",),
     ("placement.traffic", "placement.eplb"),
     ("placement.make_plan", "placement.formats"),
-    ("placement.pareto", "placement.robust", "placement.learning_curve", "placement.place_for_time"),
+    ("placement.pareto", "placement.robust", "placement.learning_curve", "placement.fastest_plan"),
     ("runtime", "cost", "train"),
     ("bench", "report"),
     ("commands",),

@@ -3,10 +3,9 @@
     python -m benchmarks.decode.scaling results/decode-2xh100.json results/decode-4xh100.json \
         --predict CASES2 CASES4 CASES8 --batch 256 -o FILE.json [--drawing FILE.svg]
 
-RESULTs are of decode/run.py on the same cards, fewest first. CASESn is what decode/cases.py --ranks n wrote: its
-steps are predicted by the cost model with the links and the memory that the RESULT of as many GPUs measured,
-or else the last. Tokens per second of dispatch-combine with affinity placement, one-sided and over NCCL,
-beside what the model says of each.
+RESULTs are of decode/run.py on the same cards, fewest first. CASESn is a folder of decode/cases.py --ranks n.
+The cost model predicts its steps with links and memory as measured on n GPUs, or by the last RESULT. Tokens
+per second of dispatch-combine with affinity placement, one-sided and over NCCL, measured and predicted.
 """
 
 import argparse

@@ -39,11 +39,9 @@ def print_times(expected: dict[str, Any]) -> None:
     times, made_for = held_out or expected["time"], expected["made_for"]
     rows = {"this plan": times, **times["references"]}
     slowest = times["references"]["contiguous"]["step_us"]
-    print_table(
-        ["placement"],
-        _TIME_COLUMNS,
-        [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()],
-    )
+    attention = {"attention": "attention_us"} if times["attention_us"] else {}
+    table = [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()]
+    print_table(["placement"], _TIMES | attention | _REASONS, table, width=120)
     print(_TIME_LEGEND)
     judged = "on held-out tokens" if held_out else "on the tokens placed on (judge a plan with --holdout)"
     gain = 100 * (1 - times["ratio_to_contiguous"])
@@ -54,18 +52,20 @@ def print_times(expected: dict[str, Any]) -> None:
     )
 
 
-_TIME_COLUMNS = {
-    "step us": "step_us",
-    "exchange us": "exchange_us",
-    "experts us": "experts_us",
+_TIMES = {
     "of contiguous": "ratio",
+    "step us": "step_us",
+    "exchange": "exchange_us",
+    "experts": "experts_us",
+}
+_REASONS = {
     "busiest link": "busiest_link_rows",
     "imbalance": "compute_imbalance",
     "messages": "messages",
 }
 _TIME_LEGEND = """\
-step us       predicted time of all MoE layers in a decode step: exchanges and experts
-of contiguous the step's time, divided by that of experts in order
+of contiguous time of a step, divided by that of experts in order
+step us       predicted microseconds of all MoE layers in a decode step, and their parts
 busiest link  rows in or out of the GPU with most, per token of a GPU and layer
 imbalance     (token, expert) pairs of the busiest GPU over the mean, in a batch
 messages      hidden states sent, per token and layer"""

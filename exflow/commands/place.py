@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from exflow.errors import InputError
+from exflow.placement.fastest_plan import compared, place_for_time, references
 from exflow.placement.learning_curve import learning_curve, verdict
 from exflow.placement.make_plan import InUse, Solving, place
 from exflow.placement.pareto import trade_off
-from exflow.placement.place_for_time import compared, place_for_time, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology, topology_of
 from exflow.placement.plan.topology_file import load_topology

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.placement.plan.plan_file import (
     PlanDocument,
-    TopologyDocument,
     read_document,
     table,
     write_document,
@@ -274,14 +273,7 @@ class Plan:
         return PlanDocument(
             format="exflow-plan",
             version=2,
-            model=self.model,
-            num_hidden_layers=self.num_hidden_layers,
-            moe_layer_ids=[int(layer) for layer in self.moe_layer_ids],
-            num_experts=self.num_experts,
-            experts_per_layer=[int(count) for count in self.experts_per_layer],
-            topology=TopologyDocument.of(self.topology),
-            strategy=self.strategy,
-            method=self.method,
+            **placement_keys(self),
             objective=self.objective,
             lower_bound=self.lower_bound,
             optimal=bool(self.optimal),

@@ -6,7 +6,7 @@ The format is specified in docs/plan-format.md.
 import json
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from exflow.files import atomic_path, read_json
 from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.validation import validated
+
+if TYPE_CHECKING:
+    from exflow.placement.plan.plan import Plan
 
 VERSION = 2
 _REMEDY = "make the plan again with exflow place"
@@ -62,13 +65,13 @@ class TopologyDocument(BaseModel):
         return Topology(num_nodes=self.num_nodes, gpus_per_node=self.gpus_per_node, link_cost=cost)
 
 
-class PlanDocument(BaseModel):
-    """The keys of the file, in the order in which they are written; all are required."""
+class PlacementDocument(BaseModel):
+    """The first keys of a plan file and of a sidecar, in the order in which they are written; all required."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    format: Literal["exflow-plan"]
-    version: Literal[2]
+    format: str
+    version: int
     model: str
     num_hidden_layers: Count
     moe_layer_ids: list[Index]
@@ -77,6 +80,27 @@ class PlanDocument(BaseModel):
     topology: TopologyDocument
     strategy: OwnedStrategy
     method: str
+
+
+def placement_keys(plan: "Plan") -> dict[str, Any]:
+    """The values of a PlacementDocument, format and version left out."""
+    return {
+        "model": plan.model,
+        "num_hidden_layers": plan.num_hidden_layers,
+        "moe_layer_ids": [int(layer) for layer in plan.moe_layer_ids],
+        "num_experts": plan.num_experts,
+        "experts_per_layer": [int(count) for count in plan.experts_per_layer],
+        "topology": TopologyDocument.of(plan.topology),
+        "strategy": plan.strategy,
+        "method": plan.method,
+    }
+
+
+class PlanDocument(PlacementDocument):
+    """The keys of a plan file, in the order in which they are written; all are required."""
+
+    format: Literal["exflow-plan"]
+    version: Literal[2]
     objective: FiniteFloat | None
     lower_bound: FiniteFloat | None
     optimal: bool
@@ -103,7 +127,7 @@ def table(key: str, rows: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.i
     return np.array(rows, dtype=np.int64)
 
 
-def write_document(path: Path, document: PlanDocument) -> None:
+def write_document(path: Path, document: PlacementDocument) -> None:
     """Write one line a key, and of the two tables one line a layer; atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(_layout(document.model_dump()), encoding="utf-8")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from exflow.cli import app
 from exflow.errors import InputError
-from exflow.placement.place_for_time import compared, references
+from exflow.placement.fastest_plan import compared, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machines import machine_named

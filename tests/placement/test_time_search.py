@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.place_for_time import compared, place_for_time, references
+from exflow.placement.fastest_plan import compared, place_for_time, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology

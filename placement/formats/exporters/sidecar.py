@@ -1,16 +1,13 @@
 """FILE.meta.json beside an exported placement: model and topology, which no engine's format holds."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
-
 from exflow.errors import InputError
-from exflow.files import atomic_path, read_json
+from exflow.files import read_json
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.plan_file import Count, Index, OwnedStrategy, TopologyDocument
+from exflow.placement.plan.plan_file import PlacementDocument, placement_keys, write_document
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.layout import RoutingLayout
@@ -66,21 +63,9 @@ class Sidecar:
     method: str
 
 
-class _Document(BaseModel):
-    """The keys of the file, in the order in which they are written; all are required."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class _Document(PlacementDocument):
     format: Literal["exflow-placement"]
     version: Literal[1]
-    model: str
-    num_hidden_layers: Count
-    moe_layer_ids: list[Index]
-    num_experts: Count
-    experts_per_layer: list[Count]
-    topology: TopologyDocument
-    strategy: OwnedStrategy
-    method: str
 
 
 def sidecar_path(path: Path) -> Path:
@@ -90,21 +75,8 @@ def sidecar_path(path: Path) -> Path:
 
 def write_sidecar(path: Path, plan: Plan) -> None:
     """Write the sidecar of the exported file `path`; atomically, one line a key."""
-    document = _Document(
-        format="exflow-placement",
-        version=1,
-        model=plan.model,
-        num_hidden_layers=plan.num_hidden_layers,
-        moe_layer_ids=[int(layer) for layer in plan.moe_layer_ids],
-        num_experts=plan.num_experts,
-        experts_per_layer=[int(count) for count in plan.experts_per_layer],
-        topology=TopologyDocument.of(plan.topology),
-        strategy=plan.strategy,
-        method=plan.method,
-    )
-    lines = ",\n".join(f' "{key}": {json.dumps(value)}' for key, value in document.model_dump().items())
-    with atomic_path(sidecar_path(path)) as temporary:
-        temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    document = _Document(format="exflow-placement", version=1, **placement_keys(plan))
+    write_document(sidecar_path(path), document)
 
 
 def read_sidecar(path: Path) -> Sidecar | None:
