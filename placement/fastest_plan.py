@@ -10,11 +10,15 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
+import numpy as np
+
 from exflow.placement.counts.affinity import count_affinity
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.baselines import contiguous_plan
+from exflow.placement.solve.load_only import load_only
 from exflow.placement.solve.objective import Objective
 from exflow.placement.solve.time_search import search_for_time
 from exflow.placement.time.serving import Serving
@@ -89,17 +93,18 @@ def references(
     trace: RoutingTrace, topology: Topology, strategy: Strategy, num_slots: int
 ) -> dict[str, Plan]:
     """The contiguous plan and the plan by load alone, with `num_slots` slots a layer."""
-    redundant = num_slots - trace.num_experts
-    return {
-        name: place(
-            trace,
-            topology,
-            objective=Objective(strategy),
-            solving=Solving(name),
-            redundant_experts=max(0, redundant),
+    slots = [
+        load_only(
+            np.bincount(trace.experts[:, layer].ravel(), minlength=num_experts)[None],
+            topology.num_ranks,
+            topology.num_nodes,
+            num_slots,
         )
-        for name in REFERENCES
-    }
+        for layer, num_experts in enumerate(trace.experts_per_layer)
+    ]
+    level = Plan.of_slots(np.concatenate(slots), topology, trace, method="load-only", strategy=strategy)
+    plans = (contiguous_plan(trace, topology, strategy, num_slots), level)
+    return dict(zip(REFERENCES, plans, strict=True))
 
 
 def _candidates(
@@ -111,24 +116,15 @@ def _candidates(
     redundant_experts: int,
     tell: Tell,
 ) -> Iterator[Candidate]:
-    began, counts = monotonic(), [count_affinity(trace)]
+    began = monotonic()
 
     def candidate(name: str, plan: Plan) -> Candidate:
         time = step_time(plan, trace, serving)
         tell(f"{name}: {time.step_us:,.0f} us")
         return Candidate(name, plan, time)
 
-    def by_messages(method: str, price: float, seconds: float) -> Plan:
-        return place(
-            trace,
-            topology,
-            objective=Objective(serving.strategy, balance_price=price),
-            solving=Solving(method, seed, seconds),
-            redundant_experts=redundant_experts,
-            counts=counts,
-        )
-
-    basics = {name: by_messages(name, PRICES[0], math.inf) for name in REFERENCES}
+    num_slots = -(-(trace.num_experts + redundant_experts) // topology.num_ranks) * topology.num_ranks
+    basics = references(trace, topology, serving.strategy, num_slots)
     for name, plan in basics.items():
         yield candidate(name, plan)
     even = len(set(trace.experts_per_layer)) == 1 and trace.num_experts % topology.num_ranks == 0
@@ -143,6 +139,15 @@ def _candidates(
         )
         if last or found.interrupted:
             return
-    for price in PRICES:
-        left = max(0.1, 0.85 * (began + time_limit - monotonic()) / len(PRICES))
-        yield candidate(f"messages, balance price {price:g}", by_messages("auto", price, left))
+    counts = [count_affinity(trace)]
+    for tried, price in enumerate(PRICES):
+        left = max(0.1, 0.85 * (began + time_limit - monotonic()) / (len(PRICES) - tried))
+        plan = place(
+            trace,
+            topology,
+            objective=Objective(serving.strategy, balance_price=price),
+            solving=Solving("auto", seed, left),
+            redundant_experts=redundant_experts,
+            counts=counts,
+        )
+        yield candidate(f"messages, balance price {price:g}", plan)

@@ -74,7 +74,7 @@ def place(
     redundant_experts  slots of each layer beyond one for each expert; more are added until all ranks have
                        equally many. They hold further replicas of the experts with the most load
     in_use             start from a plan (its replicas stay as many as they are) and move few experts
-    counts             those of the traces, if they are known already
+    counts             of the traces, if they are known already
 
     The plan's expected figures are those of `evaluate` on all the traces together. Raises InputError if the
     traces are of different models or hold no tokens, the method is unknown or does not apply, or the cap on

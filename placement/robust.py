@@ -31,8 +31,8 @@ def place_for_the_worst(
 
     Multiplicative weights (Arora, Hazan and Kale, 2012): each round places for a weighted mean of the traces,
     then a trace gains weight by how far its messages are above the mean. The time limit is shared by the
-    rounds. Other arguments are those of `place`. `tell` is told of every round done and the least worst
-    figure so far.
+    rounds. Other arguments are those of `place`. `tell` is called after each round
+    with its number and the best worst figure so far.
     """
     counts = [count_affinity(trace) for trace in traces]
     share = replace(solving, time_limit=solving.time_limit / _ROUNDS)

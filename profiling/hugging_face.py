@@ -34,7 +34,7 @@ class MoELayer:
 class HuggingFaceRouting:
     """Announces the routing of a model's experts (profiling.record.Recordable).
 
-    Raises InputError for a model without MoE layers that are known, with such layers in several stacks (an
+    Raises InputError for a model without known MoE layers, with MoE layers in several stacks (an
     encoder and a decoder, of which a token visits one), compiled, or with its experts split over ranks.
     """
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +47,7 @@ class Recorder:
             return RoutingTrace.load(self._path)
         if not self._blocks:
             raise InputError("record: the trace holds no tokens; run the model inside the with block")
-        fields: dict[str, Any] = {**concatenate(self._blocks), **asdict(self._layout)}
-        del fields["top_k"]  # the shape of experts says it
-        return RoutingTrace.from_arrays(**fields)
+        return RoutingTrace.from_rows(concatenate(self._blocks), self._layout)
 
     def listen(
         self,

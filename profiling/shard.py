@@ -1,11 +1,10 @@
 """One shard of a trace: a safetensors file, written whole and read through a memory map."""
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from safetensors.numpy import save
 from exflow.errors import InputError
 from exflow.files import atomic_path
 from exflow.profiling.index import Shard, TraceIndex
+from exflow.profiling.safetensors_header import read_header
 
 Rows = dict[str, npt.NDArray[Any]]
 """Rows of a trace by tensor name: experts, sequence, position, phase and, where recorded, weights."""
@@ -79,7 +79,7 @@ def map_shard(folder: Path, shard: Shard, index: TraceIndex) -> Rows:
     path = folder / shard.file
     try:
         with path.open("rb") as file:
-            header, data_start = _read_header(path, file)
+            header, data_start = read_header(path, file, _REMEDY)
         data_size = path.stat().st_size - data_start
         rows: Rows = {}
         for name, dtype, shape in _expected(shard, index):
@@ -102,21 +102,6 @@ def _expected(shard: Shard, index: TraceIndex) -> Iterator[tuple[str, np.dtype[A
     yield "phase", np.dtype(np.uint8), (tokens,)
     if index.has_weights:
         yield "weights", np.dtype(np.float16), choices
-
-
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header's JSON, and the offset of the data: 8 bytes of length (little-endian), then the JSON."""
-    size = path.stat().st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise InputError(f"{path}: is truncated ({size} bytes end inside the header); {_REMEDY}")
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the header is not JSON ({error}); {_REMEDY}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the header is not a JSON object; {_REMEDY}")
-    return header, 8 + length
 
 
 def _checked_begin(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,6 +137,13 @@ class RoutingTrace:
         check_ids("experts", rows["experts"], layout)
         check_order("position", sequence, rows["position"])
         return cls._of(rows, layout)
+
+    @classmethod
+    def from_rows(cls, rows: Rows, layout: RoutingLayout) -> Self:
+        """A validated trace of `rows`, of a model with this layout (see `from_arrays`)."""
+        fields: dict[str, Any] = {**rows, **asdict(layout)}
+        del fields["top_k"]  # the shape of experts says it
+        return cls.from_arrays(**fields)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

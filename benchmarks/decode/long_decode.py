@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.decode.long_decode MODEL [--steps 10000] [-o FILE.json]
 
-Greedy requests in float32, of random prompts, until so many steps are done. One process runs the same on the
+Greedy requests in float32, of random prompts, until --steps are done. One process runs the same on the
 GPU of rank 0, captured, and the first request eagerly too. Sums in another order differ in their last bits:
 where a sequence leaves the path of the one process, it must be at a token between two whose logits are
 closer than --tie, and those two; anything else is an error.

@@ -14,7 +14,7 @@ all-reduce a layer sums the experts' outputs: what ExFlow calls `replicated`. Th
 Models have random weights, and their own gates choose: of 256 sequences the busiest expert of a layer has 1.1
 to 1.6 times the mean, the busier of two ranks 1.01 to 1.06 times (drawn on a CPU). Keys and values of
 --context tokens are noise in a static cache; every step is the one after them. A layer's time is the
-difference between models of 6 and of 2 layers by 4, and a step of full depth is so many layers and the rest.
+difference between models of 6 and of 2 layers by 4. A step of full depth is that times its layers, plus rest.
 
 Mixtral's code runs every shape: what configs/shapes models is what it computes, and torch's attention serves
 it. gpt-oss-20b runs in its own code too, with full attention in every layer.

@@ -146,8 +146,8 @@ def slowest(seconds: float) -> float:
 def keep_to_own_cores(rank: int, num_ranks: int, threads: int) -> bool:
     """Pin this rank to its own cores, if every rank can have `threads` cores and one more; True if so.
 
-    The one more is for gloo's thread: those that compute spin for a while when they are done, and would let
-    it wait for the end of their time slices, 2 to 4 ms an exchange.
+    The additional core is for gloo's thread. Computing threads spin for a while when they are done, and would
+    make it wait for the end of their time slices, 2 to 4 ms an exchange.
     """
     cores, needed = sorted(os.sched_getaffinity(0)), threads + 1
     if num_ranks * needed > len(cores):

@@ -10,8 +10,8 @@ one another. `--as-recorded` keeps them, to compare with figures of others on th
 sequence is for testing, or, as recorded, every fourth group of them; the methods see the rest.
 
 A plan is made once and judged under two strategies, in messages per token and layer: with coherence, and with
-dispatch and combine, which is what engines do today. The table's ratios, of test tokens, are to dispatch and
-combine with the contiguous placement.
+dispatch and combine, as engines do today. All plans are made for coherence, except by the method that names
+dispatch-combine. The table's ratios, of test tokens, are to the contiguous placement under the same strategy.
 
 Seconds are those of the call that makes the plan, from counts made before: for our own methods that includes
 the evaluation on the training tokens, which is most of what the contiguous placement takes. Compiling is done

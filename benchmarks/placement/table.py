@@ -1,4 +1,4 @@
-"""What the placement benchmark found, row by row, and the table of it."""
+"""Results of the placement benchmark, row by row, and their table."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Messages:
-    """Per token and layer; those between nodes are among them."""
+    """Messages per token and layer. Messages between nodes are included."""
 
     train: float
     test: float
@@ -40,21 +40,22 @@ def table(rows: list[Row]) -> Table:
     )
     for title in titles:
         shown.add_column(title, justify="left" if title == "solved by" else "right")
-    base = {row.problem: row.dispatch_combine for row in rows if row.method == "contiguous"}
+    base = {row.problem: row for row in rows if row.method == "contiguous"}
     for row, after in zip(rows, [*rows[1:], None], strict=True):
         last = after is None or after.problem != row.problem
         shown.add_row(row.problem, row.method, *cells(row, base.get(row.problem)), end_section=last)
     return shown
 
 
-def cells(row: Row, base: Messages | None) -> list[str]:
+def cells(row: Row, base: Row | None) -> list[str]:
+    """Cells of a method. Its messages are compared with those of the row `base` under the same strategy."""
     if row.coherent is None or row.dispatch_combine is None:
         return [""] * 9 + [f"skipped: {row.skipped}"]
     gap = "" if row.gap is None else f"{row.gap:.2%}"
     return [
         f"{row.seconds:.2f}",
-        *message_cells(row.coherent, base),
-        *message_cells(row.dispatch_combine, base),
+        *message_cells(row.coherent, base.coherent if base else None),
+        *message_cells(row.dispatch_combine, base.dispatch_combine if base else None),
         f"{row.test_imbalance:.3f}",
         "optimal" if row.optimal else gap,
         row.solved_by,

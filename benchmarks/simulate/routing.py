@@ -42,8 +42,8 @@ def _trace(experts: np.ndarray[Any, np.dtype[Any]], config: ModelConfig) -> Rout
 def _deepseek() -> tuple[ModelConfig, RoutingTrace, RoutingTrace]:
     """DeepSeek-V3's sizes in this package's terms, on generated routing: nothing of it was recorded.
 
-    Its latent of 576 numbers is one K/V head of 288; so many query heads that attention and the shared expert
-    weigh what theirs do (231 million numbers a layer). What its attention multiplies is not modelled.
+    Its latent of 576 numbers is one K/V head of 288. The number of query heads gives attention and shared
+    expert their original weight (231 million numbers a layer). Products of its attention are not modelled.
     """
     config = ModelConfig(
         name="deepseek-v3-like",

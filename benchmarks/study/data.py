@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model in training: how it routes after so many steps, or when it is done."""
+    """A model in training: its routing after a number of steps, or at the end."""
 
     step: str
     trace: RoutingTrace

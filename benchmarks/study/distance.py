@@ -18,7 +18,7 @@ class Distance:
     bits         said about the later layer's expert, less what a shuffled control says
     error        the standard error of bits
     share        bits over the later layers' entropy
-    to_adjacent  bits over those that the layers just before the same later layers say
+    to_adjacent  bits over the bits of the layers just before the later layers
     """
 
     model: str

@@ -34,7 +34,7 @@ class Transfer:
     """A plan and the domain that it was judged on: messages of coherent decoding, per token and layer.
 
     plan_from  a domain; MIXED, equal parts of all domains and no more tokens; or CONTIGUOUS, made from none
-    tokens     of the judged domain, in so many sequences
+    tokens     of the judged domain; `sequences` hold them
     to_own     messages over those of the plan from the judged domain itself
     """
 

@@ -83,7 +83,7 @@ def working_transports(setting: ResolvedBench, cluster: Cluster) -> list[Transpo
         except InputError as error:  # raised on all ranks
             if cluster.rank == 0:
                 note(f"left out: {error}")
-    return working or ["eager"]
+    return list(dict.fromkeys(working)) or ["eager"]  # a single rank writes to itself, whatever was asked
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.placement.plan.plan_file import (
     PlanDocument,
+    TopologyDocument,
     read_document,
     table,
     write_document,
@@ -282,6 +283,20 @@ class Plan:
             physical_to_logical_map=self.physical_to_logical_map.tolist(),
             next_owner=None if self.next_owner is None else self.next_owner.tolist(),
         )
+
+
+def placement_keys(plan: Plan) -> dict[str, Any]:
+    """The keys that a plan file and a sidecar share (see PlacementDocument), without format and version."""
+    return {
+        "model": plan.model,
+        "num_hidden_layers": plan.num_hidden_layers,
+        "moe_layer_ids": [int(layer) for layer in plan.moe_layer_ids],
+        "num_experts": plan.num_experts,
+        "experts_per_layer": [int(count) for count in plan.experts_per_layer],
+        "topology": TopologyDocument.of(plan.topology),
+        "strategy": plan.strategy,
+        "method": plan.method,
+    }
 
 
 def _check_layers(moe_layer_ids: tuple[int, ...], num_hidden_layers: int) -> None:

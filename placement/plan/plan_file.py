@@ -6,7 +6,7 @@ The format is specified in docs/plan-format.md.
 import json
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from exflow.files import atomic_path, read_json
 from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.validation import validated
-
-if TYPE_CHECKING:
-    from exflow.placement.plan.plan import Plan
 
 VERSION = 2
 _REMEDY = "make the plan again with exflow place"
@@ -66,7 +63,7 @@ class TopologyDocument(BaseModel):
 
 
 class PlacementDocument(BaseModel):
-    """The first keys of a plan file and of a sidecar, in the order in which they are written; all required."""
+    """The first keys of a plan file and of a sidecar, in the order of writing; all are required."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -80,20 +77,6 @@ class PlacementDocument(BaseModel):
     topology: TopologyDocument
     strategy: OwnedStrategy
     method: str
-
-
-def placement_keys(plan: "Plan") -> dict[str, Any]:
-    """The values of a PlacementDocument, format and version left out."""
-    return {
-        "model": plan.model,
-        "num_hidden_layers": plan.num_hidden_layers,
-        "moe_layer_ids": [int(layer) for layer in plan.moe_layer_ids],
-        "num_experts": plan.num_experts,
-        "experts_per_layer": [int(count) for count in plan.experts_per_layer],
-        "topology": TopologyDocument.of(plan.topology),
-        "strategy": plan.strategy,
-        "method": plan.method,
-    }
 
 
 class PlanDocument(PlacementDocument):

@@ -1,6 +1,6 @@
 """Annealed swaps: the search for problems too large to solve exactly.
 
-Swaps of two experts of one layer are tried at falling temperatures (`kernel`). After every temperature the
+Swaps of two experts of one layer are tried at falling temperatures (`swaps`). After every temperature the
 parts of whole layers are renamed for the best (`align_layers`), a step that swaps cannot take; the end is
 `sweep`.
 """
@@ -99,7 +99,7 @@ def search_all(
     """Run the search and return the assignment that each run found, the best first (see `search`).
 
     The second run begins with what `sweep` makes of `other` [L, E] (feasible; by default `start`). Ctrl-C
-    sets `interrupted`, for whoever would go on from here.
+    sets `interrupted`, so that the caller can stop too.
     """
     settings = settings or settings_for(problem)
     first = balanced_start(problem) if start is None else start

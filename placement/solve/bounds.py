@@ -49,7 +49,7 @@ def lower_bound(
 def most_kept(prices: Prices, degree: int) -> float:
     """An upper bound on the largest sum of entries of each matrix [N, E, E] with `degree` a row and a column.
 
-    For any column prices v [N, E] every such choice of entries is worth degree * sum(v) plus the sum of its
+    For any column prices v [N, E] a choice of entries is worth degree * sum(v) plus the sum of its
     entries of `prices - v`, hence at most degree * sum(v) plus, per row, the `degree` largest of those. A
     subgradient descent lowers this bound: a column chosen too often gets dearer. It starts at v = 0, the sum
     of the rows' largest entries.

@@ -2,7 +2,7 @@
 
 Experts that follow one another through the layers form tracks. Moving a whole track to another part pays
 off only when its last layer has moved, which single swaps, each of which has to pay for itself, do not
-see. Between two parts the best such set of swaps is a shortest path: a state per layer (no swap, or one of
+see. Between two parts the best set of swaps is a shortest path: a state per layer (no swap, or one of
 the (E/G)^2 swaps), a price per state, and a price per pair of states in adjacent layers.
 """
 

@@ -21,7 +21,7 @@ Stop = Callable[[], bool]
 def sweep(problem: PlacementProblem, assignment: Assignment, stop: Stop = lambda: False) -> Assignment:
     """Repeat the three steps until none lowers the cost. `stop` is asked between steps and ends it early.
 
-    The steps move many experts at once: where only so many may move, the assignment is left as it is.
+    The steps move many experts at once: under a limit on moves the assignment is returned as it is.
     """
     if problem.anchor is not None:
         return assignment

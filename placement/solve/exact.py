@@ -1,7 +1,7 @@
 """Exact placement where exactness is cheap: one expert a part, or few balanced partitions of a layer.
 
 The cost is a sum over single layers and adjacent layer pairs, so layers form a chain: once layer l is fixed,
-what comes after does not depend on what came before.
+the layers after l do not depend on those before l.
 """
 
 from itertools import product
@@ -22,7 +22,7 @@ _BLOCK = 2**22  # transitions held in memory at a time: 32 MiB of float64
 
 
 def solve_exactly(problem: PlacementProblem) -> Assignment:
-    """A feasible assignment [L, E] of least cost; there must be one (`balance.balanced_start` tells).
+    """A feasible assignment [L, E] of least cost; there must be one (`start.balanced_start` tells).
 
     Raises InputError if neither exact method applies.
     """

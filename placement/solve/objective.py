@@ -13,7 +13,7 @@ from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.problem import PlacementProblem, Prices
 
-# By default a plan pays up to so many messages per token and layer for one unit of imbalance: enough to
+# By default a plan pays up to this many messages per token and layer for one unit of imbalance: enough to
 # choose the more level one of plans that are about equal, and to keep a hot layer from being stacked on one
 # rank.
 BALANCE_PRICE = 0.3

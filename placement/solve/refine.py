@@ -146,7 +146,7 @@ def _follow_owners(tokens: Tokens, assignment: Assignment, table: NDArray[np.int
 @compiled
 def _choose(chosen: IntArray, parts: IntArray, table: NDArray[np.int16]) -> int:
     """The part among the chosen experts' that has the largest score, the lowest of equals (see
-    `_choose_owner`)."""
+    `traffic.choose_owner`)."""
     best, best_score = -1, -1
     for expert in chosen:
         part = parts[expert]

@@ -54,12 +54,13 @@ def solve(
     What the two stages find is where the search over all GPUs at once begins, which weighs the links against
     each other. With replicas or a limit on moves there are no stages.
 
-    method      auto: exact where exactness is cheap, else search exact: matchings (one expert a GPU) or
-                Viterbi over partitions; ignores the time limit; with several nodes each stage is exact, and
-                not both together search: annealed swaps from several starts, the best of them refined sweep:
-                descent from the contiguous placement (where it breaks the cap, from a balanced one), quick
-                and plain ilp: search, then the integer program from its result, until proven optimal or out
-                of time
+    method      "auto": exact where exactness is cheap, else search.
+                "exact": matchings (one expert a GPU) or Viterbi over partitions; ignores the time limit. With
+                several nodes each stage is exact, and not both together.
+                "search": annealed swaps from several starts, the best of them refined.
+                "sweep": descent from the contiguous placement (where it breaks the cap, from a balanced one);
+                quick and plain.
+                "ilp": search, then the integer program from its result, until proven optimal or out of time
     seed        the same seed gives the same solution, unless a time limit ends a search early
     time_limit  seconds, for all stages together. Ctrl-C ends a stage's search as if its time were up
     progress    called now and then, from this thread or the solver's, about the stage at hand

@@ -37,7 +37,7 @@ Matrix = TypeVar("Matrix", Single, Prices)
 
 _MOST_STEPS, _ENOUGH_STEPS, _FEWEST_STEPS = 60, 20, 5
 _USUAL_WORK = 2 * 10**7  # of about 0.1 microseconds of one core ...
-_MOST_WORK = 55 * 10**6  # ... or so much, where it takes that to make enough steps, or the fewest
+_MOST_WORK = 55 * 10**6  # ... or this much, where enough steps need more
 _CHECK_EVERY = 10  # steps; a check costs about as much as one
 _PENALTY = 1.5, 0.6  # times sqrt(G) root mean square prices; the latter where steps are fewer than ...
 _FEW = 12

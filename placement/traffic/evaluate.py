@@ -29,12 +29,12 @@ def evaluate(plan: Plan, trace: RoutingTrace) -> dict[str, Any]:
     (background); "exchanges_per_step", the synchronous collectives of a decode step; and "totals", the
     integers behind the means. "remote_nodes" is how many nodes other than the owner's a token's experts are
     on, and "hierarchical", with several nodes of several ranks, the messages where each of them gets one and
-    passes it on (see `count_traffic`). "imbalance" is the busiest
-    rank's load over the mean load, per layer, its mean and its maximum; "owner_imbalance" the same of the
-    tokens that a rank owns before each MoE layer and after the last: it attends to them, and sends them out.
-    "node_coherent" is there only with
+    passes it on (see `count_traffic`). "imbalance" is the busiest rank's load over the mean load, per layer,
+    its mean and its maximum; "owner_imbalance" is the ratio for the tokens that a rank owns before each MoE
+    layer and after the last: it attends to them, and sends them out. "node_coherent" is there only with
     several nodes. "replicated" sends no message: its "all_reduces_per_step" each move "all_reduce_copies"
     rows a token, all ranks together (a ring: every rank sends 2 (G - 1) / G of a row), on the critical path.
+
     "local_fraction" is the share of adjacent-layer first-choice transitions that stay on a rank; it is 1 for
     a single MoE layer. The imbalance of the strategy that the plan was made for stands beside the strategies
     too; without replicas it is the same for all. All rows of the trace count. Raises InputError if the trace

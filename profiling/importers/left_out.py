@@ -29,7 +29,7 @@ class LeftOut:
             _log.warning("left out %d %s (the first: %s)", count, what, first)
 
     def all_of(self, path: object) -> InputError:
-        """The error where nothing is left, with what was left out first; `path` is named without any."""
+        """The error for an import that kept nothing; it names the first thing left out, else `path`."""
         for what, (count, first) in self._found.items():
             return InputError(f"{first}; left out {count} {what}, and no routing is left; record it again")
         return InputError(f"{path}: holds no routing of any token; record it again")

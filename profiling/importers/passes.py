@@ -45,7 +45,7 @@ class SeenPasses:
 class RowSequences:
     """Sequences for recordings that do not know them: row i of every pass of a rank is one.
 
-    While decoding that is what it mostly is, for a request keeps its place in the batch.
+    In a decode this is mostly true, since a request keeps its place in the batch.
     """
 
     def __init__(self) -> None:

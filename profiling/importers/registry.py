@@ -87,18 +87,7 @@ def read_trace(
     """
     files = [Path(path) for path in paths]
     translation, blocks = _opened(files, format, hints or Hints(), lambda done, total: None)
-    rows, layout = concatenate(list(blocks)), translation.layout
-    return RoutingTrace.from_arrays(
-        rows["experts"],
-        sequence=rows["sequence"],
-        position=rows["position"],
-        phase=rows["phase"],
-        weights=rows.get("weights"),
-        num_experts=layout.num_experts,
-        moe_layer_ids=layout.moe_layer_ids,
-        num_hidden_layers=layout.num_hidden_layers,
-        experts_per_layer=layout.experts_per_layer,
-    )
+    return RoutingTrace.from_rows(concatenate(list(blocks)), translation.layout)
 
 
 def import_trace(

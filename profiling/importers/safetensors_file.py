@@ -1,6 +1,5 @@
 """The tensors of a safetensors file, one at a time, whatever the header claims."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.profiling.safetensors_header import read_header
 
 _DTYPES = {"U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
-_MAX_HEADER = 100_000_000  # what the library itself reads at most
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,9 @@ def tensor_places(path: Path, remedy: str) -> dict[str, TensorPlace]:
     """The place of each tensor by name; InputError unless all are of integers and inside the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise InputError(f"{path}: is truncated ({size} bytes end inside the header); {remedy}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: the header is not JSON ({error}); {remedy}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the header is not a JSON object; {remedy}")
+        header, start = read_header(path, file, remedy)
     header.pop("__metadata__", None)
-    return {name: _place(path, name, entry, 8 + length, size, remedy) for name, entry in header.items()}
+    return {name: _place(path, name, entry, start, size, remedy) for name, entry in header.items()}
 
 
 def _place(path: Path, name: str, entry: Any, start: int, size: int, remedy: str) -> TensorPlace:

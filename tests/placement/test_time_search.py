@@ -11,7 +11,8 @@ from exflow.placement.fastest_plan import compared, place_for_time, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
-from exflow.placement.solve.time_search import _cost, _state, search_for_time, weights_of
+from exflow.placement.solve.time_search import search_for_time, weights_of
+from exflow.placement.solve.time_swaps import cost_us, counts_of
 from exflow.placement.time.machines import machine_named
 from exflow.placement.time.serving import Serving
 from exflow.placement.time.sizes import sizes_of
@@ -47,8 +48,8 @@ def smooth_cost(
     chosen = np.ascontiguousarray(trace.experts[:, layer])
     weights = weights_of(chosen, trace.num_experts, topology, serving)
     prices = (weights.near, weights.far, weights.near_noise, weights.far_noise, weights.work_noise)
-    state = _state(chosen, row, topology.num_ranks, topology.gpus_per_node, weights.work)
-    return _cost(*state[2:], prices, weights.tokens / len(chosen))
+    state = counts_of(chosen, row, topology.num_ranks, topology.gpus_per_node, weights.work)
+    return cost_us(*state[2:], prices, weights.tokens / len(chosen))
 
 
 @pytest.mark.parametrize("machine", SERVINGS)

@@ -6,8 +6,8 @@ from typing import Literal, Self
 
 from exflow.errors import InputError
 from exflow.files import read_json
-from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.plan_file import PlacementDocument, placement_keys, write_document
+from exflow.placement.plan.plan import Plan, placement_keys
+from exflow.placement.plan.plan_file import PlacementDocument, write_document
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.layout import RoutingLayout
