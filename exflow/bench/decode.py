@@ -36,6 +36,7 @@ from exflow.profiling.trace import DECODE
 from exflow.runtime.decoding import Choices, EagerDecoding
 from exflow.runtime.deploy import decoder_of, experts_of
 from exflow.runtime.expert_parallel import PlanTables
+from exflow.runtime.graph_counters import counters_of
 from exflow.runtime.request import Request
 from exflow.runtime.strategies import RankStrategy, make_strategy, single_process
 
@@ -249,7 +250,7 @@ def captured_results(bench: Bench, decoder: Decoder, cases: list[Case]) -> Itera
         captured.use_tables(table)
         begin_synthetic_batch(captured, batch, setting.context)
         times = time_steps(captured, setting.steps)
-        sent = bytes_per_step(cluster, captured.counters(setting.counted), setting.counted)
+        sent = bytes_per_step(cluster, counters_of(captured, setting.counted), setting.counted)
         floor = floor_ms(bench, captured)
         yield case, Outcome(times.median_us / 1000, times.p99_us / 1000, *sent, floor)
 

@@ -15,6 +15,7 @@ from exflow.model.decoder import Decoder, Rows
 from exflow.model.sampling import GREEDY
 from exflow.profiling.trace import DECODE
 from exflow.runtime.decode_step import DecodeStep
+from exflow.runtime.graph_counters import counters_of
 from exflow.runtime.graph_runner import Capture, CapturedDecode
 
 
@@ -98,7 +99,7 @@ def step_bytes(captured: CapturedDecode, counted_steps: int) -> StepBytes:
     attended = float((routing[:, :, 0] >= 0).sum()) * config.num_hidden_layers / len(config.moe_layer_ids)
     kv = attended * config.positions_seen(int(position.max())) * config.kv_width * size
     touched = _touched(captured)
-    counters = captured.counters(counted_steps)
+    counters = counters_of(captured, counted_steps)
     mine = torch.tensor(
         [
             kv + touched * config.expert_weights * size + dense_bytes(captured.capture.decoder),

@@ -12,6 +12,7 @@ import numpy as np
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts, count_affinity
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.placement.traffic.traffic import local_fraction
 from exflow.profiling.trace import DECODE, RoutingTrace
@@ -61,7 +62,7 @@ class Judged:
     @property
     def own(self) -> str:
         """Key of the strategy that the plan was made for."""
-        return self.plan.strategy.replace("-", "_")
+        return self.plan.strategy.key
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +128,12 @@ def _about(trace: RoutingTrace) -> About:
 def _judge(each: Candidate, trace: RoutingTrace, digest: str, setting: "Setting | None") -> Judged:
     plan = each.plan
     figures = evaluate(plan, trace)
-    sizes = {"dispatch_combine": 1, "node_coherent": plan.topology.gpus_per_node, "coherent": plan.num_ranks}
-    counts = {name: count(trace, plan, size) for name, size in sizes.items() if name in figures["strategies"]}
+    per_node = plan.topology.gpus_per_node
+    counts = {
+        each.key: count(trace, plan, each.group_size(plan.num_ranks, per_node))
+        for each in (Strategy.DISPATCH_COMBINE, Strategy.NODE_COHERENT, Strategy.COHERENT)
+        if each.key in figures["strategies"]
+    }
     for name, counted in counts.items():
         totals = figures["strategies"][name]["totals"]
         assert counted.totals == {key: totals[key] for key in counted.totals}, f"{name}: counted otherwise"

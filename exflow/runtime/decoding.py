@@ -13,6 +13,7 @@ from exflow.job.cluster import annotate_errors
 from exflow.model.decoder import Decoder, Rows
 from exflow.model.sampling import choose_tokens
 from exflow.profiling.trace import DECODE, PREFILL
+from exflow.runtime.graph_counters import counters_of
 from exflow.runtime.kv_cache import KVCache
 from exflow.runtime.request import Observer, Request, not_finite
 from exflow.runtime.strategies import RankStrategy
@@ -177,5 +178,5 @@ class GraphDecoding:
         chosen = captured.chosen(taken)
         choices.chosen.update({(number, position): token for number, position, token in chosen})
         if self.strategy.exchange is not None:
-            self.strategy.exchange.counters = captured.counters(taken)
+            self.strategy.exchange.counters = counters_of(captured, taken)
         self.steps = max((position - choices.lengths[number] for number, position, _ in chosen), default=0)

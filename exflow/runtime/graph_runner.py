@@ -21,9 +21,7 @@ from exflow.comm.buffers import (
     one_sided_buffers,
     relayed_buffers,
     symmetric_memory,
-    words_of,
 )
-from exflow.comm.collectives import Counters
 from exflow.comm.transport_names import Transport
 from exflow.job.cluster import Cluster, CoherenceGroup, coherence_group
 from exflow.job.launch import LostContact
@@ -294,52 +292,6 @@ class CapturedDecode:
             number[row].tolist(), (start[row] + step + 1).tolist(), token[step, row].tolist(), strict=True
         )
         return list(places)
-
-    def counters(self, steps: int) -> Counters:
-        """Messages and bytes that this rank sent in the `steps` steps since `begin`."""
-        shape, config, outputs = self.shape, self.capture.decoder.config, self.step.outputs
-        layers = len(config.moe_layer_ids)
-        if shape.num_ranks == 1:
-            return Counters()
-        if shape.replicated:
-            sums = int(outputs.returned.sum())
-            row = config.hidden_size * self.cache.dtype.itemsize + 4
-            return Counters(all_reduces=steps * layers, wire_bytes=self._wire(steps, sums * row))
-        dispatch, returned = outputs.dispatched.sum(0).tolist(), outputs.returned.sum(0).tolist()
-        dispatch[0] += int(outputs.passed.sum())
-        near = min(shape.group_size, shape.ranks_per_node) - 1
-        tokens = int(outputs.attended.sum())
-        kv = tokens * (shape.group_size - 1) * config.kv_width * self.cache.dtype.itemsize
-        hidden = config.hidden_size * self.cache.dtype.itemsize
-        counted = slice(1 if shape.relayed else 2)  # between nodes whole chunks travel
-        moved = sum(dispatch[counted]) * (hidden + 4 * words_of(config.top_k))
-        moved += sum(returned[counted]) * (hidden + 4) + (0 if self.step.share else kv)
-        exchanges = (2 if self.capture.returns else 1) * (2 if shape.relayed else 1)
-        return Counters(
-            all_to_alls=steps * layers * exchanges,
-            gathers=steps if self.step.share is not None else 0,
-            dispatch_intra=dispatch[0],
-            dispatch_inter=dispatch[1],
-            return_intra=returned[0],
-            return_inter=returned[1],
-            kv_intra=tokens * near,
-            kv_inter=tokens * (shape.group_size - 1 - near),
-            hidden_bytes=(sum(dispatch) + sum(returned)) * hidden,
-            kv_bytes=kv,
-            wire_bytes=self._wire(steps, moved),
-        )
-
-    def _wire(self, steps: int, moved: int) -> int:
-        """Bytes that left this rank. moved: bytes written to peers; collectives add whole chunks."""
-        exchanges = self.step.buffers.exchanges
-        if self.shape.replicated:
-            exchanges = exchanges[1:]  # no dispatch: every rank gates every token
-        if self.capture.transport == "collective":
-            moved, a_layer = 0, sum(each.chunk for each in exchanges) * (self.shape.num_ranks - 1)
-        else:
-            a_layer = sum(each.off_node.wire_bytes for each in exchanges if each.off_node)
-        new_kv = self.step.work.new_kv.nbytes * (self.shape.group_size - 1)  # empty if caches are shared
-        return moved + steps * (a_layer * len(self.capture.decoder.config.moe_layer_ids) + new_kv)
 
 
 def _gather_new_kv(group: CoherenceGroup, cluster: Cluster, step: DecodeStep) -> None:

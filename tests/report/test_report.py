@@ -5,107 +5,20 @@ import re
 import struct
 import xml.etree.ElementTree as ET
 import zlib
-from collections import Counter
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from exflow.placement.counts.affinity import count_affinity
-from exflow.placement.make_plan import Solving, place
-from exflow.placement.plan.plan import Plan
+from exflow.placement.make_plan import place
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.objective import Objective
-from exflow.profiling.trace import DECODE, PREFILL, RoutingTrace
+from exflow.profiling.trace import RoutingTrace
 from exflow.report.draw import png
-from exflow.report.draw.figure import number, percent
 from exflow.report.followers import followers
-from exflow.report.summary import Change
-
-VOID = {"meta", "link", "input", "br", "img", "hr"}
-EVIL = "<script>alert(1)</script> & \"quoted\" 'name'"
-STRATEGIES = {"dispatch_combine", "node_coherent", "coherent", "replicated"}
-
-Run = Callable[..., str]
-
-
-def make_trace(experts: int = 8, layers: int = 4, top_k: int = 2, model: str = "tiny") -> RoutingTrace:
-    """40 sequences of 10 tokens; experts of the same remainder modulo 4 like each other."""
-    rng = np.random.default_rng(0)
-    topic = rng.integers(0, 4, (400, 1, 1))
-    liked = rng.random((400, layers, experts)) + 0.4 * (np.arange(experts) % 4 == topic)
-    return RoutingTrace.from_arrays(
-        np.argsort(-liked, axis=2)[:, :, :top_k],
-        num_experts=experts,
-        sequence=np.arange(400) // 10,
-        phase=np.where(np.arange(400) % 10 < 3, PREFILL, DECODE),
-        model=model,
-    )
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command_line: Callable[[str], tuple[int, str, str]]
-) -> Run:
-    """run("report trace ...", code=0) in a folder of its own; what it printed on stdout, or on stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(line: str, code: int = 0) -> str:
-        ended, out, err = command_line(line)
-        assert ended == code, err
-        return err if code else out
-
-    return command
-
-
-def save(trace: RoutingTrace, topology: Topology, name: str = "plan.json") -> Plan:
-    trace.save("trace")
-    plan = place(trace, topology, solving=Solving(method="load-only" if trace.num_experts > 32 else "sweep"))
-    plan.save(name)
-    return plan
-
-
-class Checked(HTMLParser):
-    """Collects what a page holds; raises where a tag is not closed, or closed without being open."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.links: set[str] = set()
-        self.addresses: set[str] = set()
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            assert not name.startswith("on"), f"{tag} {name}: handlers belong into the script"
-            if name == "id":
-                self.ids[str(value)] += 1
-            if name in ("href", "src", "srcset", "action", "data", "poster"):
-                (self.links if str(value).startswith("#") else self.addresses).add(str(value))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> without a beginning"
-        assert self.open.pop() == tag, f"</{tag}> closes another"
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.text.append(data)
+from tests.report.pages import EVIL, STRATEGIES, Checked, Run, make_trace, save
 
 
 @pytest.mark.parametrize(
@@ -201,61 +114,6 @@ def test_json_holds_the_data_behind_the_page(run: Run) -> None:
     last = ours["by_tokens"][-1]["messages"]
     assert last["value"] == pytest.approx(ours["strategies"]["coherent"]["messages_per_token_layer"])
     assert last["low"] <= last["value"] <= last["high"]
-
-
-def test_placement_and_coherence_are_compared_apart(run: Run) -> None:
-    trace = make_trace()
-    save(trace, Topology(gpus_per_node=4), "mine.json")
-    for_engines = Objective(strategy=Strategy.DISPATCH_COMBINE)
-    solving = Solving(method="sweep")
-    place(trace, Topology(gpus_per_node=4), objective=for_engines, solving=solving).save("engine.json")
-    result = json.loads(run("report trace mine.json engine.json -o report.html --json"))
-    messages = {
-        (each["name"], name): figures["messages_per_token_layer"]
-        for each in result["plans"]
-        for name, figures in each["strategies"].items()
-    }
-    text = " ".join("".join(Checked(Path("report.html").read_text()).text).split())
-    for plan, strategy in (("mine", "coherent"), ("engine", "dispatch-combine")):
-        key = strategy.replace("-", "_")
-        ours, usual = messages[plan, key], messages["contiguous", key]
-        assert (
-            f"{plan}, made for {strategy}: {1 - ours / usual:.0%} fewer messages than contiguous placement "
-            f"under the same strategy ({number(ours)} against {number(usual)} a token and layer)."
-        ) in text
-    stays, home = messages["contiguous", "coherent"], messages["contiguous", "dispatch_combine"]
-    assert text.count("Coherence alone") == 1
-    assert (
-        f"coherent sends {1 - stays / home:.0%} fewer messages than dispatch-combine, both with contiguous"
-    ) in text
-    rows = re.findall(
-        r"<tr[^>]*><th scope=\"row\">(?:contiguous|mine|engine)</th>.*?</tr>", page_rows(), re.S
-    )
-    against = [re.findall(r"<td>(.*?)</td>", row, re.S)[1] for row in rows]
-    changes = [
-        percent(messages[plan, key] / messages["contiguous", key] - 1)
-        for plan in ("mine", "engine")
-        for key in ("dispatch_combine", "coherent")
-    ]
-    assert against == ["baseline", "baseline", "", *changes[:2], "", *changes[2:], ""]
-
-
-def page_rows() -> str:
-    """The table of strategies."""
-    return Path("report.html").read_text().split('<section id="strategies"')[1].split("</table>")[0]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        (2.0, 1.5, "25% fewer messages than"),
-        (2.0, 2.5, "25% more messages than"),
-        (2.0, 1.999, "as many messages as"),
-        (0.0, 0.0, "as many messages as"),
-    ],
-)
-def test_a_change_in_words(before: float, after: float, words: str) -> None:
-    assert Change(before, after).words == words
 
 
 def test_a_plan_for_node_coherent_on_one_node_beside_others(run: Run) -> None:
