@@ -1,7 +1,8 @@
 """The command line: one thin function for each verb, in a file for each stage.
 
 profile.py      model, or another engine's recording -> trace   profile, import
-place.py        traces -> plan, and its figures                 place, balance, evaluate
+place.py        traces -> plan, and its figures                 place, balance
+evaluate.py     plan and trace -> figures and time             evaluate
 look.py         trace and plans -> predictions                  report, simulate
 export.py       plans <-> other engines                         export, import-plan
 run.py          model and plan -> tokens                        generate, bench decode
@@ -15,7 +16,7 @@ Torch and the solvers are imported inside the verbs that need them, so that `exf
 
 import typer
 
-from exflow.cli import export, first_steps, look, place, profile, run
+from exflow.cli import evaluate, export, first_steps, look, place, profile, run
 from exflow.cli.options import Verbs, general
 from exflow.job.outcome import run_to_exit
 
@@ -31,7 +32,16 @@ app = typer.Typer(
     epilog="Results go to stdout; progress, notes and errors go to stderr. Set NO_COLOR to turn colours off. "
     "Exit codes: 0 success, 2 bad usage or bad input, 128 + N stopped by signal N, 1 any other failure.",
 )
-for verbs in (profile.verbs, place.verbs, look.verbs, export.verbs, run.verbs, first_steps.verbs, run.bench):
+for verbs in (
+    profile.verbs,
+    place.verbs,
+    evaluate.verbs,
+    look.verbs,
+    export.verbs,
+    run.verbs,
+    first_steps.verbs,
+    run.bench,
+):
     app.add_typer(verbs)
 
 

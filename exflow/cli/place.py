@@ -15,12 +15,10 @@ from exflow.cli.options import (
     NewPlan,
     Nodes,
     Phase,
-    PlanFile,
-    Trace,
     examples,
     one_of,
 )
-from exflow.cli.placement_tables import print_evaluation, print_placement
+from exflow.cli.placement_tables import print_placement
 from exflow.cli.tables import print_figures
 from exflow.console import TimedWork, Work
 from exflow.errors import InputError
@@ -57,6 +55,7 @@ def place(
             "--output", "-o", help="Plan file to write. Optional with --pareto and --learning-curve."
         ),
     ] = None,
+    phase: Phase = "all",
     gpus: Annotated[
         int | None, typer.Option(help="Number of GPUs in all.", min=1, rich_help_panel=_WHERE)
     ] = None,
@@ -267,6 +266,7 @@ def place(
         result = run_place(
             PlaceJob(
                 traces=traces,
+                phase=phase,
                 where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size),
                 goal=goal,
                 objective=Objective(
@@ -326,25 +326,3 @@ def balance(
         where = topology_of(gpus, nodes)
         figures = run_balance(files, where, redundant_experts, model, output, work.advance)
     print_figures(figures, as_json)
-
-
-@verbs.command(
-    rich_help_panel=PLACING,
-    epilog=examples(
-        "exflow evaluate plan.json trace/", "exflow evaluate plan.json run/ --phase decode --json"
-    ),
-)
-def evaluate(
-    plan: PlanFile,
-    trace: Trace,
-    phase: Phase = "all",
-    as_json: Json = False,
-) -> None:
-    """Count the messages and the load of a plan on a trace, for every strategy."""
-    from exflow.placement.plan.plan import Plan
-    from exflow.placement.traffic.evaluate import evaluate
-    from exflow.profiling.trace import RoutingTrace
-
-    with Work("counting"):
-        figures = evaluate(Plan.load(plan), RoutingTrace.load(trace).of_phase(phase))
-    print_evaluation(figures, as_json)

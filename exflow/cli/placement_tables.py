@@ -29,27 +29,28 @@ def print_placement(result: "Placement", output: Path | None, as_json: bool) -> 
             print_table([], columns, rows)
     if result.verdict is not None:
         print(result.verdict)
-    if "time" in result.plan.expected:
-        print_times(result.plan.expected)
+    expected = result.plan.expected
+    if "time" in expected:
+        held_out = expected.get("held_out", {}).get("time")
+        judged = "on held-out tokens" if held_out else "on the tokens placed on (judge a plan with --holdout)"
+        print_times(held_out or expected["time"], expected["made_for"], judged)
 
 
-def print_times(expected: dict[str, Any]) -> None:
-    """Print the plan beside its references; the last line is its gain over experts in order."""
-    held_out = expected.get("held_out", {}).get("time")
-    times, made_for = held_out or expected["time"], expected["made_for"]
+def print_times(times: dict[str, Any], made_for: dict[str, Any], judged: str) -> None:
+    """Print a plan beside its references; the last line is its gain over experts in order."""
     rows = {"this plan": times, **times["references"]}
     slowest = times["references"]["contiguous"]["step_us"]
     attention = {"attention": "attention_us"} if times["attention_us"] else {}
     table = [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()]
     print_table(["placement"], _TIMES | attention | _REASONS, table, width=120)
     print(_TIME_LEGEND)
-    judged = "on held-out tokens" if held_out else "on the tokens placed on (judge a plan with --holdout)"
     gain = 100 * (1 - times["ratio_to_contiguous"])
     what = f"{abs(gain):.1f}% {'less' if gain >= 0 else 'more'} time than experts in order"
     print(
-        f"{what} {judged}: {made_for['target']}, {made_for['strategy']}, {made_for['machine']}, "
+        f"for {made_for['target']}, {made_for['strategy']}, on {made_for['machine']}, with "
         f"{made_for['model']}, {made_for['batch']} tokens a GPU"
     )
+    print(f"{what} {judged}")
 
 
 _TIMES = {
@@ -142,6 +143,8 @@ def print_evaluation(result: dict[str, Any], as_json: bool) -> None:
     reduced = result["strategies"]["replicated"]["all_reduce_copies"]
     print("owners         tokens of the rank that owns most over the mean, averaged over layers")
     print(f"replicated     sends no messages, its all-reduces move {reduced} rows a token and layer (ring)")
+    print()
+    print_times(result["time"], result["made_for"], "on this trace")
 
 
 _EVALUATION_COLUMNS = {

@@ -108,6 +108,7 @@ class PlaceJob:
     """Arguments of the command; see `exflow place --help`."""
 
     traces: list[Path]
+    phase: str
     where: Where
     goal: "Goal"
     objective: Objective
@@ -136,7 +137,7 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
     """Make the plan. Raises InputError if settings contradict each other or the traces."""
     _check(job)
     topology = job.where.topology()
-    traces = [RoutingTrace.load(path) for path in job.traces]
+    traces = [_load(path, job.phase) for path in job.traces]
     job.where.check_memory(traces[0], topology.num_ranks)
     held_out = []
     if job.holdout is not None:
@@ -179,6 +180,13 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
         names = [str(path) for path in job.traces]
         tables["by_trace"] = dict(zip(names, [messages(plan, each) for each in judged], strict=True))
     return Placement(plan, **tables)
+
+
+def _load(path: Path, phase: str) -> RoutingTrace:
+    try:
+        return RoutingTrace.load(path).of_phase(phase)
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
 
 
 def _place_for_time(

@@ -71,12 +71,12 @@ def test_the_time_is_that_of_the_plan_on_tokens_that_it_has_not_seen(trace: Path
 
 
 def test_the_last_line_says_what_was_gained(trace: Path, tmp_path: Path) -> None:
-    *_, last = exflow_place(trace, "--gpus", "4", "-o", tmp_path / "plan.json").splitlines()
+    *_, setting, last = exflow_place(trace, "--gpus", "4", "-o", tmp_path / "plan.json").splitlines()
     share = Plan.load(tmp_path / "plan.json").expected["time"]["ratio_to_contiguous"]
     assert last.startswith(
         f"{100 * (1 - share):.1f}% less time than experts in order on the tokens placed on"
     )
-    assert last.endswith("exflow, dispatch-combine, h200, gpt-oss-20b, 64 tokens a GPU")
+    assert setting == "for exflow, dispatch-combine, on h200, with gpt-oss-20b, 64 tokens a GPU"
 
 
 def test_top_1_runs_coherently_in_our_runtime_alone(tmp_path: Path) -> None:
@@ -134,3 +134,27 @@ def test_the_names_that_are_completed() -> None:
 
     assert set(options.TARGETS) == set(TARGETS)
     assert options.OBJECTIVES == OBJECTIVES
+
+
+def test_evaluate_says_the_time_on_any_trace(trace: Path, tmp_path: Path) -> None:
+    """On the machine and the batch that the plan was made for, unless told otherwise."""
+    _, shown = placed(
+        tmp_path / "plan.json", trace, "--gpus", "4", "--machine", "single-gpu-nodes", "--batch", "16"
+    )
+
+    def evaluated(*options: str) -> dict[str, Any]:
+        command = ["evaluate", str(tmp_path / "plan.json"), str(trace), "--json", *options]
+        result = CliRunner().invoke(app, command, catch_exceptions=False)
+        figures: dict[str, Any] = json.loads(result.stdout)
+        return figures
+
+    assert evaluated()["time"] == shown["time"]
+    assert evaluated()["made_for"] == shown["made_for"]
+    assert evaluated("--machine", "h200", "--batch", "64")["made_for"]["machine"] == "h200"
+    assert evaluated("--machine", "h200")["time"]["exchange_us"] < shown["time"]["exchange_us"]
+
+
+def test_a_phase_without_tokens(trace: Path, tmp_path: Path) -> None:
+    assert placed(tmp_path / "plan.json", trace, "--gpus", "2", "--phase", "decode")[0].num_ranks == 2
+    with pytest.raises(InputError, match="phase prefill: the trace holds no such tokens"):
+        exflow_place(trace, "--gpus", "2", "--phase", "prefill", "-o", tmp_path / "other.json")
