@@ -67,6 +67,6 @@ def test_commands_at_once(
         text = (tmp_path / f"{word}.txt").read_text()
         windows = windows_of_text(tokenizer, [text], decoder.config.max_positions, 32768)
         assert RoutingTrace.load(tmp_path / word).digest() == profile(decoder, windows, path=None).digest()
-        assert results["evaluate", word] == expected
+        assert expected.items() <= results["evaluate", word].items()  # beside the time of a step
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {*WORDS, *(f"{word}.txt" for word in WORDS), "plan.json", "routing", "cache"}
