@@ -24,6 +24,7 @@ def run_evaluate(
     figures = evaluate(plan, trace)
     made_for = plan.expected.get("made_for", {})
     goal = Goal(
+        target=made_for.get("target", "exflow"),
         strategy=plan.strategy,
         machine=machine or made_for.get("machine", DEFAULT),
         model=model,

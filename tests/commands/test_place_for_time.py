@@ -139,7 +139,9 @@ def test_the_names_that_are_completed() -> None:
 def test_evaluate_says_the_time_on_any_trace(trace: Path, tmp_path: Path) -> None:
     """On the machine and the batch that the plan was made for, unless told otherwise."""
     _, shown = placed(
-        tmp_path / "plan.json", trace, "--gpus", "4", "--machine", "single-gpu-nodes", "--batch", "16"
+        tmp_path / "plan.json",
+        *(trace, "--gpus", "4", "--for", "vllm"),
+        *("--machine", "single-gpu-nodes", "--batch", "16"),
     )
 
     def evaluated(*options: str) -> dict[str, Any]:
