@@ -15,10 +15,11 @@ import numpy as np
 from exflow.placement.counts.affinity import count_affinity
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import equal_slots
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous_plan
-from exflow.placement.solve.load_only import load_only
+from exflow.placement.solve.load_only import load_only_layers
 from exflow.placement.solve.objective import Objective
 from exflow.placement.solve.time_search import search_for_time
 from exflow.placement.time.serving import Serving
@@ -62,30 +63,32 @@ def place_for_time(
     trace = merge([traces] if isinstance(traces, RoutingTrace) else list(traces))
     if method == "auto":
         found = list(_candidates(trace, topology, serving, seed, time_limit, redundant_experts, tell))
-        best = min(found, key=lambda each: each.time.step_us).plan
-        plans = {each.name: each.plan for each in found}
+        fastest = min(found, key=lambda each: each.time.step_us)
+        best, times = fastest.plan, comparison(fastest.time, {each.name: each.time for each in found})
     else:
         goal, solving = Objective(serving.strategy), Solving(method, seed)
         best = place(trace, topology, objective=goal, solving=solving, redundant_experts=redundant_experts)
         plans = references(trace, topology, serving.strategy, best.num_slots)
-    figures = evaluate(best, trace) | {
-        "made_for": serving.as_json(),
-        "time": compared(best, plans, trace, serving),
-    }
-    own, least = figures["time"]["step_us"], least_step_us(best, trace, serving)
+        times = compared(best, plans, trace, serving)
+    figures = evaluate(best, trace) | {"made_for": serving.as_json(), "time": times}
+    own, least = times["step_us"], least_step_us(best, trace, serving)
     return replace(
         best, expected=figures, objective=own, lower_bound=least, optimal=own <= least * (1 + 1e-9)
     )
 
 
 def compared(plan: Plan, plans: dict[str, Plan], trace: RoutingTrace, serving: Serving) -> dict[str, Any]:
-    """The time of a plan on a trace, ready for JSON, beside that of the references among `plans`."""
-    times = {name: step_time(plans[name], trace, serving) for name in REFERENCES if name in plans}
-    own = step_time(plan, trace, serving)
+    """The `comparison` of a plan with the references `plans` on a trace."""
+    times = {name: step_time(each, trace, serving) for name, each in plans.items()}
+    return comparison(step_time(plan, trace, serving), times)
+
+
+def comparison(own: StepTime, times: dict[str, StepTime]) -> dict[str, Any]:
+    """A plan's time, ready for JSON, beside those of the references, which are among `times`."""
     return {
         **own.as_json(),
         "ratio_to_contiguous": own.step_us / times["contiguous"].step_us,
-        "references": {name: time.as_json() for name, time in times.items()},
+        "references": {name: times[name].as_json() for name in REFERENCES},
     }
 
 
@@ -93,16 +96,10 @@ def references(
     trace: RoutingTrace, topology: Topology, strategy: Strategy, num_slots: int
 ) -> dict[str, Plan]:
     """The contiguous plan and the plan by load alone, with `num_slots` slots a layer."""
-    slots = [
-        load_only(
-            np.bincount(trace.experts[:, layer].ravel(), minlength=num_experts)[None],
-            topology.num_ranks,
-            topology.num_nodes,
-            num_slots,
-        )
-        for layer, num_experts in enumerate(trace.experts_per_layer)
-    ]
-    level = Plan.of_slots(np.concatenate(slots), topology, trace, method="load-only", strategy=strategy)
+    layers = range(trace.num_layers)
+    load = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in layers]
+    slots = load_only_layers(np.stack(load), trace.experts_per_layer, topology, num_slots)
+    level = Plan.of_slots(slots, topology, trace, method="load-only", strategy=strategy)
     plans = (contiguous_plan(trace, topology, strategy, num_slots), level)
     return dict(zip(REFERENCES, plans, strict=True))
 
@@ -123,7 +120,7 @@ def _candidates(
         tell(f"{name}: {time.step_us:,.0f} us")
         return Candidate(name, plan, time)
 
-    num_slots = -(-(trace.num_experts + redundant_experts) // topology.num_ranks) * topology.num_ranks
+    num_slots = equal_slots(trace.num_experts + redundant_experts, topology.num_ranks)
     basics = references(trace, topology, serving.strategy, num_slots)
     for name, plan in basics.items():
         yield candidate(name, plan)

@@ -10,11 +10,12 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts, count_affinity
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import equal_slots
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous, contiguous_plan, contiguous_slots, random
 from exflow.placement.solve.descent import Stop
-from exflow.placement.solve.load_only import load_only, replica_counts
+from exflow.placement.solve.load_only import load_only_layers, replica_counts
 from exflow.placement.solve.objective import Objective, items_of, make_problem
 from exflow.placement.solve.problem import Assignment, PlacementProblem
 from exflow.placement.solve.refine import refine, subsampled
@@ -179,7 +180,7 @@ def _replicas(
     if redundant < 0:
         raise InputError(f"redundant experts are {redundant}; choose a number from 0 up")
     most = max(experts_per_layer)
-    num_slots = math.ceil((most + redundant) / num_ranks) * num_ranks
+    num_slots = equal_slots(most + redundant, num_ranks)
     load = np.sum([each.load for each in counts], axis=0)
     replicas = np.zeros((len(load), most), dtype=np.int64)
     for layer, num_experts in enumerate(experts_per_layer):
@@ -222,11 +223,7 @@ def _baseline(
             return np.take_along_axis(items_of(replicas), np.argsort(ranks, axis=1, kind="stable"), axis=1)
         case _:
             load = np.sum([each.load for each in counts], axis=0)
-            layers = [
-                load_only(row[None, :num_experts], topology.num_ranks, topology.num_nodes, num_slots)
-                for row, num_experts in zip(load, experts_per_layer, strict=True)
-            ]
-            return np.concatenate(layers)
+            return load_only_layers(load, experts_per_layer, topology, num_slots)
 
 
 def _replicas_in(plan: Plan) -> npt.NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """The place command: makes a plan from folders of traces, and judges how good it is."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from exflow.placement.learning_curve import learning_curve, verdict
 from exflow.placement.make_plan import InUse, Solving, place
 from exflow.placement.pareto import trade_off
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import equal_slots
 from exflow.placement.plan.topology import Topology, topology_of
 from exflow.placement.plan.topology_file import load_topology
 from exflow.placement.robust import messages, place_for_the_worst
@@ -54,7 +54,7 @@ class Where:
         """Raise InputError if the experts of a rank need more than gpu_memory."""
         if self.gpu_memory is None or self.expert_size is None:
             return
-        slots = math.ceil((trace.num_experts + self.redundant_experts) / num_ranks)
+        slots = equal_slots(trace.num_experts + self.redundant_experts, num_ranks) // num_ranks
         needed = slots * trace.num_layers * self.expert_size / 1024
         if not needed <= self.gpu_memory:
             raise InputError(

@@ -11,6 +11,11 @@ from exflow.placement.plan.topology import Topology
 IntArray = npt.NDArray[np.integer]
 
 
+def equal_slots(num_experts: int, num_ranks: int) -> int:
+    """The least number of slots of a layer that holds so many experts and that the ranks share equally."""
+    return -(-num_experts // num_ranks) * num_ranks
+
+
 def hosting(physical_to_logical: IntArray, num_experts: int, num_ranks: int) -> npt.NDArray[np.bool_]:
     """[L, E, G]: whether rank g has a replica of expert e, from the map [L, P]."""
     num_layers, num_slots = physical_to_logical.shape

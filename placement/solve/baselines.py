@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import equal_slots
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -34,7 +35,7 @@ def contiguous_plan(
     num_slots: of each layer; by default the least number, at least that of experts, that the GPUs share
     equally.
     """
-    num_slots = num_slots or -(-trace.num_experts // topology.num_ranks) * topology.num_ranks
+    num_slots = num_slots or equal_slots(trace.num_experts, topology.num_ranks)
     slots = contiguous_slots(trace.experts_per_layer, num_slots)
     return Plan.of_slots(slots, topology, trace, method="contiguous", strategy=strategy)
 

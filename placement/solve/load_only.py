@@ -9,11 +9,14 @@ Shapes: L MoE layers, E experts, P slots.
 """
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.plan.replicas import equal_slots
+from exflow.placement.plan.topology import Topology
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -33,12 +36,24 @@ def load_only(load: Numbers, num_ranks: int, num_nodes: int = 1, num_slots: int 
             f"{num_ranks} ranks cannot be shared equally by {num_nodes} nodes; give a multiple, 1 at least"
         )
     if num_slots is None:
-        num_slots = -(-load.shape[1] // num_ranks) * num_ranks
+        num_slots = equal_slots(load.shape[1], num_ranks)
     if num_slots % num_ranks:
         raise InputError(f"{num_slots} slots cannot be shared equally by {num_ranks} ranks; give a multiple")
     counts = replica_counts(load, num_slots, num_ranks)
     layers = zip(load.astype(np.float64), counts, strict=True)
     return np.stack([_pack_layer(row, count, num_ranks, num_nodes) for row, count in layers])
+
+
+def load_only_layers(
+    load: Numbers, experts_per_layer: Sequence[int], topology: Topology, num_slots: int
+) -> IntArray:
+    """`load_only` [L, P] for layers with different numbers of experts; layer l has the first of load [L,
+    E]."""
+    layers = [
+        load_only(row[None, :num_experts], topology.num_ranks, topology.num_nodes, num_slots)
+        for row, num_experts in zip(load, experts_per_layer, strict=True)
+    ]
+    return np.concatenate(layers)
 
 
 def replica_counts(load: Numbers, num_slots: int, num_ranks: int) -> IntArray:

@@ -14,16 +14,7 @@ from exflow.placement.formats.exporters.registry import FORMATS, export_plan
 from exflow.placement.formats.exporters.sidecar import sidecar_path
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
-
-GOLDEN = Path(__file__).parent / "golden"
-FILES = {
-    "sglang": "sglang.json",
-    "trtllm": "trtllm.yaml",
-    "vllm-ascend": "vllm-ascend.json",
-    "vllm": "vllm.json",
-    "eplb": "eplb.safetensors",
-    "exflow": "exflow.csv",
-}
+from tests.placement.golden_plans import FILES, GOLDEN
 
 
 def tiny(*rows: list[int], experts_per_layer: tuple[int, ...] = (4, 4)) -> Plan:

@@ -43,6 +43,19 @@ def random_trace(
     return RoutingTrace.from_arrays(chosen, num_experts=experts, sequence=np.arange(tokens) // 4, model="toy")
 
 
+def random_case(
+    seed: int, nodes: tuple[int, int], top_k: int, redundant: int, strategy: Strategy
+) -> tuple[RoutingTrace, Plan]:
+    """Two layers of 8 experts; a plan with `redundant` replicas, for nodes[0] nodes of nodes[1] ranks."""
+    rng = np.random.default_rng(seed)
+    trace = random_trace(rng, 24, 2, 8, top_k)
+    topology = Topology(num_nodes=nodes[0], gpus_per_node=nodes[1])
+    spare = rng.integers(0, 8, (2, redundant))
+    slots = rng.permuted(np.concatenate([np.tile(np.arange(8), (2, 1)), spare], axis=1), axis=1)
+    plan = Plan.of_slots(slots, topology, trace, method="random", strategy=strategy)
+    return trace, plan
+
+
 def by_sets(plan: Plan, trace: RoutingTrace, who: Serving, rows_NM: npt.NDArray[np.int64]) -> list[float]:
     """The same figures, token by token with sets: exchange, experts, attention in microseconds."""
     ranks, per_node = plan.num_ranks, plan.topology.gpus_per_node
@@ -101,15 +114,10 @@ def by_sets(plan: Plan, trace: RoutingTrace, who: Serving, rows_NM: npt.NDArray[
 def test_against_a_count_by_sets(
     seed: int, nodes: tuple[int, int], top_k: int, redundant: int, strategy: Strategy
 ) -> None:
-    rng = np.random.default_rng(seed)
-    trace = random_trace(rng, 24, 2, 8, top_k)
-    topology = Topology(num_nodes=nodes[0], gpus_per_node=nodes[1])
-    spare = rng.integers(0, 8, (2, redundant))
-    slots = rng.permuted(np.concatenate([np.tile(np.arange(8), (2, 1)), spare], axis=1), axis=1)
-    plan = Plan.of_slots(slots, topology, trace, method="random", strategy=strategy)
+    trace, plan = random_case(seed, nodes, top_k, redundant, strategy)
     who = serving(strategy)
     found = step_time(plan, trace, who, seed)
-    right = by_sets(plan, trace, who, drawn_batches(trace, 3 * topology.num_ranks, seed))
+    right = by_sets(plan, trace, who, drawn_batches(trace, 3 * plan.num_ranks, seed))
     assert [found.exchange_us, found.experts_us, found.attention_us] == pytest.approx(right)
     assert found.step_us == pytest.approx(sum(right))
 
@@ -163,12 +171,7 @@ def test_a_batch_without_tokens() -> None:
 def test_no_plan_is_below_the_bound(
     seed: int, nodes: tuple[int, int], top_k: int, redundant: int, strategy: Strategy
 ) -> None:
-    rng = np.random.default_rng(seed)
-    trace = random_trace(rng, 24, 2, 8, top_k)
-    topology = Topology(num_nodes=nodes[0], gpus_per_node=nodes[1])
-    spare = rng.integers(0, 8, (2, redundant))
-    slots = rng.permuted(np.concatenate([np.tile(np.arange(8), (2, 1)), spare], axis=1), axis=1)
-    plan = Plan.of_slots(slots, topology, trace, method="random", strategy=strategy)
+    trace, plan = random_case(seed, nodes, top_k, redundant, strategy)
     who = serving(strategy)
     least = least_step_us(plan, trace, who, seed)
     assert 0 < least <= step_time(plan, trace, who, seed).step_us * (1 + 1e-9)
