@@ -106,7 +106,8 @@ def print_demo(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    print_table(["strategy", "placement"], _DEMO_COLUMNS, [_demo_row(each) for each in result["variants"]])
+    rows = [_demo_row(each) for each in result["variants"]]
+    print_table(["strategy", "placement"], _DEMO_COLUMNS, rows)
     print(_DEMO_LEGEND)
     print()
     print(result["summary"])

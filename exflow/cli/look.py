@@ -199,7 +199,7 @@ def print_simulation(result: dict[str, Any], as_json: bool) -> None:
         for row in size["steps"]
     ]
     print(f"{result['model']}, {result['context']} positions of context; predicted, not measured")
-    print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows, width=200)
+    print_table(["gpus", "ep", "strategy", "placement"], _SIMULATION_COLUMNS, rows)
     print(_SIMULATION_LEGEND)
     for size in result["sizes"]:
         best = size["fastest"]

@@ -42,7 +42,7 @@ def print_times(times: dict[str, Any], made_for: dict[str, Any], judged: str) ->
     slowest = times["references"]["contiguous"]["step_us"]
     attention = {"attention": "attention_us"} if times["attention_us"] else {}
     table = [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()]
-    print_table(["placement"], _TIMES | attention | _REASONS, table, width=120)
+    print_table(["placement"], _TIMES | attention | _REASONS, table)
     print(_TIME_LEGEND)
     gain = 100 * (1 - times["ratio_to_contiguous"])
     what = f"{abs(gain):.1f}% {'less' if gain >= 0 else 'more'} time than experts in order"

@@ -40,9 +40,7 @@ def print_decode_bench(result: dict[str, Any], as_json: bool) -> None:
         for row in result["rows"]
     ]
     measured = {"x floor": "times_floor"} if any(row["times_floor"] for row in result["rows"]) else {}
-    print_table(
-        ["strategy", "transport", "placement", "batch"], _DECODE_BENCH_COLUMNS | measured, rows, width=200
-    )
+    print_table(["strategy", "transport", "placement", "batch"], _DECODE_BENCH_COLUMNS | measured, rows)
     print(_DECODE_BENCH_LEGEND)
     for row in result["rows"]:
         if row["stopped"]:

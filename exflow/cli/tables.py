@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_WIDEST = 1000  # characters of a row; more than any table has
+
 
 def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=1))
@@ -21,12 +23,10 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
         print(f"{name.replace('_', ' '):<{width}}  {readable(value)}")
 
 
-def print_table(
-    names: list[str], columns: dict[str, str], lines: list[dict[str, Any]], width: int | None = None
-) -> None:
+def print_table(names: list[str], columns: dict[str, str], lines: list[dict[str, Any]]) -> None:
     """Print a row for each of `lines`: its entries `names`, then the figure under each heading of `columns`.
 
-    width: limit in characters; None means the width of the terminal.
+    Nothing is cut off where the terminal, or the width that is assumed for a pipe, is narrower than a row.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
@@ -35,7 +35,7 @@ def print_table(
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(*(line[name] for name in names), *(readable(line[key]) for key in columns.values()))
-    Console(width=width).print(table)
+    Console(width=_WIDEST).print(table)
 
 
 def readable(value: Any) -> str:
