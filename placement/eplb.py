@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.plan.logical_maps import logical_maps
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.levelling import levelled
@@ -22,6 +23,8 @@ from exflow.placement.solve.load_only import replica_counts
 
 if TYPE_CHECKING:
     from exflow.placement.counts.affinity import AffinityCounts
+    from exflow.placement.time.serving import Serving
+    from exflow.profiling.trace import RoutingTrace
 
 IntArray = npt.NDArray[np.int64]
 Array = TypeVar("Array")  # numpy.ndarray or torch.Tensor
@@ -35,6 +38,8 @@ def rebalance_experts(
     num_gpus: int,
     affinity: "AffinityCounts | None" = None,
     time_limit: float = math.inf,
+    trace: "RoutingTrace | None" = None,
+    serving: "Serving | None" = None,
 ) -> tuple[Array, Array, Array]:
     """Place the replicas of each expert on GPUs, given the loads `weight` [L, E]: an array or a torch tensor.
 
@@ -46,6 +51,9 @@ def rebalance_experts(
                   messages of dispatch and combine besides the imbalance: experts that tokens select together
                   share a GPU or a node. Loads are still those of `weight`; groups are then not looked at, for
                   what they do to routing is in the counts, and nodes always are
+    trace         routing of this model. With it the plan has the least predicted time (`place_for_time`);
+                  loads are those of the trace, and `weight` is asked for its shape alone
+    serving       the setting of that time; by default target eplb on a node of H200s
     time_limit    seconds for the solver to search, which for the largest models goes on for minutes
 
     Returns, as int64 arrays or CPU tensors like `weight`,
@@ -61,12 +69,16 @@ def rebalance_experts(
     where the numbers contradict each other.
     """
     load = _as_array(weight)
-    if affinity is not None:
+    if affinity is not None and trace is not None:
+        raise InputError("affinity and trace both say what to place by; give one")
+    if affinity is not None or trace is not None:
         num_groups = 1
     elif num_nodes and num_groups % num_nodes:  # the original's global policy
         num_groups = num_nodes = 1
     _check(load, num_replicas, num_groups, num_nodes, num_gpus)
-    if affinity is None:
+    if trace is not None:
+        slots, most = _by_time(load, num_replicas, num_nodes, num_gpus, trace, serving, time_limit), 1
+    elif affinity is None:
         # A power of two changes no digit, and brings each layer's loads within single precision.
         load = np.ldexp(load, -np.frexp(load.max(axis=1, keepdims=True))[1])
         of_group = _group_sums(weight, load, num_groups)
@@ -75,24 +87,6 @@ def rebalance_experts(
         slots, most = _by_affinity(load, num_replicas, num_nodes, num_gpus, affinity, time_limit), 1
     logical_to_physical, count = logical_maps(slots, load.shape[1], most)
     return _like(weight, slots), _like(weight, logical_to_physical), _like(weight, count)
-
-
-def logical_maps(
-    slots: npt.NDArray[np.integer], num_experts: int, width: int = 1
-) -> tuple[IntArray, IntArray]:
-    """(logical_to_physical_map [L, E, X] padded with -1, expert_count [L, E]) of the map `slots` [L, P].
-
-    X is the most replicas of an expert, or `width` if that is more. Slots [[1, 0, 1]] give
-    [[[1, -1], [0, 2]]] and [[1, 2]].
-    """
-    count = np.stack([np.bincount(row, minlength=num_experts) for row in slots])
-    order = np.argsort(slots, axis=1, kind="stable")
-    expert = np.take_along_axis(slots, order, axis=1)
-    first = np.cumsum(count, axis=1) - count
-    nth = np.arange(slots.shape[1]) - np.take_along_axis(first, expert, axis=1)
-    physical = np.full((*count.shape, max(width, count.max())), -1, dtype=np.int64)
-    physical[np.arange(len(slots))[:, None], expert, nth] = order
-    return physical, count
 
 
 def _by_affinity(
@@ -120,6 +114,34 @@ def _by_affinity(
     assignment = solve(problem, topology, time_limit=time_limit).assignment
     order = np.argsort(assignment, axis=1, kind="stable")
     return np.take_along_axis(items_of(replicas), order, axis=1)
+
+
+def _by_time(
+    load: npt.NDArray[np.float64],
+    num_replicas: int,
+    num_nodes: int,
+    num_gpus: int,
+    trace: "RoutingTrace",
+    serving: "Serving | None",
+    time_limit: float,
+) -> IntArray:
+    """[L, P]: the plan of least time on the trace; a rank's experts in ascending order."""
+    from exflow.placement.fastest_plan import place_for_time  # compiled searches
+    from exflow.placement.time.serving import Serving
+
+    if load.shape != (trace.num_layers, trace.num_experts):
+        raise InputError(
+            f"trace: has {trace.num_layers} MoE layers of {trace.num_experts} experts, weight has the shape "
+            f"{load.shape}; record this model"
+        )
+    plan = place_for_time(
+        trace,
+        Topology(num_nodes=num_nodes, gpus_per_node=num_gpus // num_nodes),
+        serving or Serving("eplb"),
+        redundant_experts=num_replicas - trace.num_experts,
+        time_limit=time_limit,
+    )
+    return plan.physical_to_logical_map.astype(np.int64)
 
 
 def _check(

@@ -11,16 +11,19 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from exflow.errors import InputError
 from exflow.placement.counts.affinity import count_affinity
-from exflow.placement.make_plan import Solving, place
+from exflow.placement.make_plan import Solving, is_even, place
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.replicas import equal_slots
+from exflow.placement.plan.replicas import ReplicaRule, equal_slots
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous_plan
 from exflow.placement.solve.load_only import load_only_layers
 from exflow.placement.solve.objective import Objective
+from exflow.placement.solve.replica_search import Start, search_for_replicas
 from exflow.placement.solve.time_search import search_for_time
 from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.evaluate import evaluate
@@ -30,6 +33,8 @@ from exflow.profiling.trace import RoutingTrace
 
 PRICES = (0.3, 2.5)  # of imbalance: plans by messages that are tried beside the search for time
 REFERENCES = ("contiguous", "load-only")
+WITHOUT = "without replicas"
+IntArray = npt.NDArray[np.integer]
 Tell = Callable[[str], None]
 
 
@@ -50,28 +55,40 @@ def place_for_time(
     seed: int = 0,
     time_limit: float = math.inf,
     redundant_experts: int = 0,
+    keep_groups: int = 1,
     method: str = "auto",
     tell: Tell = lambda what: None,
 ) -> Plan:
     """The fastest plan found for `serving`; its method names the candidate that won.
 
-    method: "auto", or a baseline (contiguous, random, load-only), which is then returned.
+    keep_groups: routing groups of a gate that picks groups first; their experts stay together and the groups
+    in order. method: "auto", or a baseline (contiguous, random, load-only), which is then returned.
 
-    Expected figures are those of `evaluate`, "made_for" (see Serving.as_json) and "time" (see `compared`).
-    Raises InputError as `place` does.
+    Expected figures are those of `evaluate`, "made_for" (see Serving.as_json) and "time" (see `compared`);
+    where redundant experts were asked for, it has "without_replicas_us" too. Raises InputError as `place`
+    does, and where the groups cannot be kept.
     """
     trace = merge([traces] if isinstance(traces, RoutingTrace) else list(traces))
+    _check_groups(keep_groups, trace, topology, redundant_experts, method)
     if method == "auto":
-        found = list(_candidates(trace, topology, serving, seed, time_limit, redundant_experts, tell))
-        fastest = min(found, key=lambda each: each.time.step_us)
-        best, times = fastest.plan, comparison(fastest.time, {each.name: each.time for each in found})
+        wanted = equal_slots(trace.num_experts + redundant_experts, topology.num_ranks)
+        search = _Search(trace, topology, serving, wanted, keep_groups, seed, monotonic() + time_limit, tell)
+        found = {each.name: each for each in search.candidates()}
+        times = {name: each.time for name, each in found.items()}
+        without = found.pop(WITHOUT, None)
+        kept = [each for each in found.values() if keep_groups == 1 or each.name != "load-only"]
+        fastest = min(kept, key=lambda each: each.time.step_us)
+        best, times_json = fastest.plan, comparison(fastest.time, times)
+        if without is not None:
+            times_json["without_replicas_us"] = without.time.step_us
     else:
         goal, solving = Objective(serving.strategy), Solving(method, seed)
         best = place(trace, topology, objective=goal, solving=solving, redundant_experts=redundant_experts)
         plans = references(trace, topology, serving.strategy, best.num_slots)
-        times = compared(best, plans, trace, serving)
-    figures = evaluate(best, trace) | {"made_for": serving.as_json(), "time": times}
-    own, least = times["step_us"], least_step_us(best, trace, serving)
+        times_json = compared(best, plans, trace, serving)
+    made_for = serving.as_json() | ({"keep_groups": keep_groups} if keep_groups > 1 else {})
+    figures = evaluate(best, trace) | {"made_for": made_for, "time": times_json}
+    own, least = times_json["step_us"], least_step_us(best, trace, serving)
     return replace(
         best, expected=figures, objective=own, lower_bound=least, optimal=own <= least * (1 + 1e-9)
     )
@@ -104,47 +121,140 @@ def references(
     return dict(zip(REFERENCES, plans, strict=True))
 
 
-def _candidates(
-    trace: RoutingTrace,
-    topology: Topology,
-    serving: Serving,
-    seed: int,
-    time_limit: float,
-    redundant_experts: int,
-    tell: Tell,
-) -> Iterator[Candidate]:
-    began = monotonic()
+def _check_groups(
+    groups: int, trace: RoutingTrace, topology: Topology, redundant_experts: int, method: str
+) -> None:
+    if groups == 1:
+        return
+    if groups < 1 or any(count % groups for count in trace.experts_per_layer):
+        raise InputError(
+            f"keep groups {groups}: does not divide the {trace.num_experts} experts of a layer; give the "
+            "number of routing groups of the gate (n_group)"
+        )
+    if redundant_experts or not is_even(trace, topology):
+        raise InputError(
+            f"keep groups {groups}: groups stay in order only without replicas; leave out the redundant "
+            f"experts, and give a number of GPUs that divides {trace.num_experts}"
+        )
+    if method not in ("auto", "contiguous"):
+        raise InputError(f"keep groups {groups}: method {method} does not keep groups; leave the method out")
 
-    def candidate(name: str, plan: Plan) -> Candidate:
-        time = step_time(plan, trace, serving)
-        tell(f"{name}: {time.step_us:,.0f} us")
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Finds plans with `num_slots` slots a layer until `deadline` (of `monotonic`)."""
+
+    trace: RoutingTrace
+    topology: Topology
+    serving: Serving
+    num_slots: int
+    keep_groups: int
+    seed: int
+    deadline: float
+    tell: Tell
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield the references, then what the searches find; after Ctrl-C none begins any more."""
+        basics = references(self.trace, self.topology, self.serving.strategy, self.num_slots)
+        for name, plan in basics.items():
+            yield self._judged(name, plan)
+        at_home = self.serving.strategy == Strategy.DISPATCH_COMBINE
+        share = 0.9 if at_home else 0.5
+        starts = [Start(plan.physical_to_logical_map) for plan in basics.values()]
+        interrupted = False
+        if is_even(self.trace, self.topology):
+            has_replicas = self.num_slots > self.trace.num_experts
+            assignments = [plan.rank_of_expert for plan in basics.values()]
+            found = search_for_time(
+                self.trace,
+                self.topology,
+                self.serving,
+                [self._one_each] if has_replicas or self.keep_groups > 1 else assignments,
+                keep_groups=self.keep_groups,
+                seed=self.seed,
+                time_limit=self._left(share / 2 if has_replicas else share),
+                tell=self.tell,
+            )
+            interrupted = found.interrupted
+            filled = self._spare_filled(found.assignment)
+            starts.append(filled)
+            if has_replicas:
+                plain = Plan.from_ranks(
+                    found.assignment,
+                    self.topology,
+                    self.trace,
+                    method="time",
+                    strategy=self.serving.strategy,
+                )
+                yield self._judged(WITHOUT, plain)
+            yield self._judged("time", self._plan(filled.slots, filled.serving_rank))
+        if not interrupted and (self.num_slots > min(self.trace.experts_per_layer)):
+            replicas = search_for_replicas(
+                self.trace,
+                self.topology,
+                self.serving,
+                starts,
+                seed=self.seed,
+                time_limit=self._left(share),
+                tell=self.tell,
+            )
+            interrupted = replicas.interrupted
+            yield self._judged("replicas", self._plan(replicas.slots, replicas.serving_rank))
+        if not (interrupted or at_home or self.keep_groups > 1):
+            yield from self._by_messages()
+
+    def _by_messages(self) -> Iterator[Candidate]:
+        counts = [count_affinity(self.trace)]
+        for tried, price in enumerate(PRICES):
+            plan = place(
+                self.trace,
+                self.topology,
+                objective=Objective(self.serving.strategy, balance_price=price),
+                solving=Solving("auto", self.seed, max(0.1, self._left(0.85 / (len(PRICES) - tried)))),
+                redundant_experts=self.num_slots - self.trace.num_experts,
+                counts=counts,
+            )
+            yield self._judged(f"messages, balance price {price:g}", plan)
+
+    def _judged(self, name: str, plan: Plan) -> Candidate:
+        time = step_time(plan, self.trace, self.serving)
+        self.tell(f"{name}: {time.step_us:,.0f} us")
         return Candidate(name, plan, time)
 
-    num_slots = equal_slots(trace.num_experts + redundant_experts, topology.num_ranks)
-    basics = references(trace, topology, serving.strategy, num_slots)
-    for name, plan in basics.items():
-        yield candidate(name, plan)
-    even = len(set(trace.experts_per_layer)) == 1 and trace.num_experts % topology.num_ranks == 0
-    if even and not redundant_experts:
-        starts = [plan.rank_of_expert for plan in basics.values()]
-        last = serving.strategy == Strategy.DISPATCH_COMBINE
-        left = (0.9 if last else 0.5) * (began + time_limit - monotonic())
-        found = search_for_time(trace, topology, serving, starts, seed=seed, time_limit=left, tell=tell)
-        yield candidate(
-            "time",
-            Plan.from_ranks(found.assignment, topology, trace, method="time", strategy=serving.strategy),
+    def _left(self, share: float) -> float:
+        """Share of the seconds left."""
+        return share * (self.deadline - monotonic())
+
+    @property
+    def _one_each(self) -> npt.NDArray[np.int64]:
+        """[L, E]: the rank of each expert, in order."""
+        experts, ranks = self.trace.num_experts, self.topology.num_ranks
+        return np.tile(np.arange(experts) // (experts // ranks), (self.trace.num_layers, 1))
+
+    def _spare_filled(self, assignment: IntArray) -> Start:
+        """The assignment [L, E], with the experts that are chosen most in the spare slots of each rank."""
+        per_rank = self.num_slots // self.topology.num_ranks
+        slots = []
+        for layer, ranks in enumerate(assignment):
+            load = np.bincount(self.trace.experts[:, layer].ravel(), minlength=len(ranks))
+            hottest = np.argsort(-load, kind="stable")
+            for rank in range(self.topology.num_ranks):
+                own = np.flatnonzero(ranks == rank)
+                others = hottest[ranks[hottest] != rank]
+                slots.append(np.resize(np.concatenate([own, others]), per_rank))
+        everyone = np.repeat(assignment[..., None], self.topology.num_ranks, axis=2)
+        return Start(
+            np.stack(slots).reshape(len(assignment), -1),
+            everyone if self.serving.rule == ReplicaRule.TABLE else None,
         )
-        if last or found.interrupted:
-            return
-    counts = [count_affinity(trace)]
-    for tried, price in enumerate(PRICES):
-        left = max(0.1, 0.85 * (began + time_limit - monotonic()) / (len(PRICES) - tried))
-        plan = place(
-            trace,
-            topology,
-            objective=Objective(serving.strategy, balance_price=price),
-            solving=Solving("auto", seed, left),
-            redundant_experts=redundant_experts,
-            counts=counts,
+
+    def _plan(self, slots: IntArray, serving_rank: IntArray | None) -> Plan:
+        has_replicas = slots.shape[1] > self.trace.num_experts
+        return Plan.of_slots(
+            slots,
+            self.topology,
+            self.trace,
+            method="time",
+            strategy=self.serving.strategy,
+            serving_rank=serving_rank if has_replicas else None,
         )
-        yield candidate(f"messages, balance price {price:g}", plan)

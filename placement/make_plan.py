@@ -22,6 +22,7 @@ from exflow.placement.solve.refine import refine, subsampled
 from exflow.placement.solve.solve import METHODS, Progress, Refine, Solution, solve
 from exflow.placement.traffic.balance_owners import balance_owners
 from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.serving_table import spare_filled, tuned
 from exflow.placement.traffic.traffic import follow, imbalance, imbalance_of, total
 from exflow.profiling.merge import merge
 from exflow.profiling.trace import RoutingTrace
@@ -104,6 +105,11 @@ def place(
         plan = Plan.of_slots(slots, topology, trace, method=solving.method, strategy=objective.strategy)
         _check_cap(objective, plan, trace)
     else:
+        anew = in_use is None and weights is None
+        without = anew and problem.has_replicas and objective.max_imbalance is None
+        without &= is_even(trace, topology)
+        if without:  # solved twice, with replicas and without
+            solving = replace(solving, time_limit=solving.time_limit / 2)
         refine = None if weights is not None else _refine(problem, trace, objective, topology, solving.seed)
         solution = solve(
             problem,
@@ -114,19 +120,16 @@ def place(
             progress=solving.progress,
             refine=refine,
         )
-        order = np.argsort(solution.assignment, axis=1, kind="stable")
-        plan = Plan.of_slots(
-            np.take_along_axis(items_of(replicas), order, axis=1),
-            topology,
-            trace,
-            strategy=objective.strategy,
-            method=solution.method,
-            objective=solution.objective,
-            lower_bound=solution.lower_bound,
-            optimal=solution.optimal,
-        )
-        if in_use is None and weights is None and _may_be_beaten(problem, solution):
-            plan = _or_contiguous(plan, objective, trace, replicas)
+        plan = _plan_of(solution, replicas, topology, trace, objective)
+        if anew and _may_be_beaten(problem, solution):
+            rivals = [contiguous_plan(trace, topology, objective.strategy, plan.num_slots)]
+            if problem.has_replicas and objective.max_imbalance is None:
+                rivals += tuned(plan, trace)
+            if without:
+                single = place(trace, topology, objective=objective, solving=solving, counts=counts)
+                filled = spare_filled(single, trace, plan.num_slots)
+                rivals += [filled, *tuned(filled, trace)]
+            plan = _best(plan, rivals, objective, trace)
     if objective.owner_price:
         plan = balance_owners(plan, trace, objective.owner_price)
     return replace(plan, expected=evaluate(plan, trace))
@@ -139,19 +142,45 @@ def _may_be_beaten(problem: PlacementProblem, solution: Solution) -> bool:
     return solution.objective > _CLEARLY * problem.cost(contiguous(*problem.shape))
 
 
-def _or_contiguous(
-    plan: Plan, objective: Objective, trace: RoutingTrace, replicas: npt.NDArray[np.int64]
+def _plan_of(
+    solution: Solution,
+    replicas: npt.NDArray[np.int64],
+    topology: Topology,
+    trace: RoutingTrace,
+    objective: Objective,
 ) -> Plan:
-    """The plan, or the contiguous one where that is better on the trace and allowed.
+    order = np.argsort(solution.assignment, axis=1, kind="stable")
+    return Plan.of_slots(
+        np.take_along_axis(items_of(replicas), order, axis=1),
+        topology,
+        trace,
+        strategy=objective.strategy,
+        method=solution.method,
+        objective=solution.objective,
+        lower_bound=solution.lower_bound,
+        optimal=solution.optimal,
+    )
 
-    It can be where routing is as good as random: pairs are not messages, and no pair knows of a sequence's
-    next token.
+
+def is_even(trace: RoutingTrace, topology: Topology) -> bool:
+    """Whether the ranks can share the experts of each layer equally, without replicas."""
+    return len(set(trace.experts_per_layer)) == 1 and trace.num_experts % topology.num_ranks == 0
+
+
+def _best(plan: Plan, rivals: list[Plan], objective: Objective, trace: RoutingTrace) -> Plan:
+    """The plan, or a rival that is better on the trace and allowed.
+
+    The contiguous plan can be where routing is as good as random: pairs are not messages, and no pair knows
+    of a sequence's next token. One without replicas can be where these break up what belongs together.
     """
     judged = subsampled(trace, _JUDGES / trace.num_tokens)
-    rival = contiguous_plan(trace, plan.topology, plan.strategy, int(replicas[0].sum()))
-    (theirs, layers), (ours, _) = (_true_cost(each, objective, judged) for each in (rival, plan))
-    allowed = objective.max_imbalance is None or layers.max() <= objective.max_imbalance
-    return rival if allowed and theirs < ours else plan
+    best, (least, _) = plan, _true_cost(plan, objective, judged)
+    for rival in rivals:
+        cost, layers = _true_cost(rival, objective, judged)
+        allowed = objective.max_imbalance is None or layers.max() <= objective.max_imbalance
+        if allowed and cost < least:
+            best, least = rival, cost
+    return best
 
 
 def _true_cost(

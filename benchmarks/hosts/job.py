@@ -24,6 +24,12 @@ class Job:
     strategies: list[str]  # replicated, or the ranks of a coherence group
     placements: list[str]
     threads: int  # of a rank
+    own_cores: bool  # see `own_cores`
+
+
+def own_cores(num_ranks: int, threads: int) -> bool:
+    """Whether every rank can have `threads` cores, and one more for gloo's thread."""
+    return num_ranks * (threads + 1) <= len(os.sched_getaffinity(0))
 
 
 def run_job(network: list[Host], folder: Path, job: Job) -> None:

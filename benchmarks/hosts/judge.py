@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hosts.job import Job
-from benchmarks.hosts.plans import PLACEMENTS
 from exflow.cost.auto import step_traffic
 from exflow.cost.predict import predict
 from exflow.cost.workload import StepTraffic, Workload
@@ -20,8 +19,8 @@ from exflow.profiling.trace import RoutingTrace
 def judge(job: Job, folder: Path, config: ModelConfig, trace: RoutingTrace) -> dict[str, Any]:
     """Measured figures and the model's predictions, variant by variant."""
     stored = json.loads((folder / "machine.json").read_text())
-    links = {name: Link(**stored.pop(name)) for name in ("inside", "between")}
-    machine = Machine(**links, **stored)
+    inside, between = (Link(**stored.pop(name)) for name in ("inside", "between"))
+    machine = Machine(inside, between, **stored)
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     decoded = trace.select(trace.position > 0)  # the first token of each is its prompt
     variants = []
@@ -98,11 +97,11 @@ def machine_figures(machine: Machine) -> dict[str, float | bool]:
 
 def gains(variants: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each placement, the model's pick over dispatch-combine with contiguous placement."""
-    placed = {name: [each for each in variants if each["placement"] == name] for name in PLACEMENTS}
-    baseline = next((each for each in placed["contiguous"] if each["strategy"] == "1"), None)
-    if baseline is None:
-        return {}
-    return {name: gain(baseline, mine) for name, mine in placed.items() if mine}
+    placed: dict[str, list[dict[str, Any]]] = {}
+    for each in variants:
+        placed.setdefault(each["placement"], []).append(each)
+    baseline = next((each for each in placed.get("contiguous", []) if each["strategy"] == "1"), None)
+    return {} if baseline is None else {name: gain(baseline, mine) for name, mine in placed.items()}
 
 
 def gain(baseline: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from exflow.model.config import ModelConfig
 from exflow.model.random_weights import RandomWeights, random_decoder
 from exflow.model.replay import ReplayedRouting
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.time.machine import Machine
 from exflow.profiling.trace import RoutingTrace
@@ -143,23 +144,21 @@ def slowest(seconds: float) -> float:
     return float(worst)
 
 
-def keep_to_own_cores(rank: int, num_ranks: int, threads: int) -> bool:
-    """Pin this rank to its own cores, if every rank can have `threads` cores and one more; True if so.
+def keep_to_own_cores(rank: int, threads: int) -> None:
+    """Pin this rank to `threads` cores of its own and one more.
 
     The additional core is for gloo's thread. Computing threads spin for a while when they are done, and would
     make it wait for the end of their time slices, 2 to 4 ms an exchange.
     """
     cores, needed = sorted(os.sched_getaffinity(0)), threads + 1
-    if num_ranks * needed > len(cores):
-        return False
     os.sched_setaffinity(0, cores[rank * needed : (rank + 1) * needed])
-    return True
 
 
 def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(job["threads"])
-    alone = keep_to_own_cores(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), job["threads"])
+    if job["own_cores"]:
+        keep_to_own_cores(int(os.environ["RANK"]), job["threads"])
     config = ModelConfig.model_validate_json((folder / "config.json").read_text())
     trace = RoutingTrace.load(folder / "replayed")
     with join_cluster("cpu") as cluster, torch.inference_mode():
@@ -167,7 +166,7 @@ def main(folder: Path) -> None:
         tokens = job["batch"] // cluster.num_ranks
         exchange = Exchange(cluster, pairwise=pairwise)
         machine = measure_here(exchange, config, trace, tokens, job["steps"])
-        machine = replace(machine, shared=not alone)
+        machine = replace(machine, shared=not job["own_cores"])
         if cluster.rank == 0:
             (folder / "machine.json").write_text(json.dumps(asdict(machine)))
         plans = {name: Plan.load(folder / f"{name}.json") for name in job["placements"]}
@@ -180,6 +179,7 @@ def main(folder: Path) -> None:
             )
             for name in job["strategies"]
             for placement, plan in plans.items()
+            if name == "1" or plan.strategy != Strategy.DISPATCH_COMBINE  # such a plan is for groups of one
         }
         step_seconds(next(iter(engines.values())), job["batch"], 1)
         deadline = time.monotonic() + job["seconds"]

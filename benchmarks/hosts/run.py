@@ -9,6 +9,11 @@ TRACES is a folder of recorded routing (recorded.py). A trace is split by sequen
 affinity placement is made, windows of the others are replayed. Each run is the same request: a batch of
 sequences of --steps decode steps.
 
+Placements by messages are made for coherence and run under every strategy. `time` and `time-replicas` are the
+fastest plans that `exflow place --objective time` finds for dispatch-combine over these cables; they run
+under dispatch-combine (group 1) alone. Seconds of experts are measured before, on idle cores. Where hosts
+share cores, all wait for the sum of their work, which no plan changes, and only the network counts.
+
 What links and ranks can do is measured first, in the same job; the model never sees the runs it is judged by.
 Where the machine has fewer cores than the ranks have --threads, and one each for the network, what a rank
 computes slows down the others: the measuring is done while all of them work.
@@ -28,10 +33,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.hosts.job import Job, run_job
+from benchmarks.hosts.job import Job, own_cores, run_job
 from benchmarks.hosts.judge import gains, judge
 from benchmarks.hosts.network import NoNetwork, hosts
-from benchmarks.hosts.plans import PLACEMENTS, plans_of
+from benchmarks.hosts.plans import network_machine, placed_for, plans_of, serving_of, time_plans_of
+from benchmarks.hosts.rates import NO_DIFFERENCE, expert_rates
 from benchmarks.hosts.shapes import SHAPES, replayed, split
 from benchmarks.routing.machine import cpu_model
 from benchmarks.routing.recorded import NoTrace
@@ -46,27 +52,35 @@ def measure(name: str, count: int, arguments: argparse.Namespace) -> dict[str, A
     """Run and judge one shape on `count` hosts."""
     parts = split(name, arguments.traces, arguments.steps + 1)
     trace = replayed(parts, arguments.batch * count)
+    alone = own_cores(count, arguments.threads)
+    slots = parts.config.num_experts // count
+    rates = expert_rates(parts.config, arguments.threads, slots) if alone else NO_DIFFERENCE
+    machine = network_machine(arguments.rate, arguments.delay, parts.config, rates)
+    serving = serving_of(parts.config, machine, arguments.batch)
+    plans = plans_of(parts.train, count) | time_plans_of(parts.train, count, serving)
     job = Job(
         arguments.batch * count,
         arguments.steps,
         arguments.repeats,
         arguments.seconds,
         arguments.strategies or strategies_of(count),
-        list(PLACEMENTS),
+        list(plans),
         arguments.threads,
+        alone,
     )
     with tempfile.TemporaryDirectory(prefix="exflow-hosts-") as temporary:
         folder = Path(temporary)
         (folder / "config.json").write_text(parts.config.model_dump_json())
         trace.save(folder / "replayed")
-        for placement, plan in plans_of(parts.train, count).items():
+        for placement, plan in plans.items():
             plan.save(folder / f"{placement}.json")
         with hosts(count, arguments.rate, arguments.delay) as network:
             run_job(network, folder, job)
         result = judge(job, folder, parts.config, trace)
     shape = {"shape": name, "hosts": count, "batch": job.batch, "steps": job.steps}
     widths = {"hidden": parts.config.hidden_size, "kv": parts.config.kv_width, "top_k": parts.config.top_k}
-    return shape | widths | result | {"gains": gains(result["variants"])}
+    expected = {"placed_for": placed_for(machine.machine, rates)}
+    return shape | widths | expected | result | {"gains": gains(result["variants"])}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -77,12 +91,12 @@ def show(result: dict[str, Any]) -> None:
         f"bytes at {machine['megabytes_per_s_of_a_rank']:.0f} MB/s, a layer {machine['layer_ms']:.2f} ms + "
         f"{machine['token_us']:.1f} us a token"
     )
-    print("group       placement   tokens/s  step ms  predicted  ratio  messages/rank  wire kB/rank  late")
+    print("group       placement      tokens/s  step ms  predicted  ratio  messages/rank  wire kB/rank  late")
     for each in result["variants"]:
         step = each["per_step"]
         messages = sum(step[name] for name in step if name.startswith(("dispatch_", "return_")))
         print(
-            f"{each['strategy']:11} {each['placement']:10} {each['tokens_per_s']:9.1f} {each['step_ms']:8.1f}"
+            f"{each['strategy']:11} {each['placement']:13} {each['tokens_per_s']:9.1f} {each['step_ms']:8.1f}"
             f"{each['predicted_ms']:11.1f} {each['step_ms'] / each['predicted_ms']:6.2f} "
             f"{messages / result['hosts']:14.0f} {step['wire_bytes'] / result['hosts'] / 1000:13.0f} "
             f"{step['late']:5.1f}"

@@ -15,6 +15,7 @@ from exflow.placement.plan.topology import Topology, topology_of
 from exflow.profiling.trace import RoutingTrace
 
 progress = Console(stderr=True, highlight=False)
+MANY = (topology_of(32, 4), topology_of(64, 8))
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ def families(traces: Path | None, whole: bool, large: bool) -> list[Family]:
         Family("small", partial(generated, 20_000, 12, 16, 2), (one_node[4],)),
         Family("middle", partial(generated, 40_000, 32, 64, 6), (one_node[8],)),
     ]
-    if large:
-        many = (topology_of(32, 4), topology_of(64, 8))
-        found.append(Family("deepseek-v3-shape", partial(generated, 100_000, 58, 256, 8), many, FEW))
-    return found
+    return [*found, Family("deepseek-v3-shape", v3_shape, MANY, FEW)] if large else found
+
+
+def v3_shape() -> Recorded:
+    """Generated routing of DeepSeek-V3's shape."""
+    return generated(100_000, 58, 256, 8)
 
 
 def generated(tokens: int, layers: int, experts: int, top_k: int) -> Recorded:

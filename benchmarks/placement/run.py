@@ -20,18 +20,12 @@ price on imbalance, and begins from the contiguous placement; its time limit doe
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +34,11 @@ from rich.console import Console
 
 from benchmarks.placement.cases import Family, cases, families, generated, progress
 from benchmarks.placement.methods import METHODS, Case, SkippedError
+from benchmarks.placement.results import is_wanted, setting, store
 from benchmarks.placement.table import Messages, Row, table
 from benchmarks.routing.generated import generate
-from benchmarks.routing.machine import cpu_model
 from benchmarks.routing.recorded import NoTrace
 from exflow.errors import InputError
-from exflow.files import atomic_path
 from exflow.placement.counts.affinity import count_affinity
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.plan import Plan
@@ -76,16 +69,13 @@ class Results:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        if self.output is None:
-            return
         document = {
             **self.setting,
             "skipped": self.skipped,
             "speeds": [asdict(speed) for speed in self.speeds],
             "rows": [asdict(row) for row in self.rows],
         }
-        with atomic_path(self.output) as path:
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        store(self.output, document)
 
 
 def measure(case: Case, method: str) -> Row:
@@ -160,29 +150,6 @@ def compile_all() -> None:
             measure(case, method)
 
 
-def setting() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.placement.run", *sys.argv[1:]]),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],  # of all programs: are the seconds ours alone?
-        "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in PACKAGES},
-    }
-
-
-PACKAGES = ("exflow", "numpy", "numba", "scipy", "highspy", "pymetis")
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -212,16 +179,12 @@ def run_cases(family: Family, given: argparse.Namespace, results: Results) -> No
             results.write()
 
 
-def is_wanted(only: list[str] | None, name: str) -> bool:
-    return not only or any(part in name for part in only)
-
-
 def main() -> None:
     given = arguments()
     if given.traces is not None and not given.traces.is_dir():
         progress.print(f"--traces {given.traces}: is no folder; its problems are left out")
         given.traces = None
-    results = Results(given.output, setting())
+    results = Results(given.output, setting("benchmarks.placement.run"))
     compile_all()
     for name, measured in SPEEDS.items():
         if is_wanted(given.only, name):

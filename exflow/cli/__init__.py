@@ -1,8 +1,9 @@
 """The command line: one thin function for each verb, in a file for each stage.
 
 profile.py      model, or another engine's recording -> trace   profile, import
-place.py        traces -> plan, and its figures                 place, balance
-evaluate.py     plan and trace -> figures and time             evaluate
+place.py        traces -> plan, and its figures                 place
+balance.py      counts of tokens -> plan                        balance
+evaluate.py     plan and trace -> figures and time              evaluate
 look.py         trace and plans -> predictions                  report, simulate
 export.py       plans <-> other engines                         export, import-plan
 run.py          model and plan -> tokens                        generate, bench decode
@@ -16,7 +17,7 @@ Torch and the solvers are imported inside the verbs that need them, so that `exf
 
 import typer
 
-from exflow.cli import evaluate, export, first_steps, look, place, profile, run
+from exflow.cli import balance, evaluate, export, first_steps, look, place, profile, run
 from exflow.cli.options import Verbs, general
 from exflow.job.outcome import run_to_exit
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 for verbs in (
     profile.verbs,
     place.verbs,
+    balance.verbs,
     evaluate.verbs,
     look.verbs,
     export.verbs,

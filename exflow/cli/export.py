@@ -95,9 +95,8 @@ def import_plan(
 
 def print_export(done: "Exported", as_json: bool) -> None:
     """Print the files, the engine's options to copy, and its traps; the warning goes to stderr."""
-    warning = done.warning and f"{done.warning}; make one with exflow place --strategy {done.strategy}"
-    if warning:
-        note(warning)
+    if done.warning:
+        note(done.warning)
     if as_json:
         result = {
             "file": str(done.path),
@@ -105,7 +104,7 @@ def print_export(done: "Exported", as_json: bool) -> None:
             "format": done.format,
             "options": list(done.usage.options),
             "traps": list(done.usage.traps),
-            "warning": warning,
+            "warning": done.warning,
         }
         print_json(result)
         return

@@ -65,6 +65,10 @@ Device = Annotated[
         autocompletion=one_of(DEVICES),
     ),
 ]
+REDUNDANT = (
+    "Extra slots per layer, for replicas of the busiest experts. "
+    "More are added until every GPU has equally many."
+)
 Phase = Annotated[
     str, typer.Option(help="Tokens to count: all, prefill, or decode.", autocompletion=one_of(PHASES))
 ]

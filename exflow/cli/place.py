@@ -1,5 +1,6 @@
-"""Verbs that make a plan, or count its messages: place, balance, evaluate."""
+"""The verb that makes a plan from traces: place."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,18 +10,16 @@ from exflow.cli.options import (
     EXPERTS,
     METHODS,
     OBJECTIVES,
+    PHASES,
     PLACING,
+    REDUNDANT,
     TARGETS,
     Json,
-    NewPlan,
-    Nodes,
-    Phase,
     examples,
     one_of,
 )
-from exflow.cli.placement_tables import print_placement
-from exflow.cli.tables import print_figures
-from exflow.console import TimedWork, Work
+from exflow.cli.placement_tables import print_placements
+from exflow.console import TimedWork
 from exflow.errors import InputError
 from exflow.files import check_writable
 from exflow.job.signals import ctrl_c_ends_the_search
@@ -29,10 +28,6 @@ from exflow.placement.plan.strategy import OWNED
 verbs = typer.Typer()
 _WHERE, _GOAL, _IN_USE = "GPUs and slots", "Goal", "Change a plan in use"
 _SEARCH, _TRUST = "Search", "Judge the result"
-_REDUNDANT = (
-    "Extra slots per layer, for replicas of the busiest experts. "
-    "More are added until every GPU has equally many."
-)
 
 
 @verbs.command(
@@ -55,7 +50,15 @@ def place(
             "--output", "-o", help="Plan file to write. Optional with --pareto and --learning-curve."
         ),
     ] = None,
-    phase: Phase = "all",
+    phase: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokens to place for: all, prefill, or decode. Given twice, each phase gets a plan of its "
+            "own: plan.prefill.json, plan.decode.json.",
+            show_default="all",
+            autocompletion=one_of(PHASES),
+        ),
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Number of GPUs in all.", min=1, rich_help_panel=_WHERE)
     ] = None,
@@ -68,10 +71,19 @@ def place(
     topology: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of nodes, GPUs and links. Replaces --gpus and --nodes.", rich_help_panel=_WHERE
+            help="YAML file of nodes, GPUs and links, or saved output of nvidia-smi topo -m. "
+            "Replaces --gpus and --nodes.",
+            rich_help_panel=_WHERE,
         ),
     ] = None,
-    redundant_experts: Annotated[int, typer.Option(help=_REDUNDANT, min=0, rich_help_panel=_WHERE)] = 0,
+    cost_matrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON list of lists: the cost of a message between each two GPUs. Replaces --gpus.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    redundant_experts: Annotated[int, typer.Option(help=REDUNDANT, min=0, rich_help_panel=_WHERE)] = 0,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
@@ -112,8 +124,23 @@ def place(
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(help="Tokens of each GPU in a decode step.", min=1, rich_help_panel=_GOAL)
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Tokens of each GPU in a step.",
+            min=1,
+            show_default="64, or 2048 for --phase prefill",
+            rich_help_panel=_GOAL,
+        ),
+    ] = None,
+    keep_groups: Annotated[
+        int,
+        typer.Option(
+            help="Number of routing groups (n_group) of a gate that picks groups first. Their experts stay "
+            "together and the groups in order, as a renumbered checkpoint needs.",
+            min=1,
+            rich_help_panel=_GOAL,
+        ),
+    ] = 1,
     strategy: Annotated[
         str | None,
         typer.Option(
@@ -254,41 +281,54 @@ def place(
         "--method": method not in ("auto", "contiguous", "random", "load-only"),
         "--learning-curve": learning_curve,
     }
-    goal = Goal(_objective(objective, of_messages), target, strategy, machine, model, batch)
+    goal = Goal(_objective(objective, of_messages), target, strategy, machine, model, batch, keep_groups)
     if goal.objective == "messages" and strategy is None:
         strategy = "coherent"
-    if output is not None:
-        check_writable(output)
-    elif not (pareto or learning_curve):
+    if goal.objective == "messages" and keep_groups > 1:
+        raise InputError("--keep-groups: belongs to --objective time; leave the options of messages out")
+    if output is None and not (pareto or learning_curve):
         raise InputError("--output is missing: name the file of the plan")
-    solves = 2 if learning_curve else 1  # each within the time limit
+    outputs = _outputs(phase or ["all"], output)
+    for file in outputs.values():
+        if file is not None:
+            check_writable(file)
+    job = PlaceJob(
+        traces=traces,
+        phase="all",
+        where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size, cost_matrix),
+        goal=goal,
+        objective=Objective(
+            strategy or "coherent",  # type: ignore[arg-type]
+            BALANCE_PRICE if balance_price is None else balance_price,
+            max_imbalance,
+            owner_price or 0.0,
+        ),
+        solving=Solving(method, seed, time_limit),
+        weights=weight,
+        worst_case=worst_case,
+        start=start,
+        max_moves=max_moves,
+        holdout=holdout,
+        pareto=pareto,
+        learning_curve=learning_curve,
+    )
+    solves = len(outputs) * (2 if learning_curve else 1)  # each within the time limit
     with TimedWork("placing", solves * time_limit) as work, ctrl_c_ends_the_search():
-        result = run_place(
-            PlaceJob(
-                traces=traces,
-                phase=phase,
-                where=Where(gpus, nodes, topology, redundant_experts, gpu_memory, expert_size),
-                goal=goal,
-                objective=Objective(
-                    strategy or "coherent",  # type: ignore[arg-type]
-                    BALANCE_PRICE if balance_price is None else balance_price,
-                    max_imbalance,
-                    owner_price or 0.0,
-                ),
-                solving=Solving(method, seed, time_limit),
-                weights=weight,
-                worst_case=worst_case,
-                start=start,
-                max_moves=max_moves,
-                holdout=holdout,
-                pareto=pareto,
-                learning_curve=learning_curve,
-            ),
-            work.tell,
-        )
-        if output is not None:
-            result.plan.save(output)
-    print_placement(result, output, as_json)
+        results = {each: run_place(replace(job, phase=each), work.tell) for each in outputs}
+        for each, result in results.items():
+            file = outputs[each]
+            if file is not None:
+                result.plan.save(file)
+    print_placements(results, outputs, as_json)
+
+
+def _outputs(phases: list[str], output: Path | None) -> dict[str, Path | None]:
+    """The file of each phase's plan. Raises InputError where a phase is given twice, or all beside others."""
+    if len(set(phases)) < len(phases) or ("all" in phases and len(phases) > 1):
+        raise InputError(f"--phase {' --phase '.join(phases)}: name each phase once, or all alone")
+    if output is None or len(phases) == 1:
+        return dict.fromkeys(phases, output)
+    return {each: output.with_name(f"{output.stem}.{each}{output.suffix}") for each in phases}
 
 
 def _objective(given: str | None, of_messages: dict[str, bool]) -> str:
@@ -297,32 +337,3 @@ def _objective(given: str | None, of_messages: dict[str, bool]) -> str:
     if given == "time" and asked:
         raise InputError(f"{asked[0]}: belongs to --objective messages; give that, or leave {asked[0]} out")
     return given or ("messages" if asked else "time")
-
-
-@verbs.command(
-    rich_help_panel=PLACING,
-    epilog=examples("exflow balance expert_distribution_recorder_*.pt --gpus 8 --nodes 2 -o plan.json"),
-)
-def balance(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Expert counts: files of SGLang's recorder in mode stat, or JSON.", show_default=False
-        ),
-    ],
-    output: NewPlan,
-    gpus: Annotated[int, typer.Option(help="Number of GPUs in all.", min=1, show_default=False)],
-    nodes: Nodes = 1,
-    redundant_experts: Annotated[int, typer.Option(help=_REDUNDANT, min=0)] = 0,
-    model: Annotated[str, typer.Option(help="Model name to store in the plan.")] = "",
-    as_json: Json = False,
-) -> None:
-    """Balance expert load alone, from counts; use place where there is a trace."""
-    from exflow.commands.balance import run_balance
-    from exflow.placement.plan.topology import topology_of
-
-    check_writable(output)
-    with Work("balancing", "files") as work:
-        where = topology_of(gpus, nodes)
-        figures = run_balance(files, where, redundant_experts, model, output, work.advance)
-    print_figures(figures, as_json)

@@ -4,31 +4,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exflow.cli.tables import print_figures, print_json, print_table
+from exflow.console import note
 
 if TYPE_CHECKING:
     from exflow.commands.place import Placement
     from exflow.placement.plan.plan import Plan
 
 
-def print_placement(result: "Placement", output: Path | None, as_json: bool) -> None:
-    """Print the figures of the plan, then the requested tables."""
+def print_placements(results: "dict[str, Placement]", outputs: dict[str, Path | None], as_json: bool) -> None:
+    """Print the placement of each phase; a phase is named where there are several."""
+    if as_json:
+        shown = {phase: _as_json(result, outputs[phase]) for phase, result in results.items()}
+        print_json(shown if len(shown) > 1 else next(iter(shown.values())))
+        return
+    for phase, result in results.items():
+        if len(results) > 1:
+            print(f"phase {phase}")
+        _print_placement(result, outputs[phase])
+
+
+def _as_json(result: "Placement", output: Path | None) -> dict[str, Any]:
     figures = {} if output is None else {"plan": str(output), **plan_figures(result.plan)}
     tables = {
         "pareto": result.pareto,
         "learning_curve": result.learning_curve,
         "verdict": result.verdict,
         "messages_by_trace": result.by_trace,
+        "notes": result.notes,
     }
-    if as_json:
-        print_json(figures | {name: table for name, table in tables.items() if table is not None})
-        return
-    if figures:
+    return figures | {name: table for name, table in tables.items() if table is not None}
+
+
+def _print_placement(result: "Placement", output: Path | None) -> None:
+    """Print the figures of the plan, then the requested tables, notes, and what was gained."""
+    if output is not None:
+        figures = {"plan": str(output), **plan_figures(result.plan)}
         print_figures(_flat(figures) | (result.by_trace or {}), as_json=False)
     for rows, columns in ((result.pareto, _PARETO_COLUMNS), (result.learning_curve, _CURVE_COLUMNS)):
         if rows is not None:
             print_table([], columns, rows)
     if result.verdict is not None:
         print(result.verdict)
+    for each in result.notes:
+        note(each)
     expected = result.plan.expected
     if "time" in expected:
         held_out = expected.get("held_out", {}).get("time")

@@ -7,7 +7,7 @@ from exflow.commands.place import Goal
 from exflow.placement.fastest_plan import compared, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.time.machines import DEFAULT
-from exflow.placement.time.serving import BATCH
+from exflow.placement.time.serving import BATCH, Serving
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
 
@@ -22,6 +22,22 @@ def run_evaluate(
     """
     plan, trace = Plan.load(plan_file), RoutingTrace.load(trace_folder).of_phase(phase)
     figures = evaluate(plan, trace)
+    serving = serving_of(plan, trace, machine, model, batch)
+    others = references(trace, plan.topology, plan.strategy, plan.num_slots)
+    return figures | {"made_for": serving.as_json(), "time": compared(plan, others, trace, serving)}
+
+
+def serving_of(
+    plan: Plan,
+    trace: RoutingTrace,
+    machine: str | None = None,
+    model: str | None = None,
+    batch: int | None = None,
+) -> Serving:
+    """The setting in which a plan's time is told: the options, else what it was made for, else the defaults.
+
+    The model is the one that the trace names, unless `model` is given. Raises InputError for unknown names.
+    """
     made_for = plan.expected.get("made_for", {})
     goal = Goal(
         target=made_for.get("target", "exflow"),
@@ -30,6 +46,4 @@ def run_evaluate(
         model=model,
         batch=batch or made_for.get("batch", BATCH),
     )
-    serving = goal.serving(trace)
-    others = references(trace, plan.topology, plan.strategy, plan.num_slots)
-    return figures | {"made_for": serving.as_json(), "time": compared(plan, others, trace, serving)}
+    return goal.serving(trace)

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exflow.commands.place_notes import notes_on
 from exflow.errors import InputError
 from exflow.placement.fastest_plan import compared, place_for_time, references
 from exflow.placement.learning_curve import learning_curve, verdict
 from exflow.placement.make_plan import InUse, Solving, place
 from exflow.placement.pareto import trade_off
+from exflow.placement.plan.cost_matrix import load_cost_matrix
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.replicas import equal_slots
 from exflow.placement.plan.topology import Topology, topology_of
@@ -17,7 +19,7 @@ from exflow.placement.plan.topology_file import load_topology
 from exflow.placement.robust import messages, place_for_the_worst
 from exflow.placement.solve.objective import Objective
 from exflow.placement.time.machines import DEFAULT, machine_named
-from exflow.placement.time.serving import BATCH, Serving, suited, target_named
+from exflow.placement.time.serving import BATCH, PREFILL_BATCH, Serving, suited, target_named
 from exflow.placement.time.sizes import sizes_for_trace, sizes_of
 from exflow.placement.traffic.confidence import held_out_figures, split_by_sequence
 from exflow.profiling.merge import merge
@@ -41,10 +43,20 @@ class Where:
     redundant_experts: int = 0
     gpu_memory: float | None = None
     expert_size: float | None = None
+    cost_matrix: Path | None = None
 
     def topology(self) -> Topology:
         """The topology that the options describe. Raises InputError unless it is given in exactly one way."""
-        if (self.gpus is None) == (self.topology_file is None):
+        others = self.gpus is not None or self.topology_file is not None
+        if self.cost_matrix is not None:
+            if others:
+                raise InputError(
+                    "--cost-matrix says how many GPUs there are; leave out --gpus and --topology"
+                )
+            return load_cost_matrix(self.cost_matrix, self.nodes)
+        if not others:
+            raise InputError("give the GPUs by --gpus (and --nodes), by --topology or by --cost-matrix")
+        if self.gpus is not None and self.topology_file is not None:
             raise InputError("give the GPUs either by --gpus (and --nodes) or by --topology")
         if self.topology_file is not None:
             return load_topology(self.topology_file)
@@ -67,7 +79,8 @@ class Where:
 class Goal:
     """The engine, hardware and batch that run the plan, on which the time of a step depends.
 
-    objective: "time" or "messages". model: None means the model that the trace names.
+    objective: "time" or "messages". model: None means the model that the trace names. batch: None means
+    BATCH, or PREFILL_BATCH for the phase prefill. keep_groups: routing groups that stay together.
     """
 
     objective: str = "time"
@@ -75,13 +88,14 @@ class Goal:
     strategy: str | None = None
     machine: str = DEFAULT
     model: str | None = None
-    batch: int = BATCH
+    batch: int | None = None
+    keep_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective {self.objective!r} is unknown; give {' or '.join(OBJECTIVES)}")
 
-    def serving(self, trace: RoutingTrace) -> Serving:
+    def serving(self, trace: RoutingTrace, phase: str = "all") -> Serving:
         """The serving setting. Raises InputError for unknown or contradictory options."""
         target = target_named(self.target)
         strategy = target.strategy or suited(trace.top_k)
@@ -93,11 +107,13 @@ class Goal:
                     "place for exflow"
                 )
         sizes = sizes_for_trace(trace.model) if self.model is None else sizes_of(self.model)
-        return Serving(target.name, strategy, machine_named(self.machine), sizes, self.batch)
+        batch = PREFILL_BATCH if phase == "prefill" else BATCH
+        machine = machine_named(self.machine)
+        return Serving(target.name, strategy, machine, sizes, batch if self.batch is None else self.batch)
 
     def check_slots(self, redundant_experts: int) -> None:
         """Raise InputError if the target cannot hold the replicas asked for."""
-        if redundant_experts and not target_named(self.target).replicas:
+        if redundant_experts and target_named(self.target).rule is None:
             raise InputError(
                 f"redundant experts {redundant_experts}: {self.target} holds no replicas; leave them out"
             )
@@ -110,7 +126,7 @@ class PlaceJob:
     traces: list[Path]
     phase: str
     where: Where
-    goal: "Goal"
+    goal: Goal
     objective: Objective
     solving: Solving
     weights: list[float] | None = None
@@ -124,9 +140,10 @@ class PlaceJob:
 
 @dataclass(frozen=True)
 class Placement:
-    """A plan with the requested tables, ready for JSON."""
+    """A plan with the requested tables, ready for JSON. notes: what the user should know, in sentences."""
 
     plan: Plan
+    notes: list[str]
     pareto: list[dict[str, Any]] | None = None
     learning_curve: list[dict[str, Any]] | None = None
     verdict: str | None = None
@@ -179,7 +196,8 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
         judged = held_out or traces
         names = [str(path) for path in job.traces]
         tables["by_trace"] = dict(zip(names, [messages(plan, each) for each in judged], strict=True))
-    return Placement(plan, **tables)
+    notes = list(notes_on(plan, merge(traces), held_out, job.where.redundant_experts))
+    return Placement(plan, notes, **tables)
 
 
 def _load(path: Path, phase: str) -> RoutingTrace:
@@ -197,7 +215,7 @@ def _place_for_time(
     tell: Tell,
 ) -> Plan:
     job.goal.check_slots(job.where.redundant_experts)
-    serving = job.goal.serving(traces[0])
+    serving = job.goal.serving(traces[0], job.phase)
     plan = place_for_time(
         traces,
         topology,
@@ -205,6 +223,7 @@ def _place_for_time(
         seed=job.solving.seed,
         time_limit=job.solving.time_limit,
         redundant_experts=job.where.redundant_experts,
+        keep_groups=job.goal.keep_groups,
         method=job.solving.method,
         tell=tell,
     )

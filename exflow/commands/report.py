@@ -4,13 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exflow.commands.evaluate import serving_of
 from exflow.commands.place import Where
 from exflow.errors import InputError
 from exflow.files import atomic_path
+from exflow.placement.time.serving import Serving
 from exflow.profiling.trace import RoutingTrace
 from exflow.report.data import Report, gather
 from exflow.report.page import page
-from exflow.report.plans import candidates
+from exflow.report.plans import Candidate, candidates
 from exflow.report.sections import sections
 
 
@@ -66,7 +68,7 @@ def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Writ
         nonlocal done
         done += 1
 
-    report = gather(trace, chosen, setting, tell, counted)
+    report = gather(trace, chosen, _servings(job, chosen, trace), setting, tell, counted)
     tell("drawing")
     made = sections(report)
     content = page(report, made).encode()
@@ -80,11 +82,19 @@ def run_report(job: ReportJob, advance: Callable[[str, int, int], None]) -> Writ
     return Written(len(content), len(drawn), report)
 
 
+def _servings(job: ReportJob, chosen: list[Candidate], trace: RoutingTrace) -> list[Serving]:
+    """The setting of each plan's time. A baseline has the setting of the first plan beside it."""
+    machine, model = (None if given is None else str(given) for given in (job.machine, job.model))
+    return [
+        serving_of((chosen[index + 1] if each.baseline and job.plans else each).plan, trace, machine, model)
+        for index, each in enumerate(chosen)
+    ]
+
+
 def _check(job: ReportJob) -> None:
     """Raise InputError for options that would have no effect."""
     if job.where.nodes > 1 and job.where.gpus is None:
         raise InputError(f"--nodes {job.where.nodes}: needs --gpus; give both")
-    if job.machine is not None and job.model is None:
-        raise InputError(f"--machine {job.machine}: needs --model, to predict times; give both")
-    if job.model is not None and not (job.plans or job.tells_where):
-        raise InputError(f"--model {job.model}: needs a plan, or --gpus, to predict times for; give one")
+    for name, given in (("--model", job.model), ("--machine", job.machine)):
+        if given is not None and not (job.plans or job.tells_where):
+            raise InputError(f"{name} {given}: needs a plan, or --gpus, to predict times for; give one")

@@ -9,7 +9,7 @@ import numpy as np
 from exflow.comm.transport_names import Transport
 from exflow.cost.predict import Prediction, choose, predict
 from exflow.cost.probe import measure
-from exflow.cost.workload import StepTraffic, Workload
+from exflow.cost.workload import BatchCounts, StepTraffic, Workload
 from exflow.job.cluster import Cluster
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
@@ -38,7 +38,23 @@ def choose_strategy(
 def predictions(workload: Workload, plan: Plan, machine: Machine) -> list[Prediction]:
     """The time of a step under each strategy, with the traffic that the plan expects."""
     figures = expected_figures(plan, workload.top_k)
-    return [predict(each, workload, traffic, machine) for each, traffic in traffic_by_strategy(figures, plan)]
+    drawn = expected_counts(plan, workload.tokens_per_rank)
+    return [
+        predict(each, workload, replace(traffic, drawn=drawn.get(each)), machine)
+        for each, traffic in traffic_by_strategy(figures, plan)
+    ]
+
+
+def expected_counts(plan: Plan, tokens_per_rank: int) -> dict[Strategy, BatchCounts]:
+    """Counts of drawn batches by strategy; empty unless the plan was made for batches of this size.
+
+    The plan stores those of its own strategy. Other strategies have the same load of experts, other rows.
+    """
+    made_for, time = plan.expected.get("made_for", {}), plan.expected.get("time", {})
+    if made_for.get("batch") != tokens_per_rank or "experts_touched" not in time:
+        return {}
+    own = BatchCounts.of(time)
+    return {each: own if each == plan.strategy else replace(own, link_rows=None) for each in Strategy}
 
 
 def traffic_by_strategy(

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exflow.comm.capacity import ROUND_BYTES
 from exflow.cost.auto import traffic_by_strategy
+from exflow.cost.batches import DrawnBatches
 from exflow.cost.predict import Prediction, predict
 from exflow.cost.workload import Workload
 from exflow.errors import InputError
@@ -80,13 +81,16 @@ class Setting:
     def as_json(self) -> dict[str, Any]:
         return {"model": self.model.name, "batch": self.batch, "context": self.context, "itemsize": _ITEMSIZE}
 
-    def step_times(self, plan: Plan, strategies: Mapping[str, dict[str, Any]]) -> tuple[StepTime, ...]:
-        """The times of every strategy in `strategies`, the figures of `evaluate` by strategy."""
+    def step_times(
+        self, plan: Plan, strategies: Mapping[str, dict[str, Any]], trace: RoutingTrace
+    ) -> tuple[StepTime, ...]:
+        """The times of every strategy in `strategies`, the figures of `evaluate` on `trace` by strategy."""
         machine = self.machine_for(plan)
         workload = Workload.of(self.model, plan, self.batch, self.context, _ITEMSIZE)
         found = []
         for strategy, traffic in traffic_by_strategy(strategies, plan):
-            prediction = predict(strategy, workload, traffic, machine)
+            drawn = DrawnBatches(plan, trace, strategy).of(workload.tokens_per_rank)
+            prediction = predict(strategy, workload, replace(traffic, drawn=drawn), machine)
             found.append(StepTime(prediction, prediction.memory_bytes <= machine.memory_bytes, machine))
         return tuple(found)
 

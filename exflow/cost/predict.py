@@ -15,6 +15,7 @@
 
 seconds(bytes) is the time of the slower link, inside or between nodes. The transport determines the rows that
 move and the wait of an exchange (transports.py). Messages are placement's counts, means per token and layer.
+The busiest rank is that of drawn batches where a trace or the plan's figures of time are at hand.
 """
 
 from dataclasses import dataclass
@@ -95,10 +96,7 @@ def _compute_s(step: StepCost) -> float:
     measured: with many rows the weights of an expert are read more than once.
     """
     work, machine, tokens = step.workload, step.machine, step.owned_tokens
-    read = work.experts_read
-    if read is None:
-        read = work.slots_per_rank * (1 - (1 - 1 / work.experts) ** (work.batch * work.top_k))
-    expert_bytes = work.moe_layers * read * work.expert_bytes
+    expert_bytes = work.moe_layers * step.experts_read() * work.expert_bytes
     served_rows = work.tokens_per_rank * work.top_k * step.expert_imbalance * work.moe_layers
     expert_s = 2 * served_rows * work.expert_bytes / work.itemsize / machine.flops_per_s
     context_bytes = tokens * work.layers * step.positions_read() * work.kv_bytes

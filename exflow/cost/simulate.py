@@ -3,8 +3,6 @@
 GPUs form expert-parallel groups of `width` ranks; each group holds all experts once. Groups are equal and
 independent: they share no tokens, no keys and values, and no links. So a step takes as long as in one group,
 and the throughputs of the groups add up.
-
-Shapes: L MoE layers, G ranks, E experts, S slots a rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from exflow.cost.auto import step_traffic
+from exflow.cost.batches import DrawnBatches
 from exflow.cost.predict import Prediction, predict
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
@@ -30,8 +28,6 @@ ITEMSIZE = 2  # bfloat16
 PLACEMENTS = {"contiguous": "contiguous", "affinity": "auto"}  # name -> placement method
 LEVEL = 1.0  # price of a unit of imbalance, in messages per token and layer: all ranks wait for the busiest
 _MOST_ROWS = 32  # length of the sequences into which a trace is split
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,13 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A strategy with a placement, and its traffic on a trace.
-
-    chosen [L, G, S] float64: the probability that a token chooses the expert in a slot and is served there.
-    """
+    """A strategy with a placement, its traffic on a trace, and batches drawn from the trace."""
 
     strategy: Strategy
     placement: str
     plan: Plan
     traffic: StepTraffic
-    chosen: Floats
+    batches: DrawnBatches
 
     @classmethod
     def of(cls, strategy: Strategy, placement: str, plan: Plan, trace: RoutingTrace) -> Self:
@@ -89,24 +82,7 @@ class Variant:
         if strategy == Strategy.REPLICATED:
             layers, nothing = plan.num_layers, (0.0, 0.0)
             traffic = replace(traffic, exchanges=0, dispatch=nothing, combine=nothing, all_reduces=layers)
-        return cls(strategy, placement, plan, traffic, chosen_slots(plan, trace))
-
-    def experts_read(self, batch: int) -> float:
-        """Number of experts read for `batch` tokens by the rank that reads most; mean over layers."""
-        read = 1 - (1 - self.chosen) ** batch
-        return float(read.sum(axis=2).max(axis=1).mean())
-
-
-def chosen_slots(plan: Plan, trace: RoutingTrace) -> Floats:
-    """The probability [L, G, S] that a token chooses the expert in a slot and is served there."""
-    chances, serving_slot = np.zeros((plan.num_layers, plan.num_slots)), plan.serving_slot
-    for layer in range(plan.num_layers):
-        chosen = np.bincount(trace.experts[:, layer].ravel(), minlength=plan.num_experts)
-        asked = np.broadcast_to(chosen / trace.num_tokens, (plan.num_ranks, plan.num_experts))
-        serving = serving_slot[:, layer]
-        of_layer = np.bincount(serving[serving >= 0], asked[serving >= 0], minlength=plan.num_slots)
-        chances[layer] = of_layer / plan.num_ranks
-    return chances.reshape(plan.num_layers, plan.num_ranks, -1)
+        return cls(strategy, placement, plan, traffic, DrawnBatches(plan, trace, strategy))
 
 
 def strategies_on(topology: Topology) -> Iterator[Strategy]:
@@ -189,12 +165,9 @@ class Step:
 def step(variant: Variant, point: Point) -> Step:
     """Predict a variant's step at a point."""
     workload = Workload.of(point.model, variant.plan, point.batch, point.context, ITEMSIZE)
-    workload = replace(
-        workload,
-        kv_bytes=round(point.kv * workload.kv_bytes),
-        experts_read=variant.experts_read(point.batch),
-    )
-    prediction = predict(variant.strategy, workload, variant.traffic, point.machine)
+    workload = replace(workload, kv_bytes=round(point.kv * workload.kv_bytes))
+    traffic = replace(variant.traffic, drawn=variant.batches.of(workload.tokens_per_rank))
+    prediction = predict(variant.strategy, workload, traffic, point.machine)
     return Step(variant, prediction, prediction.memory_bytes <= point.machine.memory_bytes)
 
 

@@ -26,7 +26,9 @@ class StepCost:
     @property
     def expert_imbalance(self) -> float:
         """Choices that the busiest rank serves in this batch, over the mean."""
-        work = self.workload
+        work, drawn = self.workload, self.traffic.drawn
+        if drawn is not None:
+            return drawn.expert_imbalance
         return imbalance_of_batch(self.traffic.expert_imbalance, work.padded_batch * work.top_k, work.ranks)
 
     @property
@@ -74,8 +76,24 @@ class StepCost:
         return inside.latency_s + inside.peer_s * peers[0]
 
     def wait(self) -> float:
-        """Exchange time of the slowest rank over the mean."""
-        return 1.0 if self.machine.shared else max(self.expert_imbalance, self.attention_imbalance)
+        """Exchange time of the slowest rank over the mean.
+
+        Between nodes the rows of the busiest link are counted through relays, which these transports do not
+        have; so they count only on one node.
+        """
+        if self.machine.shared:
+            return 1.0
+        drawn, rows = self.traffic.drawn, sum(self.traffic.dispatch) + sum(self.traffic.combine)
+        if drawn is not None and drawn.link_rows is not None and rows and not self.workload.other_nodes:
+            return drawn.link_rows / rows
+        return max(self.expert_imbalance, self.attention_imbalance)
+
+    def experts_read(self) -> float:
+        """Experts that the rank with most reads in an MoE layer; the formula has equally likely experts."""
+        work, drawn = self.workload, self.traffic.drawn
+        if drawn is not None:
+            return drawn.experts_read
+        return work.slots_per_rank * (1 - (1 - 1 / work.experts) ** (work.batch * work.top_k))
 
     def dispatch_rows(self) -> Pair:
         return _times(self.workload.tokens_per_rank, self.traffic.dispatch)

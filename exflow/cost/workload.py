@@ -1,6 +1,7 @@
 """Work of a decode step: its sequences and weights (Workload), and its messages (StepTraffic)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,8 +24,6 @@ class Workload:
     expert_bytes    size of one expert's weights
     dense_bytes     size of all weights outside experts
     itemsize        bytes of one number
-    experts_read    experts read in an MoE layer by the rank that reads most; None: computed as if all experts
-                    were equally likely
     seen            positions of `context` that attention reads, mean over layers; None: all. Eager steps read
                     and mask all positions in any case
     """
@@ -43,7 +42,6 @@ class Workload:
     expert_bytes: int
     dense_bytes: int
     itemsize: int = 2
-    experts_read: float | None = None
     seen: float | None = None
 
     @classmethod
@@ -92,6 +90,26 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class BatchCounts:
+    """Counts of the busiest rank in batches drawn from a trace, in the mean MoE layer (see `step_time`).
+
+    link_rows         rows in or out of the rank with most, dispatch plus combine, for each token of a rank;
+                      None: not counted for this strategy
+    expert_imbalance  choices that the busiest rank serves, over the mean
+    experts_read      experts with a token on the rank of most
+    """
+
+    link_rows: float | None
+    expert_imbalance: float
+    experts_read: float
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Self:
+        """Read the figures of a `step_time`, as a plan stores them."""
+        return cls(figures["busiest_link_rows"], figures["compute_imbalance"], figures["experts_touched"])
+
+
+@dataclass(frozen=True)
 class StepTraffic:
     """Messages and copies of a strategy in a decode step, as placement counts them.
 
@@ -104,8 +122,9 @@ class StepTraffic:
     expert_imbalance     choices that the busiest rank serves, over the mean
     attention_imbalance  tokens that the busiest rank owns, over the mean
     all_reduces          all-reduces in a step, which only `replicated` has
+    drawn                counts of the busiest rank in batches of the step's own size; None: by formula
 
-    Both imbalances are means over many tokens; a batch adds chance (`imbalance_of_batch`).
+    Both imbalances are means over many tokens; a batch adds chance (`drawn`, or `imbalance_of_batch`).
     """
 
     group_size: int
@@ -116,6 +135,7 @@ class StepTraffic:
     expert_imbalance: float
     attention_imbalance: float
     all_reduces: int = 0
+    drawn: BatchCounts | None = None
 
     @classmethod
     def of(cls, figures: dict[str, Any], group_size: int) -> Self:

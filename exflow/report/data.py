@@ -4,16 +4,21 @@ Shapes: L MoE layers, E experts, G ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts, count_affinity
+from exflow.placement.fastest_plan import comparison, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
+from exflow.placement.plan.topology import Topology
+from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.step_time import StepTime as MoeTime
+from exflow.placement.traffic.step_time import step_time
 from exflow.placement.traffic.traffic import local_fraction
 from exflow.profiling.trace import DECODE, RoutingTrace
 from exflow.report.certainty import Point, certainty
@@ -57,6 +62,8 @@ class Judged:
     local: tuple[float, ...]  # [L-1] share of the transitions that stay on a rank
     counts: dict[str, Counts]  # by strategy, of those that send messages
     points: tuple[Point, ...]
+    serving: Serving
+    time: dict[str, Any]  # of fastest_plan.compared, under `serving`
     times: "tuple[StepTime, ...]"
 
     @property
@@ -85,13 +92,15 @@ class Report:
 def gather(
     trace: RoutingTrace,
     chosen: Sequence[Candidate],
+    servings: Sequence[Serving],
     setting: "Setting | None",
     tell: Tell,
     advance: Callable[[], None],
 ) -> Report:
     """Count everything. Raises InputError if the trace is empty.
 
-    tell: called with the name of the next thing to count; advance: called `2 + len(chosen)` times.
+    servings: the settings of the plans' predicted times. tell: called with the name of the next thing to
+    count; advance: called `2 + len(chosen)` times.
     """
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to report on; choose one that has")
@@ -100,10 +109,10 @@ def gather(
     advance()
     about = _about(trace)
     advance()
-    judged = []
-    for each in chosen:
+    judged, times = [], _Times(trace)
+    for each, serving in zip(chosen, servings, strict=True):
         tell(each.name)
-        judged.append(_judge(each, trace, about.digest, setting))
+        judged.append(_judge(each, trace, about.digest, serving, times, setting))
         advance()
     return Report(about, affinity, tuple(judged), setting)
 
@@ -125,7 +134,14 @@ def _about(trace: RoutingTrace) -> About:
     )
 
 
-def _judge(each: Candidate, trace: RoutingTrace, digest: str, setting: "Setting | None") -> Judged:
+def _judge(
+    each: Candidate,
+    trace: RoutingTrace,
+    digest: str,
+    serving: Serving,
+    times: "_Times",
+    setting: "Setting | None",
+) -> Judged:
     plan = each.plan
     figures = evaluate(plan, trace)
     per_node = plan.topology.gpus_per_node
@@ -147,8 +163,27 @@ def _judge(each: Candidate, trace: RoutingTrace, digest: str, setting: "Setting 
         local=tuple(local_fraction(trace, plan).tolist()),
         counts=counts,
         points=certainty(plan, trace),
-        times=() if setting is None else setting.step_times(plan, figures["strategies"]),
+        serving=serving,
+        time=times.of(plan, serving),
+        times=() if setting is None else setting.step_times(plan, figures["strategies"], trace),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Times:
+    """Times of plans on `trace`. The references of a setting are timed once."""
+
+    trace: RoutingTrace
+    _references: dict[tuple[Topology, int, Serving], dict[str, MoeTime]] = field(default_factory=dict)
+
+    def of(self, plan: Plan, serving: Serving) -> dict[str, Any]:
+        """The result of `fastest_plan.compared`."""
+        setting = (plan.topology, plan.num_slots, serving)
+        if setting not in self._references:
+            plans = references(self.trace, plan.topology, serving.strategy, plan.num_slots)
+            timed = {name: step_time(each, self.trace, serving) for name, each in plans.items()}
+            self._references[setting] = timed
+        return comparison(step_time(plan, self.trace, serving), self._references[setting])
 
 
 def _plan_json(each: Judged) -> dict[str, Any]:
@@ -165,6 +200,8 @@ def _plan_json(each: Judged) -> dict[str, Any]:
         "local_fraction_per_layer": each.local,
         "counts": {name: _counts_json(counts) for name, counts in each.counts.items()},
         "by_tokens": [asdict(point) for point in each.points],
+        "made_for": each.serving.as_json(),
+        "time": each.time,
         "predicted": [time.as_json() for time in each.times],
     }
 

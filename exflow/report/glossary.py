@@ -32,6 +32,10 @@ MEANINGS = {
     "imbalance": "Load of the busiest GPU over the mean load, averaged over layers; 1 is level. A unit of "
     "load is a pair of a token and a selected expert.",
     "owners' imbalance": "Tokens of the GPU that owns most over the mean, averaged over layers; 1 is level.",
+    "busiest link": "Rows into or out of the GPU with most, dispatch plus combine, for each token of a GPU "
+    "and MoE layer. All GPUs wait for it.",
+    "imbalance in a batch": "Load of the busiest GPU over the mean in one batch, where chance adds to the "
+    "imbalance.",
     "objective": "Value that placing minimised; see docs/placement.md.",
     "gap": "Largest share of the objective that a better plan could save.",
     "interval": "Range that holds the figure of endless tokens of the same kind with a probability of about "

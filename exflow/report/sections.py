@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from exflow.report import affinity, curves, experts, routes, steps, summary, traffic
+from exflow.report import affinity, curves, experts, routes, steps, summary, times, traffic
 from exflow.report.data import Report
 from exflow.report.draw.figure import Figure
 
@@ -23,7 +23,7 @@ def sections(report: Report) -> list[Section]:
     """Make the sections that the report has data for, in order."""
     always: list[Callable[[Report], Section | None]] = [_about, _experts, _affinities]
     of_plans = [_gpus, _traffic, _pairs, _routes, _certainty, _steps]
-    chosen = [_about, _strategies, _experts, _affinities, *of_plans] if report.plans else always
+    chosen = [_about, _strategies, _times, _experts, _affinities, *of_plans] if report.plans else always
     return [section for section in (make(report) for make in chosen) if section is not None]
 
 
@@ -38,6 +38,10 @@ def _strategies(report: Report) -> Section:
         "plans": summary.strategy_rows(report),
     }
     return Section("strategies", "What each strategy moves", told=told)
+
+
+def _times(report: Report) -> Section:
+    return Section("times", "Time of the MoE layers, predicted", told={"tables": times.time_tables(report)})
 
 
 def _experts(report: Report) -> Section:

@@ -6,6 +6,7 @@ have several replicas, each in a slot of its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,14 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.errors import InputError
+from exflow.placement.plan.checks import (
+    check_equal_shares,
+    check_every_expert_placed,
+    check_layers,
+    check_served,
+    check_shape,
+)
 from exflow.placement.plan.plan_file import (
+    VERSION,
     PlanDocument,
     TopologyDocument,
     read_document,
     table,
     write_document,
 )
-from exflow.placement.plan.replicas import hosting, serving_slots
+from exflow.placement.plan.replicas import ReplicaRule, hosting, serving_slots
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.profiling.trace import RoutingTrace
@@ -35,6 +44,8 @@ class Plan:
     num_experts              E, of the layer that has most; `experts_per_layer` [L] says how many each has
     physical_to_logical_map  [L, P] int: the expert in each slot; rank r owns the slots r*S .. (r+1)*S - 1
     next_owner               [L, E, G] int, per mille (see `next_owner_table`), or None: no preference
+    serving_rank             [L, E, G] int: the rank that serves the tokens owned by rank g for expert e, 0
+                             where a layer lacks the expert; or None: the nearest (ReplicaRule.NEAREST)
     strategy                 the strategy that it was made for, one of strategy.OWNED
     objective, lower_bound   value of the solver's objective and a proven bound, in its own units, or None
     optimal                  the objective is proven minimal
@@ -53,6 +64,7 @@ class Plan:
     next_owner: IntArray | None
     method: str
     experts_per_layer: tuple[int, ...] = ()  # by default E in each
+    serving_rank: IntArray | None = None
     strategy: Strategy = Strategy.COHERENT
     objective: float | None = None
     lower_bound: float | None = None
@@ -62,7 +74,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", Strategy(self.strategy))
-        _check_layers(self.moe_layer_ids, self.num_hidden_layers)
+        check_layers(self.moe_layer_ids, self.num_hidden_layers)
         if not self.experts_per_layer:
             object.__setattr__(self, "experts_per_layer", (self.num_experts,) * self.num_layers)
         if len(self.experts_per_layer) != self.num_layers or max(self.experts_per_layer) != self.num_experts:
@@ -71,7 +83,7 @@ class Plan:
                 f"{self.num_layers} MoE layers, {self.num_experts} at most and at least once"
             )
         num_slots = self.physical_to_logical_map.shape[-1]
-        _check_shape(
+        check_shape(
             "physical_to_logical_map", self.physical_to_logical_map, (self.num_layers, max(num_slots, 1))
         )
         if num_slots % self.num_ranks:
@@ -82,11 +94,16 @@ class Plan:
         for layer, (row, count) in enumerate(
             zip(self.physical_to_logical_map, self.experts_per_layer, strict=True)
         ):
-            _check_every_expert_placed(layer, row, count)
+            check_every_expert_placed(layer, row, count)
         if self.next_owner is not None:
-            _check_shape("next_owner", self.next_owner, (self.num_layers, self.num_experts, self.num_ranks))
+            check_shape("next_owner", self.next_owner, (self.num_layers, self.num_experts, self.num_ranks))
             if self.next_owner.min() < 0 or self.next_owner.max() > 1000:
                 raise InputError("next_owner: holds values outside 0..1000; give per mille")
+        if self.serving_rank is not None:
+            check_shape(
+                "serving_rank", self.serving_rank, (self.num_layers, self.num_experts, self.num_ranks)
+            )
+            check_served(self.serving_rank, self.hosts)
 
     @classmethod
     def of_slots(
@@ -97,6 +114,7 @@ class Plan:
         *,
         method: str,
         strategy: Strategy = Strategy.COHERENT,
+        serving_rank: IntArray | None = None,
         objective: float | None = None,
         lower_bound: float | None = None,
         optimal: bool = False,
@@ -124,6 +142,7 @@ class Plan:
             topology=topology,
             physical_to_logical_map=np.sort(by_rank, axis=2).reshape(slots.shape),
             next_owner=None,
+            serving_rank=serving_rank,
             strategy=strategy,
             method=method,
             objective=objective,
@@ -143,8 +162,8 @@ class Plan:
         `known` are further arguments of `of_slots`. Raises InputError unless the ranks share the experts
         equally.
         """
-        _check_shape("rank_of_expert", rank_of_expert, (trace.num_layers, trace.num_experts))
-        _check_equal_shares(rank_of_expert, topology.num_ranks)
+        check_shape("rank_of_expert", rank_of_expert, (trace.num_layers, trace.num_experts))
+        check_equal_shares(rank_of_expert, topology.num_ranks)
         slots = np.argsort(rank_of_expert, axis=1, kind="stable")
         return cls.of_slots(slots, topology, trace, method=method, **known)
 
@@ -179,10 +198,22 @@ class Plan:
     def slots_per_rank(self) -> int:
         return self.num_slots // self.num_ranks
 
-    @property
+    @cached_property
     def serving_slot(self) -> npt.NDArray[np.int64]:
-        """[G, L, E] int64: where a token owned by rank g goes for expert e (see `serving_slots`)."""
-        return serving_slots(self.physical_to_logical_map, self.num_experts, self.topology)
+        """[G, L, E] int64: where a token owned by rank g goes for expert e, in our own runtime."""
+        slots: npt.NDArray[np.int64] = self.serving_slots(ReplicaRule.TABLE)[0]
+        return slots
+
+    def serving_slots(self, rule: ReplicaRule) -> npt.NDArray[np.int64]:
+        """[W, G, L, E] int64: where a token owned by rank g goes for expert e in turn w (see ReplicaRule)."""
+        if rule != ReplicaRule.TABLE or self.serving_rank is None:
+            return serving_slots(self.physical_to_logical_map, self.num_experts, self.topology, rule)
+        first = np.full((self.num_layers, self.num_experts, self.num_ranks), -1, dtype=np.int64)
+        for slot in reversed(range(self.num_slots)):
+            experts = self.physical_to_logical_map[:, slot]
+            first[np.arange(self.num_layers), experts, slot // self.slots_per_rank] = slot
+        serving = np.take_along_axis(first, np.asarray(self.serving_rank), axis=2)
+        return np.ascontiguousarray(serving.transpose(2, 0, 1))[None]
 
     @property
     def hosts(self) -> npt.NDArray[np.bool_]:
@@ -243,11 +274,8 @@ class Plan:
     @classmethod
     def _of(cls, document: PlanDocument) -> Self:
         topology = document.topology.topology()
-        layers, rows, owners = (
-            len(document.moe_layer_ids),
-            document.physical_to_logical_map,
-            document.next_owner,
-        )
+        layers, rows = len(document.moe_layer_ids), document.physical_to_logical_map
+        owners, serving = document.next_owner, document.serving_rank
         slots = (layers, len(rows[0]) if rows else 0)
         by_owner = (layers, document.num_experts, topology.num_ranks)
         return cls(
@@ -261,6 +289,7 @@ class Plan:
             topology=topology,
             physical_to_logical_map=table("physical_to_logical_map", rows, slots),
             next_owner=None if owners is None else table("next_owner", owners, by_owner),
+            serving_rank=None if serving is None else table("serving_rank", serving, by_owner),
             strategy=document.strategy,
             method=document.method,
             objective=document.objective,
@@ -273,7 +302,7 @@ class Plan:
     def _document(self) -> PlanDocument:
         return PlanDocument(
             format="exflow-plan",
-            version=2,
+            version=VERSION,
             **placement_keys(self),
             objective=self.objective,
             lower_bound=self.lower_bound,
@@ -282,6 +311,7 @@ class Plan:
             trace_digest=self.trace_digest,
             physical_to_logical_map=self.physical_to_logical_map.tolist(),
             next_owner=None if self.next_owner is None else self.next_owner.tolist(),
+            serving_rank=None if self.serving_rank is None else self.serving_rank.tolist(),
         )
 
 
@@ -297,41 +327,3 @@ def placement_keys(plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "method": plan.method,
     }
-
-
-def _check_layers(moe_layer_ids: tuple[int, ...], num_hidden_layers: int) -> None:
-    ascending = moe_layer_ids and list(moe_layer_ids) == sorted(set(moe_layer_ids))
-    if not ascending or moe_layer_ids[0] < 0 or moe_layer_ids[-1] >= num_hidden_layers:
-        raise InputError(
-            f"moe_layer_ids: are {list(moe_layer_ids)} in a model of {num_hidden_layers} hidden layers; "
-            "give ascending indices of hidden layers, at least one"
-        )
-
-
-def _check_shape(key: str, array: IntArray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise InputError(f"{key}: has the shape {array.shape} instead of {shape}; place again on this trace")
-
-
-def _check_every_expert_placed(layer: int, row: IntArray, num_experts: int) -> None:
-    """Raise InputError unless `row` [P], the experts in a layer's slots, holds every expert and no other."""
-    key = f"physical_to_logical_map[{layer}]"
-    unknown = row[(row < 0) | (row >= num_experts)]
-    if len(unknown):
-        raise InputError(
-            f"{key}: holds expert {unknown[0]}, but the layer has {num_experts}; place 0..{num_experts - 1}"
-        )
-    missing = np.setdiff1d(np.arange(num_experts), row)
-    if len(missing):
-        raise InputError(f"{key}: does not hold expert {missing[0]}; place each of 0..{num_experts - 1}")
-
-
-def _check_equal_shares(rank_of_expert: IntArray, num_ranks: int) -> None:
-    num_experts = rank_of_expert.shape[1]
-    for layer, ranks in enumerate(rank_of_expert):
-        shares = [int((ranks == rank).sum()) for rank in range(num_ranks)]
-        if [share * num_ranks for share in shares] != [num_experts] * num_ranks:
-            raise InputError(
-                f"rank_of_expert[{layer}]: gives the ranks {shares} of {num_experts} experts; "
-                f"give each of the {num_ranks} ranks the same number"
-            )

@@ -6,7 +6,7 @@ The format is specified in docs/plan-format.md.
 import json
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,10 @@ from exflow.placement.plan.strategy import OWNED, Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.validation import validated
 
-VERSION = 2
+VERSION: Final = 3
+_NEW_KEYS = {2: {"serving_rank": None}, VERSION: {}}  # what a file of a version lacks
 _REMEDY = "make the plan again with exflow place"
-_TABLES = ("physical_to_logical_map", "next_owner")  # written with one line a layer
+_TABLES = ("physical_to_logical_map", "next_owner", "serving_rank")  # written with one line a layer
 
 Count = Annotated[int, Field(ge=1, lt=1 << 63)]
 Index = Annotated[int, Field(ge=0, lt=1 << 16)]
@@ -83,7 +84,7 @@ class PlanDocument(PlacementDocument):
     """The keys of a plan file, in the order in which they are written; all are required."""
 
     format: Literal["exflow-plan"]
-    version: Literal[2]
+    version: Literal[3]
     objective: FiniteFloat | None
     lower_bound: FiniteFloat | None
     optimal: bool
@@ -91,6 +92,7 @@ class PlanDocument(PlacementDocument):
     trace_digest: str
     physical_to_logical_map: list[list[Index]]
     next_owner: list[list[list[PerMille]]] | None
+    serving_rank: list[list[list[Index]]] | None
 
 
 def read_document(path: Path) -> PlanDocument:
@@ -98,9 +100,13 @@ def read_document(path: Path) -> PlanDocument:
     content = read_json(path, "plan", _REMEDY)
     if not isinstance(content, dict) or content.get("format") != "exflow-plan":
         raise InputError(f'{path}: is not a plan (no "format": "exflow-plan"); {_REMEDY}')
-    if content.get("version") != VERSION:
-        found = reprlib.repr(content.get("version"))
-        raise InputError(f"{path}: version is {found}, this exflow reads version {VERSION}; {_REMEDY}")
+    version = content.get("version")
+    if type(version) is not int or version not in _NEW_KEYS:
+        known = " and ".join(map(str, _NEW_KEYS))
+        raise InputError(
+            f"{path}: version is {reprlib.repr(version)}, this exflow reads versions {known}; {_REMEDY}"
+        )
+    content = _NEW_KEYS[version] | content | {"version": VERSION}
     return validated(PlanDocument, content, path, _REMEDY)
 
 
@@ -111,7 +117,7 @@ def table(key: str, rows: list[Any], shape: tuple[int, ...]) -> npt.NDArray[np.i
 
 
 def write_document(path: Path, document: PlacementDocument) -> None:
-    """Write one line a key, and of the two tables one line a layer; atomically."""
+    """Write one line a key, and of the tables one line a layer; atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(_layout(document.model_dump()), encoding="utf-8")
 

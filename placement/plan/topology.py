@@ -53,6 +53,19 @@ class Topology:
         cheapest = cost[cost > 0].min() if self.num_ranks > 1 else 1.0
         return np.asarray(cost / cheapest, dtype=np.float64)
 
+    @property
+    def slowness(self) -> npt.NDArray[np.float64]:
+        """[num_ranks, num_ranks] float64: cost of a message over that of the cheapest pair of its class, one
+        class inside nodes and one between; 1 where no costs are given."""
+        if self.link_cost is None:
+            return np.ones((self.num_ranks, self.num_ranks))
+        cost, node = np.array(self.link_cost), self.node_of_rank
+        near = node[:, None] == node
+        for pairs in (near & (cost > 0), ~near):
+            if pairs.any():
+                cost[pairs] /= cost[pairs].min()
+        return cost
+
     def __str__(self) -> str:
         nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
         return f"{self.num_ranks} ranks ({nodes} of {self.gpus_per_node})"

@@ -1,4 +1,4 @@
-"""The YAML form of a topology (docs/topology.md): equal nodes, or any graph of GPUs and switches."""
+"""Topology files (docs/topology.md): YAML of equal nodes or of any graph, or output of nvidia-smi topo -m."""
 
 import reprlib
 from itertools import groupby
@@ -13,11 +13,13 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
 from exflow.errors import InputError
-from exflow.files import read_yaml
+from exflow.files import MAX_YAML_BYTES, read_yaml
+from exflow.placement.plan.nvidia_topo import is_link_matrix, link_bandwidths
 from exflow.placement.plan.topology import Topology
 from exflow.validation import first_fault
 
 MAX_GPUS = 4096
+MESSAGE_BYTES = 8192  # a hidden state of 4096 in bf16
 MAX_BANDWIDTHS = 16  # shortest paths are found once for each; real machines have a handful
 DIGITS = 6  # of a cost in microseconds, after the point
 SOURCES_AT_ONCE = 256  # of shortest paths, so that their distances to all nodes take little memory
@@ -42,7 +44,7 @@ class Edge(Link):
 
 
 class _Document(_Strict):
-    message_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 8192  # a hidden state of 4096 in bf16
+    message_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = MESSAGE_BYTES
 
 
 class EqualNodes(_Document):
@@ -100,20 +102,43 @@ class AnyGraph(_Document):
 def load_topology(path: Path) -> Topology:
     """Read the file; the Topology's link_cost is in microseconds a message, rounded to a picosecond.
 
-    Raises InputError, one line that names the file, where it cannot be read, is not YAML, or does not
-    describe connected GPUs.
+    Output of `nvidia-smi topo -m` is told by its content; anything else is YAML. Raises InputError, one line
+    that names the file, where it cannot be read, is neither, or does not describe connected GPUs.
     """
-    content = read_yaml(path, "topology", "see docs/topology.md")
+    matrix = _link_matrix(path)
+    content = None if matrix else read_yaml(path, "topology", "see docs/topology.md")
     try:
-        document = _document(content)
-        if isinstance(document, EqualNodes):
-            num_nodes, cost = document.nodes, _equal_costs(document)
-        else:
-            hosts = document.node_of
-            num_nodes, cost = len(set(hosts.values())) if hosts else 1, _as_rows(_graph_costs(document))
-        return Topology(num_nodes=num_nodes, gpus_per_node=len(cost) // num_nodes, link_cost=cost)
+        return _of_links(matrix) if matrix else _of_document(_document(content))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _link_matrix(path: Path) -> str:
+    """The text if the file is output of `nvidia-smi topo -m`, else nothing. A pipe, read once, is YAML."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_YAML_BYTES:
+            return ""
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    except OSError:
+        return ""  # reading it as YAML says why
+    return text if is_link_matrix(text) else ""
+
+
+def _of_links(matrix: str) -> Topology:
+    cost = tuple(
+        tuple(round(_transfer_us(MESSAGE_BYTES, bandwidth), DIGITS) for bandwidth in row)
+        for row in link_bandwidths(matrix)
+    )
+    return Topology(gpus_per_node=len(cost), link_cost=cost)
+
+
+def _of_document(document: EqualNodes | AnyGraph) -> Topology:
+    if isinstance(document, EqualNodes):
+        num_nodes, cost = document.nodes, _equal_costs(document)
+    else:
+        hosts = document.node_of
+        num_nodes, cost = len(set(hosts.values())) if hosts else 1, _as_rows(_graph_costs(document))
+    return Topology(num_nodes=num_nodes, gpus_per_node=len(cost) // num_nodes, link_cost=cost)
 
 
 # A row holds one float object for each value, not for each pair: there are millions of pairs of 4096 GPUs

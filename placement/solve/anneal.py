@@ -27,6 +27,7 @@ Report = Callable[[float], None]
 _MOST_TRIALS = 10**8  # of all starts together, some ten seconds on two cores
 _FROZEN = 1e-300  # the temperature at which no swap is taken that costs anything
 _SAMPLES = 32  # swaps tried with each expert, to learn what prices are usual
+_MOST_SAMPLED = 200_000_000  # prices of pairs looked at for that
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,16 @@ def anneal(
         if stop() or temperature == 0:  # 0: all swaps cost the same
             break
         now = state(problem, assignment)
-        try_swaps(prices, now, temperature, passes, rng)
+        for _ in range(passes):
+            if stop():
+                break
+            try_swaps(prices, now, temperature, 1, rng)
         assignment = align_layers(problem, now.assignment)
         if (level_cost := problem.cost(assignment)) < cost:
             cost, best = level_cost, assignment
         note(cost)
+    if stop():
+        return cost, best
     downhill = state(problem, best)
     try_swaps(prices, downhill, _FROZEN, passes, rng)
     best = sweep(problem, downhill.assignment, stop)
@@ -168,7 +174,9 @@ def anneal(
 def swap_deviation(problem: PlacementProblem, rng: np.random.Generator) -> float:
     """The standard deviation of the price of a swap in a random assignment, from a sample; 0 for one part."""
     assignment = rng.permuted(contiguous(*problem.shape), axis=1)
-    prices = sample_prices(fixed(problem), state(problem, assignment), _SAMPLES, rng)
+    entries = assignment.size * problem.num_experts  # that are looked at for a swap of each expert
+    samples = max(1, min(_SAMPLES, _MOST_SAMPLED // entries))
+    prices = sample_prices(fixed(problem), state(problem, assignment), samples, rng)
     return float(prices[prices != 0].std()) if prices.any() else 0.0
 
 

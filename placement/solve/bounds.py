@@ -34,8 +34,8 @@ def lower_bound(
     others = problem.intra.copy()
     others[:, np.arange(problem.num_experts), np.arange(problem.num_experts)] = -np.inf
     total_inter, total_intra = problem.inter.sum(), problem.intra.sum() / 2
-    apart_inter = total_inter - most_kept(problem.inter, problem.experts_per_part)
-    apart_intra = total_intra - most_kept(others, problem.experts_per_part - 1) / 2
+    apart_inter = total_inter - most_kept(problem.inter, problem.experts_per_part, stop)
+    apart_intra = total_intra - most_kept(others, problem.experts_per_part - 1, stop) / 2
     rounding = 1e-12 * (total_inter + total_intra)
     apart = apart_inter + apart_intra
     if known is not None:
@@ -46,16 +46,18 @@ def lower_bound(
     return max(0.0, float(apart - rounding))
 
 
-def most_kept(prices: Prices, degree: int) -> float:
+def most_kept(prices: Prices, degree: int, stop: Callable[[], bool] = lambda: False) -> float:
     """An upper bound on the largest sum of entries of each matrix [N, E, E] with `degree` a row and a column.
 
     For any column prices v [N, E] a choice of entries is worth degree * sum(v) plus the sum of its
     entries of `prices - v`, hence at most degree * sum(v) plus, per row, the `degree` largest of those. A
     subgradient descent lowers this bound: a column chosen too often gets dearer. It starts at v = 0, the sum
-    of the rows' largest entries.
+    of the rows' largest entries; there it ends where `stop` says so.
     """
     steps = max(10, min(_STEPS, _MOST_WORK // max(prices.size, 1)))
-    return sum((_most_kept(matrix, degree, steps) for matrix in prices), 0.0) if degree else 0.0
+    if not degree:
+        return 0.0
+    return sum((_most_kept(matrix, degree, 1 if stop() else steps) for matrix in prices), 0.0)
 
 
 def _most_kept(prices: Prices, degree: int, steps: int) -> float:

@@ -23,7 +23,7 @@ def sweep(problem: PlacementProblem, assignment: Assignment, stop: Stop = lambda
 
     The steps move many experts at once: under a limit on moves the assignment is returned as it is.
     """
-    if problem.anchor is not None:
+    if problem.anchor is not None or stop():
         return assignment
     cost = problem.cost(assignment)
     while not stop():

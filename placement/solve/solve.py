@@ -89,7 +89,8 @@ def solve(
 
 def _solve(problem: PlacementProblem, topology: Topology, run: "_Run") -> Solution:
     start = balanced_start(problem)
-    bound = certified_bound(problem, topology)
+    early = run.share(_FOR_THE_BOUND)
+    bound = certified_bound(problem, topology, stop=lambda: early.left() == 0)
     searching = replace(run, time_limit=run.time_limit * (1 - _FOR_THE_BOUND))
     in_stages = 1 not in (topology.num_nodes, topology.gpus_per_node)
     if in_stages and not problem.has_replicas and problem.anchor is None:
@@ -129,7 +130,7 @@ def certified_bound(
                 problem, num_parts=topology.num_nodes, distance=None, anchor=None, max_moves=None
             )
             pairs += max(0.0, nearest_node - nearest) * lower_bound(
-                between, None if known is None else known // topology.gpus_per_node
+                between, None if known is None else known // topology.gpus_per_node, stop
             )
     heaviest = problem.load.max(axis=1, keepdims=True)
     return float(problem.constant + pairs + problem.imbalance_cost(heaviest))

@@ -29,6 +29,7 @@ def anneal(
     prices: tuple[float, float, float, float, float],
     scale: float,  # from tokens of the trace to those of a batch
     work: Floats,  # [E]
+    group: int,  # experts that may change places: 0 .. group - 1, and so on
     trials: int,  # swaps at each temperature
     seed: int,
 ) -> Assignment:
@@ -50,7 +51,8 @@ def anneal(
     for level in range(LEVELS + 1):  # the first is to learn how much swaps change
         temperature = deviation * HOT * (COLD / HOT) ** ((level - 1) / (LEVELS - 1))
         for _ in range(trials):
-            e, f = np.random.randint(len(work)), np.random.randint(len(work))  # noqa: NPY002
+            e = np.random.randint(len(work))  # noqa: NPY002
+            f = e // group * group + np.random.randint(group)  # noqa: NPY002
             p, q = assignment[e], assignment[f]
             if p == q:
                 continue

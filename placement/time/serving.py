@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exflow.errors import InputError
+from exflow.placement.plan.replicas import ReplicaRule
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.machines import DEFAULT, NamedMachine, machine_named
 from exflow.placement.time.sizes import UNKNOWN, ModelSizes
 
-BATCH, CONTEXT = 64, 1024
+BATCH, PREFILL_BATCH, CONTEXT = 64, 2048, 1024
 
 
 @dataclass(frozen=True)
@@ -16,23 +17,23 @@ class Target:
     """A program that runs plans.
 
     strategy  None: the strategy that suits the model (`suited`)
-    replicas  whether it can hold several replicas of an expert
+    rule      how it chooses among the replicas of an expert; None: it holds no replicas
     """
 
     name: str
     strategy: Strategy | None = Strategy.DISPATCH_COMBINE
-    replicas: bool = True
+    rule: ReplicaRule | None = ReplicaRule.NEAREST
 
 
 TARGETS = {
     each.name: each
     for each in (
-        Target("exflow", None),
+        Target("exflow", None, ReplicaRule.TABLE),
         Target("sglang"),
-        Target("vllm"),
-        Target("vllm-ascend"),
-        Target("tensorrt-llm"),
-        Target("transformers", replicas=False),
+        Target("vllm", rule=ReplicaRule.IN_TURN),
+        Target("vllm-ascend", rule=ReplicaRule.BY_RANK),
+        Target("tensorrt-llm", rule=ReplicaRule.IN_TURN),
+        Target("transformers", rule=None),
         Target("eplb"),
     )
 }
@@ -59,7 +60,7 @@ class Serving:
     """The inputs of a step's time besides plan and routing.
 
     target   name of who runs the plan
-    batch    tokens of each rank in a decode step
+    batch    tokens of each rank in a step
     context  positions that a token attends to; they count only where owners differ from homes
     """
 
@@ -73,6 +74,11 @@ class Serving:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise InputError(f"batch is {self.batch}; give the tokens of each GPU in a step, 1 or more")
+
+    @property
+    def rule(self) -> ReplicaRule:
+        """How the target chooses among the replicas of an expert."""
+        return target_named(self.target).rule or ReplicaRule.NEAREST
 
     def as_json(self) -> dict[str, Any]:
         """The setting, as it is stored in a plan that was made for it."""

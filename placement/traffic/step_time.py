@@ -9,8 +9,9 @@ For a batch of B tokens a rank, per MoE layer:
                 from homes
 
 Between nodes of several GPUs a row crosses once for each node: the GPU with the sender's place in that node
-passes it on, as engines that forward inside a node do. Experts pay for bytes and for operations: many rows
-read an expert's weights more than once (measured: docs/decode.md).
+passes it on, as engines that forward inside a node do. Where links of one class differ (`link_cost`), the
+machine's bandwidth is that of the cheapest; rows of a dearer one take as many times longer. Experts pay for
+bytes and for operations: many rows read an expert's weights more than once (measured: docs/decode.md).
 
 Shapes: T tokens of the trace, N batches, M = B * G tokens of a batch, L MoE layers, K = top_k, G ranks.
 """
@@ -24,15 +25,15 @@ import numpy.typing as npt
 from exflow.errors import InputError
 from exflow.placement.compiled import compiled
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.strategy import Strategy
 from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.traffic import owners
 from exflow.profiling.trace import RoutingTrace
 
 IntArray = npt.NDArray[np.integer]
 Counts = npt.NDArray[np.int64]
-_MOST_BATCHES, _FEWEST_BATCHES = 32, 4
-_WORK = 30_000_000  # choices followed in all batches: less than a second
+Floats = npt.NDArray[np.float64]
+_MOST_BATCHES, _FEWEST_BATCHES = 32, 2
+_WORK = 30_000_000  # choices followed in all batches: a second or two
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class StepTime:
                        in the mean layer
     compute_imbalance  (token, expert) pairs of the busiest rank over the mean rank, in the mean layer
     messages           hidden states sent, per token and layer
+    experts_touched    experts with a token on the rank of most, in the mean layer
     """
 
     step_us: float
@@ -52,6 +54,7 @@ class StepTime:
     busiest_link_rows: float
     compute_imbalance: float
     messages: float
+    experts_touched: float
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,12 +69,12 @@ def step_time(plan: Plan, trace: RoutingTrace, serving: Serving, seed: int = 0) 
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to judge the plan by; choose one that has")
     rows_NM = drawn_batches(trace, serving.batch * plan.num_ranks, seed)
-    counted = _count(plan, trace, serving.strategy, rows_NM)
+    counted = _count(plan, trace, serving, rows_NM)
     machine, sizes = serving.machine.machine, serving.sizes
     inside, between = machine.inside, machine.between
     crossing = np.maximum(
-        counted.near.astype(np.float64) * (sizes.row_bytes / inside.bytes_per_s),
-        counted.far.astype(np.float64) * (sizes.row_bytes / between.bytes_per_s),
+        counted.near * (sizes.row_bytes / inside.bytes_per_s),
+        counted.far * (sizes.row_bytes / between.bytes_per_s),
     )  # [N, L, 2]
     exchanges = 1 if trace.top_k == 1 and counted.stays else 2
     latency = _latency(plan, serving)
@@ -94,6 +97,7 @@ def step_time(plan: Plan, trace: RoutingTrace, serving: Serving, seed: int = 0) 
         busiest_link_rows=float(counted.busiest.sum(axis=2).mean()) / serving.batch,
         compute_imbalance=float(counted.pairs.max(axis=2).mean()) / mean_pairs,
         messages=float(counted.messages.mean()) / rows_NM.shape[1],
+        experts_touched=float(counted.touched.max(axis=2).mean()),
     )
 
 
@@ -157,9 +161,9 @@ def _latency(plan: Plan, serving: Serving) -> float:
 class _Counted:
     """Counts of each batch and layer; `stays`: whether a token may stay where its experts are."""
 
-    near: Counts  # [N, L, 2] rows of the rank with most inside its node, in dispatch and combine
-    far: Counts  # [N, L, 2] between nodes
-    busiest: Counts  # [N, L, 2] over all links
+    near: Floats  # [N, L, 2] rows of the rank with most inside its node, in dispatch and combine
+    far: Floats  # [N, L, 2] between nodes; a row of a slower link counts as many as it is slower
+    busiest: Counts  # [N, L, 2] rows over all links
     pairs: Counts  # [N, L, G] (token, expert) pairs
     touched: Counts  # [N, L, G] experts with at least one token
     owned: Counts  # [N, L] tokens of the rank that owns most
@@ -167,21 +171,23 @@ class _Counted:
     stays: bool
 
 
-def _count(plan: Plan, trace: RoutingTrace, strategy: Strategy, rows_NM: Counts) -> _Counted:
+def _count(plan: Plan, trace: RoutingTrace, serving: Serving, rows_NM: Counts) -> _Counted:
     ranks, per_node = plan.num_ranks, plan.topology.gpus_per_node
-    group = strategy.group_size(ranks, per_node)
+    group = serving.strategy.group_size(ranks, per_node)
     owner = owners(trace, plan, group) if group > 1 else np.zeros((1, 1), dtype=np.int16)
     shape = (len(rows_NM), plan.num_layers)
-    near, far, busiest = (np.zeros((*shape, 2), dtype=np.int64) for _ in range(3))
+    near, far = (np.zeros((*shape, 2)) for _ in range(2))
+    busiest = np.zeros((*shape, 2), dtype=np.int64)
     pairs, touched = (np.zeros((*shape, ranks), dtype=np.int64) for _ in range(2))
     owned, messages = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     _count_batches(
         np.asarray(trace.experts),
         rows_NM,
         owner,
-        plan.serving_slot,
+        plan.serving_slots(serving.rule),
         plan.slots_per_rank,
         per_node,
+        plan.topology.slowness,
         (near, far, busiest, pairs, touched, owned, messages),
     )
     return _Counted(near, far, busiest, pairs, touched, owned, messages, group > 1)
@@ -192,21 +198,23 @@ def _count_batches(
     experts: IntArray,  # [T, L, K]
     rows: Counts,  # [N, M]
     owner: IntArray,  # [T, L + 1], or [1, 1]: token i of a batch belongs to rank i modulo G
-    serving: IntArray,  # [G, L, E] slots
+    serving: IntArray,  # [W, G, L, E] slots
     per_rank: int,
     per_node: int,
-    counted: tuple[Counts, Counts, Counts, Counts, Counts, Counts, Counts],
+    slowness: Floats,  # [G, G]
+    counted: tuple[Floats, Floats, Counts, Counts, Counts, Counts, Counts],
 ) -> None:
     near, far, busiest, pairs, touched, owned, messages = counted
     _, num_layers, top_k = experts.shape
-    ranks, stays = len(serving), len(owner) > 1
+    turns, ranks, stays = serving.shape[0], serving.shape[1], len(owner) > 1
     hosts = np.empty(top_k, dtype=np.int64)
     seen = np.zeros(ranks * per_rank, dtype=np.int64)
-    flow = np.zeros((2, 2, 2, ranks), dtype=np.int64)  # phase; near or far; in or out
+    flow = np.zeros((2, 2, 2, ranks))  # phase; near or far; in or out
+    crossed = np.zeros((2, 2, ranks), dtype=np.int64)  # the rows of both
     held = np.zeros(ranks, dtype=np.int64)
     for batch in range(len(rows)):
         for layer in range(num_layers):
-            flow[:], held[:] = 0, 0
+            flow[:], crossed[:], held[:] = 0, 0, 0
             stamp = batch * num_layers + layer + 1
             for i in range(rows.shape[1]):
                 token = rows[batch, i]
@@ -216,7 +224,8 @@ def _count_batches(
                 held[before] += 1
                 count = 0
                 for choice in range(top_k):
-                    slot = serving[before, layer, experts[token, layer, choice]]
+                    turn = (i // ranks * top_k + choice) % turns
+                    slot = serving[turn, before, layer, experts[token, layer, choice]]
                     rank = slot // per_rank
                     pairs[batch, layer, rank] += 1
                     if seen[slot] != stamp:
@@ -225,17 +234,19 @@ def _count_batches(
                     if rank not in hosts[:count]:
                         hosts[count] = rank
                         count += 1
-                messages[batch, layer] += _send(before, hosts[:count], per_node, flow[0])
-                messages[batch, layer] += _send(after, hosts[:count], per_node, flow[1])
+                for phase, end in enumerate((before, after)):
+                    messages[batch, layer] += _send(
+                        end, hosts[:count], per_node, slowness, flow[phase], crossed[phase]
+                    )
             owned[batch, layer] = held.max()
             for phase in range(2):
                 near[batch, layer, phase] = flow[phase, 0].max()
                 far[batch, layer, phase] = flow[phase, 1].max()
-                busiest[batch, layer, phase] = (flow[phase, 0] + flow[phase, 1]).max()
+                busiest[batch, layer, phase] = crossed[phase].max()
 
 
 @compiled
-def _send(owner: int, hosts: IntArray, per_node: int, flow: Counts) -> int:
+def _send(owner: int, hosts: IntArray, per_node: int, slowness: Floats, flow: Floats, crossed: Counts) -> int:
     """Count the rows from `owner` to the hosts; a combine has the same rows the other way. Returns
     messages."""
     sent = 0
@@ -246,8 +257,7 @@ def _send(owner: int, hosts: IntArray, per_node: int, flow: Counts) -> int:
             continue
         sent += 1
         if node == owner // per_node:
-            flow[0, 0, host] += 1
-            flow[0, 1, owner] += 1
+            _cross(owner, host, slowness, flow[0], crossed)
             continue
         relay = node * per_node + owner % per_node
         first = True
@@ -255,9 +265,15 @@ def _send(owner: int, hosts: IntArray, per_node: int, flow: Counts) -> int:
             if other // per_node == node:
                 first = False
         if first:
-            flow[1, 0, relay] += 1
-            flow[1, 1, owner] += 1
+            _cross(owner, relay, slowness, flow[1], crossed)
         if host != relay:
-            flow[0, 0, host] += 1
-            flow[0, 1, relay] += 1
+            _cross(relay, host, slowness, flow[0], crossed)
     return sent
+
+
+@compiled
+def _cross(source: int, target: int, slowness: Floats, flow: Floats, crossed: Counts) -> None:
+    flow[0, target] += slowness[source, target]
+    flow[1, source] += slowness[source, target]
+    crossed[0, target] += 1
+    crossed[1, source] += 1

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Edit, str, list[str]]] = {
     "no plan": (nothing, "evaluate absent.json trace", ["absent.json", "no such plan", "exflow place"]),
     "truncated plan": (truncate("plan.json"), "evaluate plan.json trace", ["plan.json", "not valid JSON"]),
     "plan version": (
-        replace_in("plan.json", '"version": 2', '"version": 7'),
+        replace_in("plan.json", '"version": 3', '"version": 7'),
         "evaluate plan.json trace",
         ["plan.json", "version is 7"],
     ),
@@ -140,6 +140,28 @@ CASES: dict[str, tuple[Edit, str, list[str]]] = {
         write_topology("nodes: ["),
         PLACE + " --topology cluster.yaml",
         ["cluster.yaml", "not YAML", "line 1"],
+    ),
+    "topology of an unknown link": (
+        write_topology("\tGPU0\tGPU1\nGPU0\tX\tIB4\nGPU1\tIB4\tX\n"),
+        PLACE + " --topology cluster.yaml",
+        ["cluster.yaml", "GPU0 to GPU1 is 'IB4'", "NV1 to NV18"],
+    ),
+    "no cost matrix": (nothing, PLACE + " --cost-matrix absent.json", ["absent.json", "no such cost matrix"]),
+    "costs no JSON": (nothing, PLACE + " --cost-matrix book.txt", ["book.txt", "not valid JSON", "docs/"]),
+    "costs twice": (
+        nothing,
+        PLACE + " --cost-matrix plan.json --gpus 2",
+        ["--cost-matrix", "leave out --gpus and --topology"],
+    ),
+    "costs of no pairs": (
+        write_topology("[[0, 1], [2, 0]]"),
+        PLACE + " --cost-matrix cluster.yaml",
+        ["cluster.yaml", "is 1.0, but 2.0 the other way", "both ways the same"],
+    ),
+    "costs over nodes": (
+        write_topology("[[0, 1, 1], [1, 0, 1], [1, 1, 0]]"),
+        PLACE + " --cost-matrix cluster.yaml --nodes 2",
+        ["cluster.yaml", "3 GPUs", "2 nodes", "a multiple of 2"],
     ),
     "memory of what": (
         nothing,

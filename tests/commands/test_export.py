@@ -68,7 +68,7 @@ def test_export_warns_of_a_plan_for_what_no_engine_runs(run: Run, format: str) -
     assert code == 0
     assert json.loads(out)["warning"].startswith(warning)
     assert err.startswith(f"exflow: {warning}")
-    assert "exflow place --strategy dispatch-combine" in err and err.count("\n") == 1
+    assert f"exflow place --for {FORMATS[format].target}" in err and err.count("\n") == 1
     assert run(f"export coherent.json --format {format} -o map.json --quiet")[2] == ""
 
 

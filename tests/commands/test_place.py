@@ -37,6 +37,7 @@ FIGURES = {
     "local_fraction",
     "imbalance_mean",
     "imbalance_max",
+    "notes",
 }
 
 MESSAGES = ("--objective", "messages")
@@ -97,7 +98,7 @@ def test_the_figures_are_those_of_the_plan(trace: Path, tmp_path: Path) -> None:
     assert shown["messages_coherent"] == coherent["messages_per_token_layer"]
     assert shown["imbalance_max"] == plan.expected["imbalance"]["max"]
     lines = exflow_place(trace, "--gpus", "2", "-o", tmp_path / "plan.json", *MESSAGES).splitlines()
-    assert len(lines) == len(FIGURES)
+    assert len(lines) == len(FIGURES) - 1  # notes are on stderr
     assert [line.split()[0] for line in lines[:4]] == ["plan", "strategy", "method", "slots"]
 
 
@@ -136,6 +137,17 @@ def test_topology_is_what_the_file_says(trace: Path, tmp_path: Path) -> None:
     assert plan.topology == load_topology(cluster)
     assert plan.topology.link_cost is not None
     assert "messages_node_coherent" in shown
+
+
+def test_topology_is_what_nvidia_smi_or_a_cost_matrix_says(trace: Path, tmp_path: Path) -> None:
+    saved, costs = tmp_path / "saved", tmp_path / "costs.json"
+    saved.write_text("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
+    costs.write_text("[[0, 0.8192], [0.8192, 0]]")
+    of_pair = ((0.0, 0.8192), (0.8192, 0.0))
+    plan, _ = placed(tmp_path / "plan.json", trace, "--topology", saved)
+    assert plan.topology == Topology(gpus_per_node=2, link_cost=of_pair)
+    plan, _ = placed(tmp_path / "plan.json", trace, "--cost-matrix", costs, "--nodes", "2")
+    assert plan.topology == Topology(num_nodes=2, gpus_per_node=1, link_cost=of_pair)
 
 
 def test_nodes_are_equal(trace: Path, tmp_path: Path) -> None:
@@ -336,7 +348,10 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
 def test_ctrl_c_writes_the_best_so_far(interrupted: Interrupted) -> None:
     assert interrupted.code == 0
     assert "messages coherent" in interrupted.stdout
-    assert interrupted.stderr == ""
+    assert (
+        interrupted.stderr.startswith("exflow: The trace has 500 tokens")
+        and interrupted.stderr.count("\n") == 1
+    )
     assert Plan.load(interrupted.folder / "plan.json").num_ranks == 8
     assert {path.name for path in interrupted.folder.iterdir()} == {"plan.json", "seconds", "trace"}
 

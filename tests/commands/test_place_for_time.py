@@ -27,6 +27,7 @@ TIMES = {
     "busiest_link_rows",
     "compute_imbalance",
     "messages",
+    "experts_touched",
 }
 
 
@@ -103,6 +104,12 @@ def test_a_baseline_is_what_was_asked_for(trace: Path, tmp_path: Path) -> None:
         (["--for", "transformers", "--redundant-experts", "4"], "4: transformers holds no replicas"),
         (["--objective", "time", "--pareto"], "--pareto: belongs to --objective messages"),
         (["--strategy", "none"], "strategy 'none' is unknown"),
+        (["--keep-groups", "3"], "keep groups 3: does not divide the 8 experts of a layer"),
+        (["--keep-groups", "4", "--redundant-experts", "2"], "4: groups stay in order only without replicas"),
+        (["--keep-groups", "4", "--method", "load-only"], "4: method load-only does not keep groups"),
+        (["--keep-groups", "4", "--objective", "messages"], "--keep-groups: belongs to --objective time"),
+        (["--phase", "dreams"], "phase dreams: no such phase"),
+        (["--phase", "all", "--phase", "decode"], "name each phase once, or all alone"),
     ],
 )
 def test_bad_input(trace: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -160,3 +167,64 @@ def test_a_phase_without_tokens(trace: Path, tmp_path: Path) -> None:
     assert placed(tmp_path / "plan.json", trace, "--gpus", "2", "--phase", "decode")[0].num_ranks == 2
     with pytest.raises(InputError, match="phase prefill: the trace holds no such tokens"):
         exflow_place(trace, "--gpus", "2", "--phase", "prefill", "-o", tmp_path / "other.json")
+
+
+def test_each_phase_gets_a_plan_of_its_own(tmp_path: Path) -> None:
+    one, rng = RoutingTrace.load(save_trace(tmp_path / "decode", 2)), np.random.default_rng(1)
+    trace = RoutingTrace.from_arrays(
+        one.experts, num_experts=8, sequence=one.sequence, phase=rng.integers(0, 2, 400), model=one.model
+    )
+    trace.save(tmp_path / "both")
+    phases = ("--phase", "prefill", "--phase", "decode")
+    shown = json.loads(
+        exflow_place(tmp_path / "both", "--gpus", "2", *phases, "-o", tmp_path / "plan.json", "--json")
+    )
+    for phase, batch in (("prefill", 2048), ("decode", 64)):
+        plan = Plan.load(tmp_path / f"plan.{phase}.json")
+        assert plan.trace_digest == trace.of_phase(phase).digest()
+        assert shown[phase]["made_for"]["batch"] == plan.expected["made_for"]["batch"] == batch
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(("groups", "gpus"), [(2, 4), (4, 2), (4, 4)])
+def test_groups_stay_together_and_in_order(trace: Path, tmp_path: Path, groups: int, gpus: int) -> None:
+    plan, shown = placed(
+        tmp_path / "plan.json", trace, "--gpus", str(gpus), "--keep-groups", str(groups), "--for", "vllm"
+    )
+    of_group = plan.physical_to_logical_map // (8 // groups)
+    assert np.array_equal(of_group, np.tile(np.arange(groups).repeat(8 // groups), (3, 1)))
+    assert shown["made_for"]["keep_groups"] == groups
+    assert shown["time"]["ratio_to_contiguous"] <= 1.0
+    assert (groups >= gpus) == np.array_equal(plan.rank_of_expert, np.tile(np.arange(8) * gpus // 8, (3, 1)))
+
+
+def test_notes_say_what_a_user_should_know(trace: Path, tmp_path: Path) -> None:
+    def notes(*arguments: str) -> list[str]:
+        found: list[str] = placed(tmp_path / "plan.json", trace, *arguments)[1]["notes"]
+        return found
+
+    few = "The trace has 400 tokens, 100 choices of each expert in a layer"
+    assert not any(each.startswith("The trace has") for each in notes("--gpus", "2"))
+    held_out = notes("--gpus", "2", "--holdout", "0.25")
+    assert any(each.startswith(few.replace("400", "300").replace(" 100 ", " 75 ")) for each in held_out)
+    assert any(each.startswith("Only 10 sequences were held out") for each in held_out)
+    assert any(
+        each.startswith("3 GPUs share slots equally only if there are 9: 1 more")
+        for each in notes("--gpus", "3")
+    )
+    many = notes("--gpus", "12")
+    assert many[0] == (
+        "There are more GPUs (12) than experts (8): each expert has 1 or 2 replicas in the mean."
+    )
+
+
+def test_an_engine_is_told_where_redundant_experts_cost_time(trace: Path, tmp_path: Path) -> None:
+    """One batch reads every replica that SGLang serves from; our own runtime leaves it alone."""
+    spare = ("--gpus", "4", "--redundant-experts", "4", "--method")
+    plan, shown = placed(tmp_path / "plan.json", trace, *spare, "auto", "--for", "sglang")
+    assert any(each.startswith("Without redundant experts a step takes") for each in shown["notes"])
+    assert shown["time"]["without_replicas_us"] < shown["time"]["step_us"]
+    plan, shown = placed(tmp_path / "plan.json", trace, *spare, "auto", "--for", "exflow")
+    assert plan.num_slots == 12
+    assert shown["time"]["without_replicas_us"] >= shown["time"]["step_us"]
+    assert Plan.load(tmp_path / "plan.json").serving_rank is not None

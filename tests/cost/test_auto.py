@@ -4,18 +4,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from exflow.cost.auto import expected_figures, predictions, step_traffic
+from exflow.cost.auto import expected_counts, expected_figures, predictions, step_traffic
 from exflow.cost.probe import link_of
 from exflow.cost.workload import StepTraffic, Workload
 from exflow.model.config import ModelConfig
 from exflow.model.decoder import Decoder
+from exflow.placement.fastest_plan import place_for_time
 from exflow.placement.make_plan import place
+from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.time.machine import Link, Machine
+from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.evaluate import evaluate
 from exflow.profiling.trace import RoutingTrace
 from exflow.runtime.deploy import default_plan
@@ -79,6 +83,22 @@ def test_every_strategy_is_weighed(trace: RoutingTrace, tiny_config: Callable[..
     one_node = place(trace, Topology(gpus_per_node=4))
     names = [each.strategy for each in predictions(workload, one_node, SLOW)]
     assert names == ["dispatch-combine", "coherent", "replicated"]
+
+
+def test_figures_of_time_count_for_their_own_batch(trace: RoutingTrace) -> None:
+    """The load of experts is the plan's under every strategy; the rows are those of its own one."""
+    serving = Serving(strategy=Strategy.DISPATCH_COMBINE, batch=2)
+    plan = place_for_time(trace, TOPOLOGY, serving, method="contiguous")
+    own = expected_counts(plan, 2)
+    time = plan.expected["time"]
+    assert own[Strategy.DISPATCH_COMBINE].link_rows == time["busiest_link_rows"]
+    assert own[Strategy.COHERENT].link_rows is None
+    assert {each.experts_read for each in own.values()} == {time["experts_touched"]}
+    assert {each.expert_imbalance for each in own.values()} == {time["compute_imbalance"]}
+    assert expected_counts(plan, 3) == {}
+    old = {name: figure for name, figure in time.items() if name != "experts_touched"}
+    assert expected_counts(replace(plan, expected=plan.expected | {"time": old}), 2) == {}
+    assert expected_counts(place(trace, TOPOLOGY), 2) == {}
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exflow.cost.predict import Prediction, choose, predict
-from exflow.cost.workload import StepTraffic, Workload, imbalance_of_batch
+from exflow.cost.workload import BatchCounts, StepTraffic, Workload, imbalance_of_batch
 from exflow.errors import InputError
 from exflow.model.config import ModelConfig
 from exflow.placement.time.machine import Link, Machine
@@ -156,10 +156,34 @@ def test_products_by_hand() -> None:
     assert compute == pytest.approx((2 * served * 500 + 2 * 8 * 3000) / 10)
 
 
-def test_experts_that_are_known_to_be_read() -> None:
-    touched = replace(WORKLOAD, experts_read=0.25)
+def test_drawn_batches_by_hand() -> None:
+    """Their busiest rank reads a quarter of an expert and serves 3 times the mean, without a formula."""
+    drawn = replace(STILL, drawn=BatchCounts(None, 3.0, 0.25))
     reading = predict("dispatch-combine", WORKLOAD, STILL, MACHINE).compute_s - 2 * (1 - 0.75**8)
-    assert predict("dispatch-combine", touched, STILL, MACHINE).compute_s == pytest.approx(reading + 2 * 0.25)
+    compute = predict("dispatch-combine", WORKLOAD, drawn, MACHINE).compute_s
+    assert compute == pytest.approx(reading + 2 * 0.25)
+    fast = replace(MACHINE, read_bytes_per_s=math.inf, flops_per_s=10.0)
+    products = 2 * (2 * 3.0) * 2 * 500 + 2 * 2 * 3000
+    assert predict("dispatch-combine", WORKLOAD, drawn, fast).compute_s == pytest.approx(products / 10)
+
+
+@pytest.mark.parametrize(("link_rows", "busiest"), [(2.5, 2.5), (None, 3.0)])
+def test_rows_of_the_busiest_link_by_hand(link_rows: float | None, busiest: float) -> None:
+    """Of 1 row a token, half out and half back, the busiest rank has 2.5; uncounted, as its pairs are: 3.
+
+    2 tokens a rank in 2 layers. Between nodes the count does not hold.
+    """
+    one_sided = replace(MACHINE, transport="one-sided")
+    traffic = replace(STILL, exchanges=4, dispatch=(0.5, 0.0), combine=(0.5, 0.0))
+    traffic = replace(traffic, drawn=BatchCounts(link_rows, 3.0, 1.0))
+    one_node = replace(WORKLOAD, ranks_per_node=4)
+    moving = 2 * 2 * 0.5 * (120 + 108) / 1000
+    found = predict("dispatch-combine", one_node, traffic, one_sided).exchange_s
+    assert found == pytest.approx(4 * 0.1 + busiest * moving)
+    found = predict("dispatch-combine", WORKLOAD, traffic, one_sided).exchange_s
+    assert found == pytest.approx(4 * 1.0 + 3.0 * moving)
+    shared = replace(one_sided, shared=True)
+    assert predict("dispatch-combine", one_node, traffic, shared).exchange_s == pytest.approx(0.4 + moving)
 
 
 def test_captured_steps_read_what_windows_leave(tiny_config: Callable[..., ModelConfig]) -> None:

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import exflow.cost.batches
 from exflow.cost import machines as times
 from exflow.cost.auto import predictions
+from exflow.cost.batches import DrawnBatches
 from exflow.cost.crossover import crossovers, quantities
 from exflow.cost.simulate import (
     Layout,
     Point,
     Variant,
-    chosen_slots,
     split_sequences,
     step,
     strategies_on,
@@ -29,9 +30,12 @@ from exflow.model.config import ModelConfig
 from exflow.placement.make_plan import Solving, place
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
+from exflow.placement.solve.objective import Objective
 from exflow.placement.time.machine import Link, Machine
 from exflow.placement.time.machines import load_machine
+from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.evaluate import evaluate
+from exflow.placement.traffic.step_time import step_time
 from exflow.profiling.trace import RoutingTrace
 
 NODES = Topology(num_nodes=2, gpus_per_node=2)
@@ -90,44 +94,46 @@ def test_a_split_trace_is_the_same_rows_in_short_sequences() -> None:
     assert len(set(split_sequences(trace, 1000).sequence.tolist())) == trace.num_tokens
 
 
-def test_experts_read_are_those_that_batches_touch() -> None:
-    """The count equals that of batches drawn from the trace, on a single rank."""
-    trace, rng = skewed(), np.random.default_rng(0)
-    plan = place(trace, Topology(gpus_per_node=1), solving=Solving("contiguous"))
-    variant = Variant.of(Strategy.DISPATCH_COMBINE, "contiguous", plan, trace)
-    for batch in (1, 3, 10):
-        drawn = trace.experts[rng.integers(trace.num_tokens, size=(2000, batch))]
-        touched = np.mean([[len(set(row[:, layer].ravel().tolist())) for layer in range(3)] for row in drawn])
-        assert variant.experts_read(batch) == pytest.approx(touched, rel=0.02)
-
-
-@pytest.mark.parametrize("redundant", [0, 4])
-def test_a_token_chooses_as_many_slots_as_experts(redundant: int) -> None:
+@pytest.mark.parametrize("strategy", [Strategy.DISPATCH_COMBINE, Strategy.COHERENT, Strategy.REPLICATED])
+@pytest.mark.parametrize(("size", "near"), [(1, 1e-9), (64, 1e-9), (3, 0.03), (20, 0.03), (48, 0.03)])
+def test_batches_are_those_of_step_time(strategy: Strategy, size: int, near: float) -> None:
+    """Powers of two are its own counts, and sizes between are near them."""
     trace = skewed()
-    plan = place(trace, NODES, solving=Solving("search", time_limit=0.1), redundant_experts=redundant)
-    chosen = chosen_slots(plan, trace)
-    assert chosen.shape == (3, 4, (8 + redundant) // 4)
-    assert chosen.sum(axis=(1, 2)) == pytest.approx(2)
+    plan = place(trace, NODES, solving=Solving("load-only"), redundant_experts=4)
+    found = DrawnBatches(plan, trace, strategy).of(size)
+    time = step_time(plan, trace, Serving(strategy=strategy.placed_for, batch=size))
+    assert found.link_rows == pytest.approx(time.busiest_link_rows, rel=near)
+    assert found.expert_imbalance == pytest.approx(time.compute_imbalance, rel=near)
+    assert found.experts_read == pytest.approx(time.experts_touched, rel=near)
 
 
-def test_level_routing_takes_what_the_cost_model_says() -> None:
-    """Uniform routing: the simulator gives `auto`'s own prediction, strategy by strategy."""
-    experts = np.stack([np.random.default_rng(layer).permutation(240) % 8 for layer in range(3)], axis=1)
-    trace = RoutingTrace.from_arrays(
-        experts[:, :, None], num_experts=8, sequence=np.arange(240) // 2, model="small", num_hidden_layers=3
-    )
-    model = MODEL.model_copy(update={"top_k": 1})
+def test_batches_too_large_to_be_followed_grow_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exflow.cost.batches, "_WORK", 8 * 4 * 3 * 2)  # 8 tokens of 4 ranks, 3 layers, top-2
+    trace = skewed()
     plan = place(trace, NODES, solving=Solving("contiguous"))
+    batches = DrawnBatches(plan, trace, Strategy.DISPATCH_COMBINE)
+    assert batches.of(8) == batches.of(9) == batches.of(1 << 30) != batches.of(7)
+
+
+def test_the_simulator_says_what_auto_says() -> None:
+    """With figures of time for this batch in the plan, both predict the same step of the plan's strategy."""
+    trace = split_sequences(skewed(), NODES.num_ranks)
     machine = Machine(Link(1e-5, 1e9), Link(1e-4, 1e8), 1e9, 1e9, flops_per_s=1e10)
-    plan = replace(plan, expected=evaluate(plan, trace))
+    plan = place(trace, NODES, objective=Objective(Strategy.DISPATCH_COMBINE), solving=Solving("contiguous"))
+    serving = Serving(batch=4)
+    figures = {"made_for": serving.as_json(), "time": step_time(plan, trace, serving).as_json()}
+    plan = replace(plan, expected=evaluate(plan, trace) | figures)
     expected = {
-        each.strategy: each for each in predictions(Workload.of(model, plan, 16, 32, 2), plan, machine)
+        each.strategy: each for each in predictions(Workload.of(MODEL, plan, 16, 32, 2), plan, machine)
     }
     assert set(expected) == set(strategies_on(NODES))
-    for name, prediction in expected.items():
-        found = step(Variant.of(Strategy(name), "contiguous", plan, trace), Point(model, 16, 32, machine))
-        assert found.seconds == pytest.approx(prediction.step_s)
-        assert found.prediction.memory_bytes == prediction.memory_bytes
+    for strategy in (
+        Strategy.DISPATCH_COMBINE,
+        Strategy.REPLICATED,
+    ):  # others lack rows
+        found = step(Variant.of(strategy, "contiguous", plan, trace), Point(MODEL, 16, 32, machine))
+        assert found.seconds == pytest.approx(expected[strategy].step_s)
+        assert found.prediction.memory_bytes == expected[strategy].memory_bytes
 
 
 positive = st.floats(1e-6, 1e3)

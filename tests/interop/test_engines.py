@@ -25,9 +25,10 @@ import pytest
 import torch
 import yaml
 
-from exflow.placement.eplb import logical_maps, rebalance_experts
+from exflow.placement.eplb import rebalance_experts
 from exflow.placement.formats.exporters.registry import export_plan
 from exflow.placement.formats.importers.registry import read_plan
+from exflow.placement.plan.logical_maps import logical_maps
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.load_only import load_only

@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import AffinityCounts, count_affinity
-from exflow.placement.eplb import logical_maps, rebalance_experts
+from exflow.placement.eplb import rebalance_experts
+from exflow.placement.fastest_plan import place_for_time
+from exflow.placement.plan.logical_maps import logical_maps
+from exflow.placement.plan.topology import Topology
+from exflow.placement.time.serving import Serving
 from exflow.profiling.trace import RoutingTrace
+from tests.placement.planted import planted
 
 Case = tuple[np.ndarray, int, int, int, int]
 
@@ -250,6 +255,8 @@ def test_its_arguments_are_those_of_the_original() -> None:
         "num_gpus",
         "affinity",
         "time_limit",
+        "trace",
+        "serving",
     ]
 
 
@@ -340,3 +347,18 @@ def test_weights_that_are_none() -> None:
             rebalance_experts(np.full((2, 8), np.nan), 8, 1, 1, 4, affinity)
     with pytest.raises(InputError, match=r"affinity: its loads have the shape \(2, 8\), weight has \(3, 8\)"):
         rebalance_experts(np.ones((3, 8)), 8, 1, 1, 4, pairs())
+
+
+def test_with_a_trace_the_plan_has_the_least_time() -> None:
+    trace, _ = planted(hot=0.7, tokens=400)
+    load = np.stack([np.bincount(trace.experts[:, layer].ravel(), minlength=16) for layer in range(3)])
+    slots, _, count = rebalance_experts(load, 20, 1, 1, 4, trace=trace, time_limit=5)
+    plan = place_for_time(
+        trace, Topology(gpus_per_node=4), Serving("eplb"), redundant_experts=4, time_limit=5
+    )
+    assert np.array_equal(slots, plan.physical_to_logical_map)
+    assert count.sum() == 3 * 20
+    with pytest.raises(InputError, match="trace: has 3 MoE layers of 16 experts, weight has the shape"):
+        rebalance_experts(load[:2], 20, 1, 1, 4, trace=trace)
+    with pytest.raises(InputError, match="affinity and trace both say"):
+        rebalance_experts(load, 20, 1, 1, 4, affinity=count_affinity(trace), trace=trace)

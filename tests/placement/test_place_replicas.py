@@ -27,12 +27,6 @@ def test_slots_are_filled_up_until_all_ranks_have_equally_many(redundant: int, n
     trace, _ = planted(hot=0.7, tokens=400)
     plan = place(trace, FOUR, redundant_experts=redundant)
     check_valid(plan, trace, FOUR, num_slots)
-    load = np.stack([np.bincount(trace.experts[:, layer].ravel(), minlength=16) for layer in range(3)])
-    for row, layer in zip(plan.physical_to_logical_map, load, strict=True):
-        count = np.bincount(row, minlength=16)
-        assert count.max() <= 4
-        once = layer[count == 1].max()
-        assert (layer[count > 1] / (count[count > 1] - 1) >= once).all()  # the hot ones have the replicas
     hosts = plan.hosts.sum(axis=2)
     counts = np.stack([np.bincount(row, minlength=16) for row in plan.physical_to_logical_map])
     assert np.array_equal(hosts, counts)  # no two on one rank
@@ -47,10 +41,6 @@ def test_with_replicas_too_affinity_saves_messages(topology: Topology) -> None:
         assert messages(plan, trace) < 0.5 * messages(other, trace)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a replica on the owner's rank serves even a token that has to go to another rank anyway",
-)
 @pytest.mark.parametrize("redundant", [4, 8])
 def test_replicas_do_not_make_more_messages(redundant: int) -> None:
     """An expert of each group is hot; the groups stay whole, and yet."""
@@ -59,10 +49,6 @@ def test_replicas_do_not_make_more_messages(redundant: int) -> None:
     assert messages(spare, trace) <= 1.02 * messages(plain, trace)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="replicas go to the hottest experts, even where their group's rank then has to take in others",
-)
 def test_replicas_of_one_group_do_not_break_up_others() -> None:
     """Make all hot experts one group: on its rank only another group's expert can fill the slot."""
     trace, of = planted()

@@ -1,5 +1,6 @@
 """The plan: its file (docs/plan-format.md), and what a reader says of a file that is wrong."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 
 from exflow.errors import InputError
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import ReplicaRule
 from exflow.placement.plan.strategy import OWNED
 from exflow.placement.plan.topology import Topology
 from exflow.placement.traffic.traffic import count_traffic, local_fraction
@@ -93,6 +95,30 @@ def test_what_is_not_in_the_example_survives_the_file(plan: Plan, tmp_path: Path
     assert loaded.serving_slot[:, 1].tolist() == [[0, 3, 1, -1], [0, 3, 5, -1]]
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def test_a_table_says_which_replica_serves(plan: Plan, tmp_path: Path) -> None:
+    """Rank 0 sends its tokens to rank 1 for expert 0 of the first layer, though it holds a replica."""
+    by_rule = plan.serving_slot // plan.slots_per_rank
+    table = by_rule.transpose(1, 2, 0).copy()
+    table[0, 0] = [1, 0]
+    tabled = replace(plan, serving_rank=table)
+    assert tabled.serving_slot[:, 0, 0].tolist() == [3, 0]
+    tabled.save(tmp_path / "plan.json")
+    assert np.array_equal(Plan.load(tmp_path / "plan.json").serving_slot, tabled.serving_slot)
+    assert tabled.serving_slots(ReplicaRule.NEAREST)[0, :, 0, 0].tolist() == [0, 3]
+    table[0, 1] = [1, 1]
+    with pytest.raises(InputError, match=r"serving_rank\[0\]\[1\]\[0\]: is 1, a rank without expert 1"):
+        replace(plan, serving_rank=table)
+
+
+def test_a_plan_of_version_2_loads(example: str, plan: Plan, tmp_path: Path) -> None:
+    old = json.loads(example)
+    del old["serving_rank"]
+    (tmp_path / "old.json").write_text(json.dumps(old | {"version": 2}))
+    loaded = Plan.load(tmp_path / "old.json")
+    assert loaded.serving_rank is None
+    assert np.array_equal(loaded.physical_to_logical_map, plan.physical_to_logical_map)
 
 
 def test_a_group_is_that_of_the_strategy(plan: Plan) -> None:

@@ -36,8 +36,11 @@ def put(*place: Any) -> Callable[[dict[str, Any]], None]:
     ("edit", "message"),
     [
         (put("format", "exflow-trace"), f'is not a plan (no "format": "exflow-plan"); {AGAIN}'),
-        (put("version", 1), f"version is 1, this exflow reads version 2; {AGAIN}"),
-        (lambda document: document.pop("version"), f"version is None, this exflow reads version 2; {AGAIN}"),
+        (put("version", 1), f"version is 1, this exflow reads versions 2 and 3; {AGAIN}"),
+        (
+            lambda document: document.pop("version"),
+            f"version is None, this exflow reads versions 2 and 3; {AGAIN}",
+        ),
         (lambda document: document.pop("method"), f"the key 'method' is missing; {AGAIN}"),
         (
             lambda document: document["topology"].pop("link_cost"),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exflow.placement.plan.replicas import hosting, serving_slots
+from exflow.placement.plan.replicas import TURNS, ReplicaRule, hosting, serving_slots
 from exflow.placement.plan.topology import Topology
 
 Case = tuple[np.ndarray, int, Topology]
@@ -21,13 +21,13 @@ def cases(draw: st.DrawFn) -> Case:
 
 def served(slots: list[int], topology: Topology) -> list[int]:
     """The ranks that a token owned by rank 0, 1, ... goes to for expert 1; `slots` is one layer's map."""
-    serving = serving_slots(np.array([slots]), 2, topology)[:, 0, 1]
+    serving = serving_slots(np.array([slots]), 2, topology)[0, :, 0, 1]
     return (serving // (len(slots) // topology.num_ranks)).tolist()
 
 
 def test_the_example_in_the_docstring() -> None:
     slots = np.array([[1, 0, 0, 2]])
-    assert serving_slots(slots, 3, Topology(gpus_per_node=4))[:, 0, 0].tolist() == [1, 1, 2, 2]
+    assert serving_slots(slots, 3, Topology(gpus_per_node=4))[0, :, 0, 0].tolist() == [1, 1, 2, 2]
 
 
 def test_an_only_replica_serves_everyone() -> None:
@@ -45,13 +45,13 @@ def test_nodes_without_a_replica_take_turns_together() -> None:
 
 
 def test_of_two_replicas_on_one_rank_the_first_serves_it_and_others_take_turns() -> None:
-    serving = serving_slots(np.array([[1, 1, 0, 0, 0, 0]]), 2, Topology(gpus_per_node=3))
+    serving = serving_slots(np.array([[1, 1, 0, 0, 0, 0]]), 2, Topology(gpus_per_node=3))[0]
     assert serving[:, 0, 1].tolist() == [0, 0, 1]
 
 
 def test_an_expert_that_a_layer_lacks_is_served_by_none() -> None:
     slots = np.array([[0, 1, 2, 0], [0, 1, 1, 0]])
-    serving = serving_slots(slots, 3, Topology(gpus_per_node=2))
+    serving = serving_slots(slots, 3, Topology(gpus_per_node=2))[0]
     assert serving[:, 0, 2].tolist() == [2, 2]
     assert serving[:, 1, 2].tolist() == [-1, -1]
     assert not hosting(slots, 3, 2)[1, 2].any()
@@ -68,7 +68,7 @@ def test_everyone_is_served_by_the_nearest(case: Case) -> None:
     slots, num_experts, topology = case
     per_rank, node = slots.shape[1] // topology.num_ranks, topology.node_of_rank
     serving, hosts = (
-        serving_slots(slots, num_experts, topology),
+        serving_slots(slots, num_experts, topology)[0],
         hosting(slots, num_experts, topology.num_ranks),
     )
     for (rank, layer, expert), slot in np.ndenumerate(serving):
@@ -92,7 +92,7 @@ def test_turns_are_even(case: Case) -> None:
     slots, num_experts, topology = case
     node = topology.node_of_rank
     serving, hosts = (
-        serving_slots(slots, num_experts, topology),
+        serving_slots(slots, num_experts, topology)[0],
         hosting(slots, num_experts, topology.num_ranks),
     )
     node_of_slot = np.repeat(node, slots.shape[1] // topology.num_ranks)
@@ -113,5 +113,23 @@ def test_turns_are_even(case: Case) -> None:
 def test_where_every_rank_has_every_expert_each_serves_itself(per_rank: int) -> None:
     topology = Topology(num_nodes=2, gpus_per_node=2)
     slots = np.tile(np.arange(per_rank), 4)[None]
-    served_by = serving_slots(slots, per_rank, topology)[:, 0] // per_rank
+    served_by = serving_slots(slots, per_rank, topology)[0, :, 0] // per_rank
     assert (served_by == np.arange(4)[:, None]).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(cases())
+def test_rules_of_engines(case: Case) -> None:
+    """Replica "rank modulo number" for vllm-ascend; in the order of a batch's choices for vLLM."""
+    slots, num_experts, topology = case
+    by_rank = serving_slots(slots, num_experts, topology, ReplicaRule.BY_RANK)[0]
+    in_turn = serving_slots(slots, num_experts, topology, ReplicaRule.IN_TURN)
+    assert len(in_turn) == (TURNS if slots.shape[1] > num_experts else 1)
+    for (rank, layer, expert), slot in np.ndenumerate(by_rank):
+        replicas = np.flatnonzero(slots[layer] == expert)
+        if not len(replicas):
+            assert slot == -1
+            continue
+        assert slot == replicas[rank % len(replicas)]
+        if len(in_turn) > 1:
+            assert in_turn[:, rank, layer, expert].tolist() == np.resize(replicas, TURNS).tolist()

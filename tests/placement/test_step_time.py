@@ -1,8 +1,5 @@
 """The time of a step: the one function, against a count by sets, by hand, and by laws."""
 
-import dataclasses
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -31,9 +28,10 @@ MACHINE = Machine(
 )
 
 
-def serving(strategy: Strategy = Strategy.DISPATCH_COMBINE, batch: int = 3, **changes: Any) -> Serving:
-    machine = NamedMachine("toy", dataclasses.replace(MACHINE, **changes))
-    return Serving("toy", strategy, machine, SIZES, batch, context=7)
+def serving(
+    strategy: Strategy = Strategy.DISPATCH_COMBINE, batch: int = 3, target: str = "exflow"
+) -> Serving:
+    return Serving(target, strategy, NamedMachine("toy", MACHINE), SIZES, batch, context=7)
 
 
 def random_trace(
@@ -61,7 +59,7 @@ def by_sets(plan: Plan, trace: RoutingTrace, who: Serving, rows_NM: npt.NDArray[
     ranks, per_node = plan.num_ranks, plan.topology.gpus_per_node
     group = who.strategy.group_size(ranks, per_node)
     owner = owners(trace, plan, group)
-    machine, totals = who.machine.machine, np.zeros(3)
+    machine, totals, served = who.machine.machine, np.zeros(3), plan.serving_slots(who.rule)
     for rows in rows_NM:
         for layer in range(plan.num_layers):
             near, far = np.zeros((2, 2, ranks)), np.zeros((2, 2, ranks))  # phase, in or out
@@ -70,7 +68,11 @@ def by_sets(plan: Plan, trace: RoutingTrace, who: Serving, rows_NM: npt.NDArray[
             for i, token in enumerate(rows):
                 ends = (i % ranks,) * 2 if group == 1 else tuple(owner[token, layer : layer + 2])
                 held[ends[0]] += 1
-                slots = [int(plan.serving_slot[ends[0], layer, e]) for e in trace.experts[token, layer]]
+                places = range(i // ranks * trace.top_k, (i // ranks + 1) * trace.top_k)
+                slots = [
+                    int(served[place % len(served), ends[0], layer, e])
+                    for place, e in zip(places, trace.experts[token, layer], strict=True)
+                ]
                 for slot in slots:
                     pairs[slot // plan.slots_per_rank] += 1
                     touched[slot // plan.slots_per_rank].add(slot)
@@ -109,13 +111,22 @@ def by_sets(plan: Plan, trace: RoutingTrace, who: Serving, rows_NM: npt.NDArray[
     nodes=st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 2), (4, 1), (2, 1)]),
     top_k=st.integers(1, 3),
     redundant=st.sampled_from([0, 4]),
-    strategy=st.sampled_from([Strategy.DISPATCH_COMBINE, Strategy.COHERENT, Strategy.NODE_COHERENT]),
+    setting=st.sampled_from(
+        [
+            (Strategy.DISPATCH_COMBINE, "sglang"),
+            (Strategy.DISPATCH_COMBINE, "vllm"),
+            (Strategy.DISPATCH_COMBINE, "vllm-ascend"),
+            (Strategy.COHERENT, "exflow"),
+            (Strategy.NODE_COHERENT, "exflow"),
+        ]
+    ),
 )
 def test_against_a_count_by_sets(
-    seed: int, nodes: tuple[int, int], top_k: int, redundant: int, strategy: Strategy
+    seed: int, nodes: tuple[int, int], top_k: int, redundant: int, setting: tuple[Strategy, str]
 ) -> None:
+    strategy, target = setting
     trace, plan = random_case(seed, nodes, top_k, redundant, strategy)
-    who = serving(strategy)
+    who = serving(strategy, target=target)
     found = step_time(plan, trace, who, seed)
     right = by_sets(plan, trace, who, drawn_batches(trace, 3 * plan.num_ranks, seed))
     assert [found.exchange_us, found.experts_us, found.attention_us] == pytest.approx(right)
@@ -183,3 +194,15 @@ def test_the_bound_is_reached_by_hand() -> None:
     plan = Plan.from_ranks(np.array([[0, 1]]), Topology(gpus_per_node=2), trace, method="by hand")
     who = serving(batch=4)
     assert least_step_us(plan, trace, who) == pytest.approx(step_time(plan, trace, who).step_us)
+
+
+def test_slower_links_of_a_class_count_as_many_times_as_they_are_slower() -> None:
+    """Every token chooses expert 0, on rank 0 of two; between three ranks one pair is 3 times as dear."""
+    trace = RoutingTrace.from_arrays(np.zeros((9, 1, 1), dtype=np.int64), num_experts=3, model="toy")
+    cost = ((0.0, 2.0, 6.0), (2.0, 0.0, 2.0), (6.0, 2.0, 0.0))
+    plan = Plan.from_ranks(
+        np.array([[0, 1, 2]]), Topology(gpus_per_node=3, link_cost=cost), trace, method="by hand"
+    )
+    found = step_time(plan, trace, serving(batch=4))
+    assert found.exchange_us == pytest.approx(2 * (2 + 4 + 3 * 4))  # rank 0 receives 4 rows from each
+    assert found.busiest_link_rows == 2 * 8 / 4

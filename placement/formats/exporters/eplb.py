@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from exflow.placement.eplb import logical_maps
 from exflow.placement.formats.exporters.common import Usage, check_equal_experts
+from exflow.placement.plan.logical_maps import logical_maps
 from exflow.placement.plan.plan import Plan
 
 

@@ -16,6 +16,7 @@ from exflow.placement.formats.exporters.vllm import vllm_usage, write_vllm
 from exflow.placement.formats.exporters.vllm_ascend import vllm_ascend_usage, write_vllm_ascend
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
+from exflow.placement.time.serving import TARGETS
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,27 @@ class ExportFormat:
 
     write     turns a plan into the bytes of a file
     usage     says how to give the file to the engine
+    target    the engine, by its name in TARGETS
     ending    that the engine insists on in the file's name
     strategy  that the engine runs
     """
 
     write: Callable[[Plan], bytes]
     usage: Callable[[Plan, Path], Usage]
+    target: str
     ending: str = ""
     strategy: Strategy = Strategy.DISPATCH_COMBINE
 
 
 FORMATS = {
-    "sglang": ExportFormat(write_sglang, sglang_usage, ".json"),  # another name is read as the JSON itself
-    "trtllm": ExportFormat(write_trtllm, trtllm_usage),
-    "vllm-ascend": ExportFormat(write_vllm_ascend, vllm_ascend_usage, ".json"),
-    "vllm": ExportFormat(write_vllm, vllm_usage),
-    "eplb": ExportFormat(write_eplb, eplb_usage),
-    "exflow": ExportFormat(write_exflow, exflow_usage, strategy=Strategy.COHERENT),
+    "sglang": ExportFormat(
+        write_sglang, sglang_usage, "sglang", ".json"
+    ),  # another name is read as the JSON itself
+    "trtllm": ExportFormat(write_trtllm, trtllm_usage, "tensorrt-llm"),
+    "vllm-ascend": ExportFormat(write_vllm_ascend, vllm_ascend_usage, "vllm-ascend", ".json"),
+    "vllm": ExportFormat(write_vllm, vllm_usage, "vllm"),
+    "eplb": ExportFormat(write_eplb, eplb_usage, "eplb"),
+    "exflow": ExportFormat(write_exflow, exflow_usage, "exflow", strategy=Strategy.COHERENT),
 }
 
 
@@ -48,14 +53,13 @@ FORMATS = {
 class Exported:
     """The files that were written, and how to use the first.
 
-    strategy: that the engine runs. warning: what is wrong with a plan for another one, else None.
+    warning: what is wrong with a plan that was made for another engine, and the remedy; else None.
     """
 
     format: str
     path: Path
     sidecar: Path
     usage: Usage
-    strategy: Strategy
     warning: str | None
 
 
@@ -76,7 +80,20 @@ def export_plan(plan: Plan, format: str, path: Path) -> Exported:
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     write_sidecar(path, plan)
-    runs, warning = chosen.strategy, None
+    return Exported(format, path, sidecar_path(path), chosen.usage(plan, path), _warning(plan, format))
+
+
+def _warning(plan: Plan, format: str) -> str | None:
+    runs, target = FORMATS[format].strategy, FORMATS[format].target
+    remedy = f"make one with exflow place --for {target}"
     if plan.strategy != runs:
-        warning = f"the plan was made for strategy {plan.strategy}, but the engine of {format} runs {runs}"
-    return Exported(format, path, sidecar_path(path), chosen.usage(plan, path), runs, warning)
+        made_for = f"the plan was made for strategy {plan.strategy}"
+        return f"{made_for}, but the engine of {format} runs {runs}; {remedy}"
+    made_for = plan.expected.get("made_for", {}).get("target", target)
+    has_replicas = plan.num_slots > plan.num_experts
+    if has_replicas and made_for in TARGETS and TARGETS[made_for].rule != TARGETS[target].rule:
+        return (
+            f"the plan was made for {made_for}, which chooses among replicas in another way than {target}: "
+            f"its time is not the one stated; {remedy}"
+        )
+    return None

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from exflow.errors import InputError
-from exflow.placement.eplb import logical_maps
 from exflow.placement.formats.exporters.sidecar import ModelShape
 from exflow.placement.formats.importers.foreign import ForeignMap, check_every_expert_placed, fields
+from exflow.placement.plan.logical_maps import logical_maps
 
 _NAMES = ("physical_to_logical_map", "logical_to_physical_map", "expert_count")
 _SHORT_NAMES = ("phy2log", "log2phy", "logcnt")  # of the example in EPLB's README
