@@ -72,7 +72,8 @@ def predicted(setting: ResolvedBench, machines: dict[Transport, Machine]) -> Pre
     for name, plan in setting.plans.items():
         if plan.topology.num_nodes != here.num_nodes:  # as auto.choose_strategy judges it
             plan = replace(plan, topology=here, expected={})
-        plan = replace(plan, expected={"strategies": expected_figures(plan, setting.config.top_k)})
+        figures = {"strategies": expected_figures(plan, setting.config.top_k)}
+        plan = replace(plan, expected=plan.expected | figures)
         for batch, (transport, machine) in product(setting.batches, machines.items()):
             load = Workload.of(setting.config, plan, batch, setting.context, setting.dtype.itemsize)
             for each in predictions(load, plan, machine):

@@ -3,6 +3,7 @@
 Shapes: L MoE layers, E experts, P slots a layer, G ranks, S = P / G slots a rank, W turns.
 """
 
+import math
 from enum import StrEnum
 
 import numpy as np
@@ -89,6 +90,9 @@ def choose_replicas(rank: IntArray, nearest: bool, per_node: int, chosen: IntArr
                 chosen[turn, owner] = (turn if turns > 1 else owner) % replicas
         return
     first = strangers = 0  # strangers: ranks so far on nodes without a replica
+    # after so many strangers turns shift by one: else ranks with one place in their nodes would choose alike,
+    # and all their rows would come over one link
+    shift = per_node * replicas // math.gcd(per_node, replicas)
     for begin in range(0, num_ranks, per_node):
         last = first  # the replicas first .. last - 1 are on this node
         while last < replicas and rank[last] < begin + per_node:
@@ -103,6 +107,6 @@ def choose_replicas(rank: IntArray, nearest: bool, per_node: int, chosen: IntArr
                 chosen[:, owner] = first + guests % (last - first)
                 guests += 1
             else:
-                chosen[:, owner] = strangers % replicas
+                chosen[:, owner] = (strangers + strangers // shift) % replicas
                 strangers += 1
         first = last

@@ -73,7 +73,7 @@ def search_for_replicas(
             slots,
             tables,
             rule,
-            weights.prices(),
+            weights.prices_by_link(),
             weights.tokens / len(chosen),
             np.stack([weights.work(part) for part in parts], axis=1),
             max(1, int(share * _TRIALS * slots[0].size)),

@@ -38,7 +38,7 @@ class State(NamedTuple):
     on_rank: npt.NDArray[np.uint8]  # [T, G] experts of a token that rank g serves
     on_node: npt.NDArray[np.uint8]  # [T, N]
     received: Counts  # [G] tokens of other owners that rank g serves
-    received_by_node: Counts  # [N] tokens of other nodes' owners that node n serves
+    received_far: Counts  # [G] tokens of other nodes' owners that come over the link of rank g
     load: Floats  # [G] work
 
 
@@ -68,7 +68,7 @@ def anneal_replicas(
     best_cost, best = np.inf, 0
     for start in range(len(slots)):
         state = state_of(chosen, slots[start], tables[start], rule, work)
-        cost = cost_us(state.received, state.received_by_node, state.load, prices, scale)
+        cost = cost_us(state.received, state.received_far, state.load, prices, scale)
         if cost < best_cost:
             best_cost, best = cost, start
     state = state_of(chosen, slots[best], tables[best], rule, work)
@@ -85,7 +85,7 @@ def anneal_replicas(
             noted = _propose(state, p, i, q, j, rule, work, journal)
             if noted < 0:
                 continue
-            new = cost_us(state.received, state.received_by_node, state.load, prices, scale)
+            new = cost_us(state.received, state.received_far, state.load, prices, scale)
             if level == 0:
                 deviation = max(deviation, abs(new - cost))
                 accepted = False
@@ -122,7 +122,7 @@ def state_of(chosen: IntArray, slots: Counts, table: Counts, rule: Rule, work: F
         np.zeros((len(chosen), ranks), dtype=np.uint8),
         np.zeros((len(chosen), ranks // rule.per_node), dtype=np.uint8),
         np.zeros(ranks, dtype=np.int64),
-        np.zeros(ranks // rule.per_node, dtype=np.int64),
+        np.zeros(ranks, dtype=np.int64),
         np.zeros(ranks),
     )
     for rank in range(ranks):
@@ -181,6 +181,7 @@ def _serve(state: State, expert: int, c: int, rank: int, rule: Rule, work: Float
 def _count(state: State, expert: int, c: int, rank: int, sign: int, rule: Rule, work: Floats) -> None:
     """Add (sign 1) or take away (-1) what a class sends to `rank` for an expert."""
     owner, node = c // rule.turns, rank // rule.per_node
+    link = node * rule.per_node + owner % rule.per_node  # of the rank that passes rows on in this node
     place = expert * state.table.shape[1] + c
     first = 1 if sign > 0 else 0  # the count that a token's first expert here leads to, or its last leaves
     for i in range(state.begin[place], state.begin[place + 1]):
@@ -190,7 +191,7 @@ def _count(state: State, expert: int, c: int, rank: int, sign: int, rule: Rule, 
         if state.on_rank[token, rank] == first and rank != owner:
             state.received[rank] += sign
         if state.on_node[token, node] == first and node != owner // rule.per_node:
-            state.received_by_node[node] += sign
+            state.received_far[link] += sign
     served = state.served[expert, rank]
     state.load[rank] += work[expert, served + sign] - work[expert, served]
     state.served[expert, rank] += sign

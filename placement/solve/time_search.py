@@ -61,7 +61,7 @@ def search_for_time(
             found[layer],
             topology.num_ranks,
             topology.gpus_per_node,
-            weights.prices(topology.num_ranks, topology.num_nodes),
+            weights.prices(),
             weights.tokens / len(chosen),
             weights.work(),
             trace.num_experts // keep_groups,

@@ -137,16 +137,19 @@ def _soft_maximum(counts: IntArray, scale: float, noise: float) -> float:
 @compiled
 def cost_us(
     received: IntArray,
-    received_by_node: IntArray,
+    received_far: IntArray,
     load: Floats,
     prices: tuple[float, float, float, float, float],
     scale: float,
 ) -> float:
-    """Microseconds of a layer, with soft maxima in place of maxima."""
+    """Microseconds of a layer, with soft maxima in place of maxima.
+
+    received_far: rows between nodes, by node or by link; not looked at where `far` among the prices is 0.
+    """
     near, far, near_noise, far_noise, work_noise = prices
     exchange = near * _soft_maximum(received, scale, near_noise)
-    if len(received_by_node) > 1 and len(received_by_node) < len(received):
-        crossing = far * _soft_maximum(received_by_node, scale, far_noise)
+    if far > 0:
+        crossing = far * _soft_maximum(received_far, scale, far_noise)
         exchange = max(exchange, crossing) + 0.1 * min(exchange, crossing)
     top, total = load.max(), 0.0
     for each in load:

@@ -14,17 +14,20 @@ from exflow.placement.time.serving import Serving
 
 IntArray = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
+Prices = tuple[float, float, float, float, float]  # near, far, and their noise; noise of work
 
 
 @dataclass(frozen=True)
 class Weights:
     """Microseconds of a layer for one unit of each quantity, in a batch of `tokens` tokens of all ranks.
 
-    near, far: a row that the busiest rank receives from others or, between nodes, the busiest node from other
-    nodes. share [E]: of the tokens that choose an expert. weights, pair: reading an expert, and one row of
-    it. near_noise, far_noise: deviation of rows in a batch. work_noise: of a rank's work, microseconds.
+    near, far: a row that the busiest rank receives from others, of all or of other nodes; far is 0 where one
+    class of link does it all. share [E]: of the tokens that choose an expert. weights, pair: reading an
+    expert, and one row of it. near_noise, far_noise: deviation of the rows that a rank or a node receives in
+    a batch. work_noise: of a rank's work, microseconds.
     """
 
+    topology: Topology
     tokens: int
     near: float
     far: float
@@ -35,13 +38,19 @@ class Weights:
     far_noise: float
     work_noise: float
 
-    def prices(self, ranks: int = 0, nodes: int = 0) -> tuple[float, float, float, float, float]:
-        """The prices that `cost_us` takes.
+    def prices(self) -> Prices:
+        """For `cost_us` with the rows of all owners by rank and node; the homes among them cost nothing."""
+        where = self.topology
+        near = self.near * (1 - 1 / where.num_ranks)
+        far = (
+            self.far * (1 - 1 / where.num_nodes) / where.gpus_per_node
+        )  # a node's rows go over all its links
+        return near, far, self.near_noise, self.far_noise, self.work_noise
 
-        ranks, nodes: given where rows at home count too; a share of 1 / ranks or 1 / nodes of them is.
-        """
-        near, far = (1 - 1 / each if each else 1.0 for each in (ranks, nodes))
-        return near * self.near, far * self.far, self.near_noise, self.far_noise, self.work_noise
+    def prices_by_link(self) -> Prices:
+        """For `cost_us` with the rows that cross alone, by rank and by link between nodes."""
+        far_noise = self.far_noise / math.sqrt(self.topology.gpus_per_node)
+        return self.near, self.far, self.near_noise, far_noise, self.work_noise
 
     def work(self, part: float = 1.0) -> Floats:
         """[E]: microseconds of an expert that serves this part of the owners."""
@@ -63,9 +72,10 @@ def weights_of(chosen: IntArray, num_experts: int, topology: Topology, serving: 
     near_link = machine.inside if ranks > nodes else machine.between
     row_us = 2e6 * sizes.row_bytes  # dispatch and combine
     return Weights(
+        topology=topology,
         tokens=tokens,
         near=row_us / near_link.bytes_per_s,
-        far=row_us / machine.between.bytes_per_s / topology.gpus_per_node,
+        far=row_us / machine.between.bytes_per_s if 1 < nodes < ranks else 0.0,
         share=share,
         weights=weights_us,
         pair=pair_us,

@@ -33,7 +33,7 @@ IntArray = npt.NDArray[np.integer]
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _MOST_BATCHES, _FEWEST_BATCHES = 32, 2
-_WORK = 30_000_000  # choices followed in all batches: a second or two
+_WORK = 10_000_000  # choices followed in all batches: a second or less
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def cost_of(
         np.stack([weights.work(part) for part in np.arange(classes + 1) / classes], axis=1),
     )
     assert state.served.sum() == table.size
-    prices = weights.prices()
-    return cost_us(state.received, state.received_by_node, state.load, prices, weights.tokens / len(chosen))
+    prices = weights.prices_by_link()
+    return cost_us(state.received, state.received_far, state.load, prices, weights.tokens / len(chosen))
 
 
 def one_layer(seed: int, experts: int) -> RoutingTrace:

@@ -49,7 +49,7 @@ def smooth_cost(
     chosen = np.ascontiguousarray(trace.experts[:, layer])
     weights = weights_of(chosen, trace.num_experts, topology, serving)
     state = counts_of(chosen, row, topology.num_ranks, topology.gpus_per_node, weights.work())
-    prices = weights.prices(topology.num_ranks, topology.num_nodes)
+    prices = weights.prices()
     return cost_us(*state[2:], prices, weights.tokens / len(chosen))
 
 
