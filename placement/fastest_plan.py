@@ -36,6 +36,7 @@ REFERENCES = ("contiguous", "load-only")
 WITHOUT = "without replicas"
 IntArray = npt.NDArray[np.integer]
 Tell = Callable[[str], None]
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +59,13 @@ def place_for_time(
     keep_groups: int = 1,
     method: str = "auto",
     tell: Tell = lambda what: None,
+    stop: Stop = lambda: False,
 ) -> Plan:
     """The fastest plan found for `serving`; its method names the candidate that won.
 
     keep_groups: routing groups of a gate that picks groups first; their experts stay together and the groups
-    in order. method: "auto", or a baseline (contiguous, random, load-only), which is then returned.
+    in order. method: "auto", or a baseline (contiguous, random, load-only), which is then returned. stop: is
+    asked before a further search begins; Ctrl-C ends the one that runs.
 
     Expected figures are those of `evaluate`, "made_for" (see Serving.as_json) and "time" (see `compared`);
     where redundant experts were asked for, it has "without_replicas_us" too. Raises InputError as `place`
@@ -72,7 +75,8 @@ def place_for_time(
     _check_groups(keep_groups, trace, topology, redundant_experts, method)
     if method == "auto":
         wanted = equal_slots(trace.num_experts + redundant_experts, topology.num_ranks)
-        search = _Search(trace, topology, serving, wanted, keep_groups, seed, monotonic() + time_limit, tell)
+        deadline = monotonic() + time_limit
+        search = _Search(trace, topology, serving, wanted, keep_groups, seed, deadline, tell, stop)
         found = {each.name: each for each in search.candidates()}
         times = {name: each.time for name, each in found.items()}
         without = found.pop(WITHOUT, None)
@@ -152,6 +156,7 @@ class _Search:
     seed: int
     deadline: float
     tell: Tell
+    stop: Stop
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield the references, then what the searches find; after Ctrl-C none begins any more."""
@@ -161,7 +166,6 @@ class _Search:
         at_home = self.serving.strategy == Strategy.DISPATCH_COMBINE
         share = 0.9 if at_home else 0.5
         starts = [Start(plan.physical_to_logical_map) for plan in basics.values()]
-        interrupted = False
         if is_even(self.trace, self.topology):
             has_replicas = self.num_slots > self.trace.num_experts
             assignments = [plan.rank_of_expert for plan in basics.values()]
@@ -175,12 +179,11 @@ class _Search:
                 time_limit=self._left(share / 2 if has_replicas else share),
                 tell=self.tell,
             )
-            interrupted = found.interrupted
-            filled = self._spare_filled(found.assignment)
+            filled = self._spare_filled(found)
             starts.append(filled)
             if has_replicas:
                 plain = Plan.from_ranks(
-                    found.assignment,
+                    found,
                     self.topology,
                     self.trace,
                     method="time",
@@ -188,7 +191,7 @@ class _Search:
                 )
                 yield self._judged(WITHOUT, plain)
             yield self._judged("time", self._plan(filled.slots, filled.serving_rank))
-        if not interrupted and (self.num_slots > min(self.trace.experts_per_layer)):
+        if not self.stop() and (self.num_slots > min(self.trace.experts_per_layer)):
             replicas = search_for_replicas(
                 self.trace,
                 self.topology,
@@ -198,19 +201,21 @@ class _Search:
                 time_limit=self._left(share),
                 tell=self.tell,
             )
-            interrupted = replicas.interrupted
             yield self._judged("replicas", self._plan(replicas.slots, replicas.serving_rank))
-        if not (interrupted or at_home or self.keep_groups > 1):
+        if not at_home and self.keep_groups == 1:
             yield from self._by_messages()
 
     def _by_messages(self) -> Iterator[Candidate]:
         counts = [count_affinity(self.trace)]
         for tried, price in enumerate(PRICES):
+            if self.stop():
+                return
+            left = self._left(0.85 / (len(PRICES) - tried))
             plan = place(
                 self.trace,
                 self.topology,
                 objective=Objective(self.serving.strategy, balance_price=price),
-                solving=Solving("auto", self.seed, max(0.1, self._left(0.85 / (len(PRICES) - tried)))),
+                solving=Solving("auto", self.seed, max(0.1, left), stop=self.stop),
                 redundant_experts=self.num_slots - self.trace.num_experts,
                 counts=counts,
             )

@@ -46,12 +46,16 @@ class InUse:
 
 @dataclass(frozen=True)
 class Solving:
-    """Solver options (see `solve`). `method` may also be a baseline: contiguous, random, load-only."""
+    """Solver options (see `solve`). `method` may also be a baseline: contiguous, random, load-only.
+
+    stop: is asked before a further search begins; Ctrl-C ends the one that runs.
+    """
 
     method: str = "auto"
     seed: int = 0
     time_limit: float = math.inf
     progress: Progress | None = None
+    stop: Stop = lambda: False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS + BASELINES:
@@ -125,7 +129,7 @@ def place(
             rivals = [contiguous_plan(trace, topology, objective.strategy, plan.num_slots)]
             if problem.has_replicas and objective.max_imbalance is None:
                 rivals += tuned(plan, trace)
-            if without:
+            if without and not solving.stop():
                 single = place(trace, topology, objective=objective, solving=solving, counts=counts)
                 filled = spare_filled(single, trace, plan.num_slots)
                 rivals += [filled, *tuned(filled, trace)]

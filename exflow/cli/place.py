@@ -313,7 +313,8 @@ def place(
         learning_curve=learning_curve,
     )
     solves = len(outputs) * (2 if learning_curve else 1)  # each within the time limit
-    with TimedWork("placing", solves * time_limit) as work, ctrl_c_ends_the_search():
+    with TimedWork("placing", solves * time_limit) as work, ctrl_c_ends_the_search() as interrupted:
+        job = replace(job, solving=replace(job.solving, stop=interrupted.is_set))
         results = {each: run_place(replace(job, phase=each), work.tell) for each in outputs}
         for each, result in results.items():
             file = outputs[each]

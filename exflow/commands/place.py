@@ -151,7 +151,10 @@ class Placement:
 
 
 def run_place(job: PlaceJob, tell: Tell) -> Placement:
-    """Make the plan. Raises InputError if settings contradict each other or the traces."""
+    """Make the plan. Raises InputError if settings contradict each other or the traces.
+
+    job.solving.stop is asked before a further search begins; it is set by Ctrl-C.
+    """
     _check(job)
     topology = job.where.topology()
     traces = [_load(path, job.phase) for path in job.traces]
@@ -226,6 +229,7 @@ def _place_for_time(
         keep_groups=job.goal.keep_groups,
         method=job.solving.method,
         tell=tell,
+        stop=job.solving.stop,
     )
     if not held_out:
         return plan

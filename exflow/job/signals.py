@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Timer
+from threading import Event, Timer
 from types import FrameType
 
 from exflow.job.environment import has_agent
@@ -61,15 +61,23 @@ def leave_signals() -> None:
 
 
 @contextmanager
-def ctrl_c_ends_the_search() -> Iterator[None]:
-    """Make Ctrl-C raise KeyboardInterrupt inside, on which a search returns its best result so far."""
-    before = signal.getsignal(signal.SIGINT)
+def ctrl_c_ends_the_search() -> Iterator[Event]:
+    """Make Ctrl-C raise KeyboardInterrupt inside, on which a search returns its best result so far.
+
+    The event is set by Ctrl-C: then no further search should begin.
+    """
+    before, interrupted = signal.getsignal(signal.SIGINT), Event()
     if before == signal.SIG_IGN:
-        yield
+        yield interrupted
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield interrupted
     except KeyboardInterrupt:  # outside a search: no result to return
         raise Stopped(signal.SIGINT) from None
     finally:

@@ -37,19 +37,20 @@ def in_two_rounds(
     seed: int,
     time_limit: float,
     tell: Tell,
-) -> bool:
+) -> None:
     """Anneal each layer in a short round, then in one that lasts as long as may be; results go to `found`.
 
-    The first tells how long the second may be. Returns True if Ctrl-C ended it: layers that were not reached
-    keep what they had. anneal_layer: takes layer, share of a full round, seed. work: of a full round.
+    The first tells how long the second may be. Ctrl-C ends both: layers that were not reached keep what they
+    had. anneal_layer: takes layer, share of a full round, seed. work: of a full round.
     """
     began = monotonic()
     short = min(_SHORT, _MOST_SHORT_WORK / work)
     if _round(lambda layer: anneal_layer(layer, short, seed), found, tell):
-        return True
+        return
     taken = monotonic() - began
     share = min(1.0, _MOST_WORK / work, (time_limit - taken) * short / max(taken, 1e-3))
-    return share > short and _round(lambda layer: anneal_layer(layer, share, seed + 1), found, tell)
+    if share > short:
+        _round(lambda layer: anneal_layer(layer, share, seed + 1), found, tell)
 
 
 def _round(anneal_layer: Callable[[int], Found], found: list[Found], tell: Tell) -> bool:

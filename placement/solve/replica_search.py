@@ -39,11 +39,10 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class Replicas:
-    """The expert in each slot [L, P], the rank that serves [L, E, G] or None, and whether Ctrl-C came."""
+    """The expert in each slot [L, P], and the rank that serves [L, E, G] or None."""
 
     slots: Counts
     serving_rank: Counts | None
-    interrupted: bool
 
 
 def search_for_replicas(
@@ -85,14 +84,14 @@ def search_for_replicas(
     tokens = 4 * experts[:, 0].size / trace.num_experts
     moves = trace.num_layers * LEVELS * _TRIALS * starts[0].slots.shape[1]
     work = moves * (tokens + SUM * (ranks + per_layer[0][1].shape[2]))
-    interrupted = in_two_rounds(anneal_layer, per_layer, work, seed, time_limit, tell)
+    in_two_rounds(anneal_layer, per_layer, work, seed, time_limit, tell)
     slots = np.stack([_filled(found[0], tables[0]) for found, tables in per_layer])
     if not free:
-        return Replicas(slots, None, interrupted)
+        return Replicas(slots, None)
     table = np.zeros((trace.num_layers, trace.num_experts, ranks), dtype=np.int64)
     for layer, (_, tables) in enumerate(per_layer):
         table[layer, : tables.shape[1]] = tables[0]
-    return Replicas(slots, table, interrupted)
+    return Replicas(slots, table)
 
 
 def _starts_of(

@@ -9,7 +9,6 @@ Shapes: T tokens, L MoE layers, K = top_k, E experts of the layer, G ranks.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,14 +23,6 @@ _TRIALS = 20  # of each expert at a temperature
 _MOST_TOKENS = 30_000
 
 
-@dataclass(frozen=True, eq=False)
-class Searched:
-    """The assignment [L, E] that a search found, and whether Ctrl-C ended it."""
-
-    assignment: Assignment
-    interrupted: bool
-
-
 def search_for_time(
     trace: RoutingTrace,
     topology: Topology,
@@ -42,8 +33,8 @@ def search_for_time(
     seed: int = 0,
     time_limit: float = math.inf,
     tell: Tell = lambda what: None,
-) -> Searched:
-    """Place equally many experts on each rank, beginning with the best of `starts` [L, E] in each layer.
+) -> Assignment:
+    """[L, E]: the rank of each expert, equally many on each, from the best of `starts` [L, E] in each layer.
 
     A short round over all layers comes first; it tells how long the second one may be within `time_limit`
     seconds. Ctrl-C ends the search: layers that were not reached keep what they had. All layers must have the
@@ -73,5 +64,5 @@ def search_for_time(
     tokens = 2 * experts[:, 0].size / trace.num_experts  # that a swap looks at: those of two experts
     swaps = trace.num_layers * LEVELS * _TRIALS * trace.num_experts
     work = swaps * (tokens + SUM * topology.num_ranks)
-    interrupted = in_two_rounds(anneal_layer, found, work, seed, time_limit, tell)
-    return Searched(np.concatenate(found), interrupted)
+    in_two_rounds(anneal_layer, found, work, seed, time_limit, tell)
+    return np.concatenate(found)
