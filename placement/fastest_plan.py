@@ -160,50 +160,54 @@ class _Search:
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield the references, then what the searches find; after Ctrl-C none begins any more."""
+        began = monotonic()
         basics = references(self.trace, self.topology, self.serving.strategy, self.num_slots)
         for name, plan in basics.items():
             yield self._judged(name, plan)
+        # to judge what is found takes about twice as long
+        timed = replace(self, deadline=self.deadline - 2 * (monotonic() - began))
         at_home = self.serving.strategy == Strategy.DISPATCH_COMBINE
         share = 0.9 if at_home else 0.5
         starts = [Start(plan.physical_to_logical_map) for plan in basics.values()]
         if is_even(self.trace, self.topology):
-            has_replicas = self.num_slots > self.trace.num_experts
-            assignments = [plan.rank_of_expert for plan in basics.values()]
-            found = search_for_time(
-                self.trace,
-                self.topology,
-                self.serving,
-                [self._one_each] if has_replicas or self.keep_groups > 1 else assignments,
-                keep_groups=self.keep_groups,
-                seed=self.seed,
-                time_limit=self._left(share / 2 if has_replicas else share),
-                tell=self.tell,
-            )
-            filled = self._spare_filled(found)
-            starts.append(filled)
-            if has_replicas:
-                plain = Plan.from_ranks(
-                    found,
-                    self.topology,
-                    self.trace,
-                    method="time",
-                    strategy=self.serving.strategy,
-                )
-                yield self._judged(WITHOUT, plain)
-            yield self._judged("time", self._plan(filled.slots, filled.serving_rank))
-        if not self.stop() and (self.num_slots > min(self.trace.experts_per_layer)):
-            replicas = search_for_replicas(
-                self.trace,
-                self.topology,
-                self.serving,
-                starts,
-                seed=self.seed,
-                time_limit=self._left(share),
-                tell=self.tell,
-            )
-            yield self._judged("replicas", self._plan(replicas.slots, replicas.serving_rank))
+            yield from timed._by_swaps(basics, starts, share)
+        if not self.stop() and self.num_slots > min(self.trace.experts_per_layer):
+            yield timed._by_replicas(starts, share)
         if not at_home and self.keep_groups == 1:
-            yield from self._by_messages()
+            yield from timed._by_messages()
+
+    def _by_swaps(self, basics: dict[str, Plan], starts: list[Start], share: float) -> Iterator[Candidate]:
+        """Search with one slot for each expert. A start is added: the plan found, its spare slots filled."""
+        has_replicas = self.num_slots > self.trace.num_experts
+        in_order = has_replicas or self.keep_groups > 1
+        found = search_for_time(
+            self.trace,
+            self.topology,
+            self.serving,
+            [self._one_each] if in_order else [plan.rank_of_expert for plan in basics.values()],
+            keep_groups=self.keep_groups,
+            seed=self.seed,
+            time_limit=self._left(share / 2 if has_replicas else share),
+            tell=self.tell,
+        )
+        filled = self._spare_filled(found)
+        starts.append(filled)
+        if has_replicas:
+            known: dict[str, Any] = {"method": "time", "strategy": self.serving.strategy}
+            yield self._judged(WITHOUT, Plan.from_ranks(found, self.topology, self.trace, **known))
+        yield self._judged("time", self._plan(filled.slots, filled.serving_rank))
+
+    def _by_replicas(self, starts: list[Start], share: float) -> Candidate:
+        found = search_for_replicas(
+            self.trace,
+            self.topology,
+            self.serving,
+            starts,
+            seed=self.seed,
+            time_limit=self._left(share),
+            tell=self.tell,
+        )
+        return self._judged("replicas", self._plan(found.slots, found.serving_rank))
 
     def _by_messages(self) -> Iterator[Candidate]:
         counts = [count_affinity(self.trace)]

@@ -59,9 +59,10 @@ def print_times(times: dict[str, Any], made_for: dict[str, Any], judged: str) ->
     rows = {"this plan": times, **times["references"]}
     slowest = times["references"]["contiguous"]["step_us"]
     attention = {"attention": "attention_us"} if times["attention_us"] else {}
+    between = {"between nodes": "node_link_rows"} if times["node_link_rows"] else {}
     table = [{"placement": name, **row, "ratio": row["step_us"] / slowest} for name, row in rows.items()]
-    print_table(["placement"], _TIMES | attention | _REASONS, table)
-    print(_TIME_LEGEND)
+    print_table(["placement"], _TIMES | attention | _REASONS | between, table)
+    print(_TIME_LEGEND + (_BETWEEN_LEGEND if between else ""))
     gain = 100 * (1 - times["ratio_to_contiguous"])
     what = f"{abs(gain):.1f}% {'less' if gain >= 0 else 'more'} time than experts in order"
     print(
@@ -88,6 +89,8 @@ step us       predicted microseconds of all MoE layers in a decode step, and the
 busiest link  rows in or out of the GPU with most, per token of a GPU and layer
 imbalance     (token, expert) pairs of the busiest GPU over the mean, in a batch
 messages      hidden states sent, per token and layer"""
+_BETWEEN_LEGEND = """
+between nodes rows over the busiest link between nodes, per token of a GPU and layer"""
 
 
 def _flat(figures: dict[str, Any]) -> dict[str, Any]:

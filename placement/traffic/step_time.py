@@ -45,6 +45,8 @@ class StepTime:
     compute_imbalance  (token, expert) pairs of the busiest rank over the mean rank, in the mean layer
     messages           hidden states sent, per token and layer
     experts_touched    experts with a token on the rank of most, in the mean layer
+    node_link_rows     rows over the busiest link between nodes, dispatch plus combine, for each token of a
+                       rank, in the mean layer; 0 on one node
     """
 
     step_us: float
@@ -55,6 +57,7 @@ class StepTime:
     compute_imbalance: float
     messages: float
     experts_touched: float
+    node_link_rows: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +101,7 @@ def step_time(plan: Plan, trace: RoutingTrace, serving: Serving, seed: int = 0) 
         compute_imbalance=float(counted.pairs.max(axis=2).mean()) / mean_pairs,
         messages=float(counted.messages.mean()) / rows_NM.shape[1],
         experts_touched=float(counted.touched.max(axis=2).mean()),
+        node_link_rows=float(counted.far.sum(axis=2).mean()) / serving.batch,
     )
 
 

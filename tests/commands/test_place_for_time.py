@@ -27,6 +27,7 @@ TIMES = {
     "busiest_link_rows",
     "compute_imbalance",
     "messages",
+    "node_link_rows",
     "experts_touched",
 }
 
