@@ -72,7 +72,7 @@ def step_time(plan: Plan, trace: RoutingTrace, serving: Serving, seed: int = 0) 
     if not trace.num_tokens:
         raise InputError("the trace has no tokens to judge the plan by; choose one that has")
     rows_NM = drawn_batches(trace, serving.batch * plan.num_ranks, seed)
-    counted = _count(plan, trace, serving, rows_NM)
+    counted = count_batches(plan, trace, serving, rows_NM)
     machine, sizes = serving.machine.machine, serving.sizes
     inside, between = machine.inside, machine.between
     crossing = np.maximum(
@@ -162,7 +162,7 @@ def _latency(plan: Plan, serving: Serving) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Counted:
+class CountedBatches:
     """Counts of each batch and layer; `stays`: whether a token may stay where its experts are."""
 
     near: Floats  # [N, L, 2] rows of the rank with most inside its node, in dispatch and combine
@@ -175,7 +175,8 @@ class _Counted:
     stays: bool
 
 
-def _count(plan: Plan, trace: RoutingTrace, serving: Serving, rows_NM: Counts) -> _Counted:
+def count_batches(plan: Plan, trace: RoutingTrace, serving: Serving, rows_NM: Counts) -> CountedBatches:
+    """Count the batches of the rows [N, M] of the trace."""
     ranks, per_node = plan.num_ranks, plan.topology.gpus_per_node
     group = serving.strategy.group_size(ranks, per_node)
     owner = owners(trace, plan, group) if group > 1 else np.zeros((1, 1), dtype=np.int16)
@@ -194,7 +195,7 @@ def _count(plan: Plan, trace: RoutingTrace, serving: Serving, rows_NM: Counts) -
         plan.topology.slowness,
         (near, far, busiest, pairs, touched, owned, messages),
     )
-    return _Counted(near, far, busiest, pairs, touched, owned, messages, group > 1)
+    return CountedBatches(near, far, busiest, pairs, touched, owned, messages, group > 1)
 
 
 @compiled

@@ -1,5 +1,7 @@
 """The time of a step: the one function, against a count by sets, by hand, and by laws."""
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,7 +16,7 @@ from exflow.placement.time.machine import Link, Machine
 from exflow.placement.time.machines import NamedMachine
 from exflow.placement.time.serving import Serving
 from exflow.placement.time.sizes import ModelSizes
-from exflow.placement.traffic.step_time import drawn_batches, least_step_us, step_time
+from exflow.placement.traffic.step_time import count_batches, drawn_batches, least_step_us, step_time
 from exflow.placement.traffic.traffic import owners
 from exflow.profiling.trace import RoutingTrace
 
@@ -158,6 +160,39 @@ def test_names_of_experts_do_not_matter(seed: int) -> None:
     one = step_time(Plan.from_ranks(ranks, topology, trace, method="a"), trace, serving())
     two = step_time(Plan.from_ranks(new_ranks, topology, other, method="a"), other, serving())
     assert one == two
+
+
+@given(seed=st.integers(0, 10**6), nodes=st.sampled_from([(1, 4), (2, 2), (4, 1)]))
+def test_names_of_ranks_do_not_matter(seed: int, nodes: tuple[int, int]) -> None:
+    """Nodes and the ranks in each get other numbers, in the plan and as homes of the tokens."""
+    rng, (num_nodes, per_node) = np.random.default_rng(seed), nodes
+    trace, plan = random_case(seed, nodes, 3, 4, Strategy.DISPATCH_COMBINE)
+    place = rng.permutation(per_node)
+    new = (rng.permutation(num_nodes)[:, None] * per_node + place).ravel()  # new number of each rank
+    slots = np.empty_like(plan.physical_to_logical_map.reshape(2, 4, -1))
+    slots[:, new] = plan.physical_to_logical_map.reshape(2, 4, -1)
+    by_rule = plan.serving_slot // plan.slots_per_rank
+    served = np.empty_like(by_rule)
+    served[new] = new[by_rule]
+    one = dataclasses.replace(plan, serving_rank=by_rule.transpose(1, 2, 0))
+    other = dataclasses.replace(
+        plan,
+        physical_to_logical_map=slots.reshape(2, -1),
+        next_owner=None,
+        serving_rank=served.transpose(1, 2, 0),
+    )
+    rows = drawn_batches(trace, 12, seed)
+    renamed = np.empty_like(rows)
+    at = np.arange(12)
+    renamed[:, at // 4 * 4 + new[at % 4]] = rows
+    before, after = (
+        count_batches(one, trace, serving(), rows),
+        count_batches(other, trace, serving(), renamed),
+    )
+    for name in ("near", "far", "busiest", "messages"):
+        assert np.array_equal(getattr(before, name), getattr(after, name)), name
+    for name in ("pairs", "touched"):
+        assert np.array_equal(getattr(before, name), getattr(after, name)[..., new]), name
 
 
 def test_a_trace_without_tokens() -> None:
