@@ -26,6 +26,7 @@ from exflow.placement.solve.swaps import fixed, sample_prices, state, try_swaps
 Report = Callable[[float], None]
 _MOST_TRIALS = 10**8  # of all starts together, some ten seconds on two cores
 _FROZEN = 1e-300  # the temperature at which no swap is taken that costs anything
+_LOOKS = 20  # at the cost of an assignment, that the shortest search needs time for
 _SAMPLES = 32  # swaps tried with each expert, to learn what prices are usual
 _MOST_SAMPLED = 200_000_000  # prices of pairs looked at for that
 
@@ -100,11 +101,16 @@ def search_all(
     """Run the search and return the assignment that each run found, the best first (see `search`).
 
     The second run begins with what `sweep` makes of `other` [L, E] (feasible; by default `start`). Ctrl-C
-    sets `interrupted`, so that the caller can stop too.
+    sets `interrupted`, so that the caller can stop too. Where the time is too short to search at all, the
+    start is the result.
     """
     settings = settings or settings_for(problem)
     first = balanced_start(problem) if start is None else start
     assert problem.is_feasible(first)
+    began = monotonic()
+    problem.cost(first)
+    if _LOOKS * (monotonic() - began) > time_limit:
+        return [first]
     _compile()
     deviation = swap_deviation(problem, np.random.default_rng(seed))
     temperatures = np.geomspace(settings.hot, settings.cold, settings.levels) * deviation

@@ -352,10 +352,8 @@ def test_weights_that_are_none() -> None:
 def test_with_a_trace_the_plan_has_the_least_time() -> None:
     trace, _ = planted(hot=0.7, tokens=400)
     load = np.stack([np.bincount(trace.experts[:, layer].ravel(), minlength=16) for layer in range(3)])
-    slots, _, count = rebalance_experts(load, 20, 1, 1, 4, trace=trace, time_limit=5)
-    plan = place_for_time(
-        trace, Topology(gpus_per_node=4), Serving("eplb"), redundant_experts=4, time_limit=5
-    )
+    slots, _, count = rebalance_experts(load, 20, 1, 1, 4, trace=trace)
+    plan = place_for_time(trace, Topology(gpus_per_node=4), Serving("eplb"), redundant_experts=4)
     assert np.array_equal(slots, plan.physical_to_logical_map)
     assert count.sum() == 3 * 20
     with pytest.raises(InputError, match="trace: has 3 MoE layers of 16 experts, weight has the shape"):
