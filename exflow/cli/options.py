@@ -51,7 +51,11 @@ PlanFile = Annotated[
 NewPlan = Annotated[Path, typer.Option("--output", "-o", help="Plan file to write.", show_default=False)]
 Nodes = Annotated[int, typer.Option(help="Number of nodes that the GPUs are spread over evenly.", min=1)]
 TopologyFile = Annotated[
-    Path | None, typer.Option(help="YAML file of nodes, GPUs and links. Replaces --gpus and --nodes.")
+    Path | None,
+    typer.Option(
+        help="YAML file of nodes, GPUs and links, or saved output of nvidia-smi topo -m. "
+        "Replaces --gpus and --nodes."
+    ),
 ]
 Texts = Annotated[
     list[str] | None,
