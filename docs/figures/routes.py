@@ -13,6 +13,7 @@ from exflow.placement.make_plan import place
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous_plan
+from exflow.placement.time.serving import Serving
 from exflow.placement.traffic.confidence import split_by_sequence
 from exflow.profiling.trace import RoutingTrace
 from exflow.report import routes
@@ -36,7 +37,8 @@ def report_of_both() -> Report:
         "affinity": place(profiled, GPUS),
     }
     chosen = [Candidate(name, name, plan, name == "contiguous") for name, plan in plans.items()]
-    return gather(held_out, chosen, None, lambda what: None, lambda: None)
+    servings = [Serving(strategy=Strategy.COHERENT)] * len(chosen)
+    return gather(held_out, chosen, servings, None, lambda what: None, lambda: None)
 
 
 def picture() -> str:
