@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise InputError(f"{path}: the {what} is not valid JSON ({error}); {remedy}") from error
+
+
+def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; raises ValueError for a key that is given twice (an `object_pairs_hook`)."""
+    built: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in built:
+            raise ValueError(f"'{key}' is given twice")
+        built[key] = value
+    return built
 
 
 def read_yaml(path: Path, what: str, remedy: str) -> Any:

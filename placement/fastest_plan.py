@@ -5,7 +5,7 @@ trace that it was made from.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
@@ -15,12 +15,15 @@ import numpy.typing as npt
 
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import count_affinity
+from exflow.placement.counts.load import expert_load
 from exflow.placement.make_plan import Solving, is_even, place
 from exflow.placement.plan.plan import Plan
-from exflow.placement.plan.replicas import ReplicaRule, equal_slots
+from exflow.placement.plan.replicas import ReplicaRule, equal_slots, with_spare
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology
 from exflow.placement.solve.baselines import contiguous_plan
+from exflow.placement.solve.descent import Stop
+from exflow.placement.solve.layer_rounds import Tell
 from exflow.placement.solve.load_only import load_only_layers
 from exflow.placement.solve.objective import Objective
 from exflow.placement.solve.replica_search import Start, search_for_replicas
@@ -35,8 +38,6 @@ PRICES = (0.3, 2.5)  # of imbalance: plans by messages that are tried beside the
 REFERENCES = ("contiguous", "load-only")
 WITHOUT = "without replicas"
 IntArray = npt.NDArray[np.integer]
-Tell = Callable[[str], None]
-Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +118,7 @@ def references(
     trace: RoutingTrace, topology: Topology, strategy: Strategy, num_slots: int
 ) -> dict[str, Plan]:
     """The contiguous plan and the plan by load alone, with `num_slots` slots a layer."""
-    layers = range(trace.num_layers)
-    load = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in layers]
-    slots = load_only_layers(np.stack(load), trace.experts_per_layer, topology, num_slots)
+    slots = load_only_layers(expert_load(trace), trace.experts_per_layer, topology, num_slots)
     level = Plan.of_slots(slots, topology, trace, method="load-only", strategy=strategy)
     plans = (contiguous_plan(trace, topology, strategy, num_slots), level)
     return dict(zip(REFERENCES, plans, strict=True))
@@ -242,20 +241,14 @@ class _Search:
 
     def _spare_filled(self, assignment: IntArray) -> Start:
         """The assignment [L, E], with the experts that are chosen most in the spare slots of each rank."""
-        per_rank = self.num_slots // self.topology.num_ranks
-        slots = []
-        for layer, ranks in enumerate(assignment):
-            load = np.bincount(self.trace.experts[:, layer].ravel(), minlength=len(ranks))
-            hottest = np.argsort(-load, kind="stable")
-            for rank in range(self.topology.num_ranks):
-                own = np.flatnonzero(ranks == rank)
-                others = hottest[ranks[hottest] != rank]
-                slots.append(np.resize(np.concatenate([own, others]), per_rank))
-        everyone = np.repeat(assignment[..., None], self.topology.num_ranks, axis=2)
-        return Start(
-            np.stack(slots).reshape(len(assignment), -1),
-            everyone if self.serving.rule == ReplicaRule.TABLE else None,
-        )
+        ranks = self.topology.num_ranks
+        hottest = np.argsort(-expert_load(self.trace), axis=1, kind="stable")
+        slots = [
+            with_spare(row, np.tile(order, (ranks, 1)), self.num_slots // ranks).ravel()
+            for row, order in zip(assignment, hottest, strict=True)
+        ]
+        everyone = np.repeat(assignment[..., None], ranks, axis=2)
+        return Start(np.stack(slots), everyone if self.serving.rule == ReplicaRule.TABLE else None)
 
     def _plan(self, slots: IntArray, serving_rank: IntArray | None) -> Plan:
         has_replicas = slots.shape[1] > self.trace.num_experts

@@ -1,4 +1,4 @@
-"""What placement gains, by method, in predicted time of a decode step, judged on held-out tokens.
+"""Compares placement methods by the predicted time of a decode step, on held-out tokens.
 
     python -m benchmarks.placement.by_time [--traces DIR] [--only NAME]... [--large] [-o FILE.json]
     python -m benchmarks.placement.time_table FILE.json    (the table as Markdown)
@@ -16,7 +16,6 @@ a search has 20.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,14 +23,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.placement.cases import MANY, Family, cases, generated, progress, routing, v3_shape
-from benchmarks.placement.methods import Case, SkippedError
-from benchmarks.placement.results import is_wanted, setting, store
+from benchmarks.placement.methods import Case
+from benchmarks.placement.results import existing, is_wanted, run_families, setting, show, store
 from benchmarks.placement.time_methods import METHODS, Problem
 from benchmarks.placement.time_table import TimeRow, table
-from benchmarks.routing.recorded import NoTrace
 from exflow.errors import InputError
 from exflow.placement.plan.strategy import Strategy
 from exflow.placement.plan.topology import Topology, topology_of
@@ -141,23 +137,16 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    if given.traces is not None and not given.traces.is_dir():
-        progress.print(f"--traces {given.traces}: is no folder; its cases are left out")
-        given.traces = None
+    traces = existing(given.traces, "cases")
     results = Results(given.output, setting("benchmarks.placement.by_time"))
     compile_all()
-    for family in families(given.traces, given.large):
-        try:
-            run_cases(family, given.only, results)
-        except (SkippedError, NoTrace) as reason:
-            progress.print(f"{family.name}: skipped: {reason}")
-            results.skipped[family.name] = str(reason)
-            results.write()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-    if results.rows:
-        console.print(table(results.rows))
-    for name, why in results.skipped.items():
-        console.print(f"{name}: skipped: {why}")
+    run_families(
+        families(traces, given.large),
+        lambda family: run_cases(family, given.only, results),
+        results.skipped,
+        results.write,
+    )
+    show(table(results.rows) if results.rows else None, results.skipped)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ price on imbalance, and begins from the contiguous placement; its time limit doe
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,14 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.placement.cases import Family, cases, families, generated, progress
 from benchmarks.placement.methods import METHODS, Case, SkippedError
-from benchmarks.placement.results import is_wanted, setting, store
+from benchmarks.placement.results import existing, is_wanted, run_families, setting, show, store
 from benchmarks.placement.table import Messages, Row, table
 from benchmarks.routing.generated import generate
-from benchmarks.routing.recorded import NoTrace
 from exflow.errors import InputError
 from exflow.placement.counts.affinity import count_affinity
 from exflow.placement.make_plan import Solving, place
@@ -181,9 +178,7 @@ def run_cases(family: Family, given: argparse.Namespace, results: Results) -> No
 
 def main() -> None:
     given = arguments()
-    if given.traces is not None and not given.traces.is_dir():
-        progress.print(f"--traces {given.traces}: is no folder; its problems are left out")
-        given.traces = None
+    traces = existing(given.traces, "problems")
     results = Results(given.output, setting("benchmarks.placement.run"))
     compile_all()
     for name, measured in SPEEDS.items():
@@ -191,25 +186,19 @@ def main() -> None:
             progress.print(f"speed of {name}")
             results.speeds.append(measured())
             results.write()
-    for family in families(given.traces, given.as_recorded, given.large):
-        try:
-            run_cases(family, given, results)
-        except (SkippedError, NoTrace) as reason:
-            progress.print(f"{family.name}: skipped: {reason}")
-            results.skipped[family.name] = str(reason)
-            results.write()
-    report(results)
+    run_families(
+        families(traces, given.as_recorded, given.large),
+        lambda family: run_cases(family, given, results),
+        results.skipped,
+        results.write,
+    )
+    rows = table(results.rows) if results.rows else None
+    show(rows, results.skipped, map(rate_of, results.speeds))
 
 
-def report(results: Results) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-    if results.rows:
-        console.print(table(results.rows))
-    for each in results.speeds:
-        rate = f"{each.token_layers_per_second / 1e6:.1f} million token-layers/s"
-        console.print(f"{each.name}: {each.best_seconds:.3f} s for {each.load}, {rate} (best of 3)")
-    for name, reason in results.skipped.items():
-        console.print(f"{name}: skipped: {reason}")
+def rate_of(each: Speed) -> str:
+    rate = f"{each.token_layers_per_second / 1e6:.1f} million token-layers/s"
+    return f"{each.name}: {each.best_seconds:.3f} s for {each.load}, {rate} (best of 3)"
 
 
 if __name__ == "__main__":

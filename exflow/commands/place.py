@@ -199,8 +199,7 @@ def run_place(job: PlaceJob, tell: Tell) -> Placement:
         judged = held_out or traces
         names = [str(path) for path in job.traces]
         tables["by_trace"] = dict(zip(names, [messages(plan, each) for each in judged], strict=True))
-    notes = list(notes_on(plan, merge(traces), held_out, job.where.redundant_experts))
-    return Placement(plan, notes, **tables)
+    return Placement(plan, list(notes_on(plan, job.where.redundant_experts)), **tables)
 
 
 def _load(path: Path, phase: str) -> RoutingTrace:

@@ -1,29 +1,27 @@
 """Notes on a placement: what its user should know before the plan is used."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from exflow.placement.plan.plan import Plan
-from exflow.profiling.trace import RoutingTrace
 
 _CHOICES = 100  # of an expert in a layer, in the mean: fewer say little about which go together
 _SEQUENCES = 20  # held out: fewer are no sample of what a server gets
 _UNEVEN = 1.05  # times the compute imbalance of experts in order
 
 
-def notes_on(
-    plan: Plan, trace: RoutingTrace, held_out: Sequence[RoutingTrace], redundant_experts: int
-) -> Iterator[str]:
-    """Yield a sentence for each thing that a user of the plan should know."""
+def notes_on(plan: Plan, redundant_experts: int) -> Iterator[str]:
+    """Yield a sentence for each thing that a user of the plan should know, by its expected figures."""
     yield from _on_slots(plan, redundant_experts)
-    choices = trace.num_tokens * trace.top_k / trace.num_experts
+    tokens, top_k = plan.expected["tokens"], plan.expected["top_k"]
+    choices = tokens * top_k / plan.num_experts
     if choices < _CHOICES:
-        wanted = -(-_CHOICES * trace.num_experts // trace.top_k)
+        wanted = -(-_CHOICES * plan.num_experts // top_k)
         yield (
-            f"The trace has {trace.num_tokens:,} tokens, {choices:.0f} choices of each expert in a layer; "
+            f"The trace has {tokens:,} tokens, {choices:.0f} choices of each expert in a layer; "
             f"record {wanted:,} tokens or more."
         )
-    sequences = sum(len(set(each.sequence.tolist())) for each in held_out)
-    if held_out and sequences < _SEQUENCES:
+    sequences = plan.expected.get("held_out", {}).get("sequences", _SEQUENCES)
+    if sequences < _SEQUENCES:
         yield (
             f"Only {sequences} sequences were held out; record {_SEQUENCES} or more for figures to rely on."
         )

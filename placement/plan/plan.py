@@ -178,7 +178,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan file, atomically."""
-        write_document(Path(path), self._document())
+        write_document(Path(path), self.document())
 
     @property
     def num_ranks(self) -> int:
@@ -299,7 +299,8 @@ class Plan:
             trace_digest=document.trace_digest,
         )
 
-    def _document(self) -> PlanDocument:
+    def document(self) -> PlanDocument:
+        """The content of the plan file."""
         return PlanDocument(
             format="exflow-plan",
             version=VERSION,

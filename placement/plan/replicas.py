@@ -46,6 +46,18 @@ def hosting(physical_to_logical: IntArray, num_experts: int, num_ranks: int) -> 
     return hosts
 
 
+def with_spare(rank_of_expert: IntArray, preferred: IntArray, per_rank: int) -> npt.NDArray[np.int64]:
+    """[G, S]: the experts in S = `per_rank` slots of each rank: its own, then others by preference.
+
+    rank_of_expert [E]; preferred [G, E]: the experts, those that a rank would have most of all first.
+    """
+    slots = []
+    for rank, order in enumerate(preferred):
+        own, others = np.flatnonzero(rank_of_expert == rank), order[rank_of_expert[order] != rank]
+        slots.append(np.resize(np.concatenate([own, others]), per_rank))
+    return np.stack(slots)
+
+
 def serving_slots(
     physical_to_logical: IntArray,
     num_experts: int,

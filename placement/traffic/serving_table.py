@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from exflow.placement.compiled import compiled
+from exflow.placement.counts.load import expert_load
 from exflow.placement.plan.plan import Plan
+from exflow.placement.plan.replicas import with_spare
 from exflow.placement.traffic.traffic import owners
 from exflow.profiling.trace import RoutingTrace
 
@@ -29,15 +31,14 @@ def tuned(plan: Plan, trace: RoutingTrace) -> Iterator[Plan]:
     The caller judges them: where owners move with the experts, fewer visits in a layer can be more in the
     next.
     """
+    load = expert_load(trace)
     for _ in range(_ROUNDS):
         owner, serving = owners(trace, plan, plan.group_size), plan.serving_slot // plan.slots_per_rank
         table = np.zeros((plan.num_layers, plan.num_experts, plan.num_ranks), dtype=np.int64)
         for layer, hosts in enumerate(plan.hosts):
-            chosen, now = np.asarray(trace.experts[:, layer]), serving[:, layer]
-            visits = _visits(chosen, owner[:, layer], now, hosts)
-            table[layer] = _most_visited(
-                visits, hosts, plan, np.bincount(chosen.ravel(), minlength=len(hosts))
-            )
+            chosen = np.asarray(trace.experts[:, layer])
+            visits = _visits(chosen, owner[:, layer], serving[:, layer], hosts)
+            table[layer] = _most_visited(visits, hosts, plan, load[layer])
         plan = replace(plan, serving_rank=table)
         yield plan
 
@@ -49,16 +50,13 @@ def spare_filled(plan: Plan, trace: RoutingTrace, num_slots: int) -> Plan:
     """
     owner, ranks = owners(trace, plan, plan.group_size), plan.num_ranks
     everyone = np.repeat(plan.rank_of_expert[..., None], ranks, axis=2)
-    slots = np.empty((plan.num_layers, ranks, num_slots // ranks), dtype=np.int64)
-    for layer, hosts in enumerate(plan.hosts):
-        sent = _sent_alone(
-            np.asarray(trace.experts[:, layer]), owner[:, layer], plan.rank_of_expert[layer], ranks
-        )
-        for rank in range(ranks):
-            own, best = np.flatnonzero(hosts[:, rank]), np.argsort(-sent[:, rank], kind="stable")
-            slots[layer, rank] = np.resize(np.concatenate([own, best[~hosts[best, rank]]]), slots.shape[2])
+    slots = []
+    for layer, rank_of in enumerate(plan.rank_of_expert):
+        sent = _sent_alone(np.asarray(trace.experts[:, layer]), owner[:, layer], rank_of, ranks)
+        preferred = np.argsort(-sent.T, axis=1, kind="stable")
+        slots.append(with_spare(rank_of, preferred, num_slots // ranks).ravel())
     return Plan.of_slots(
-        slots.reshape(plan.num_layers, num_slots),
+        np.stack(slots),
         plan.topology,
         trace,
         method=plan.method,

@@ -169,7 +169,7 @@ def test_drawn_batches_by_hand() -> None:
 
 @pytest.mark.parametrize(("link_rows", "busiest"), [(2.5, 2.5), (None, 3.0)])
 def test_rows_of_the_busiest_link_by_hand(link_rows: float | None, busiest: float) -> None:
-    """Of 1 row a token, half out and half back, the busiest rank has 2.5; uncounted, as its pairs are: 3.
+    """Counted rows give the busiest rank 2.5 a token, where the mean is 1; uncounted ones follow pairs, 3.
 
     2 tokens a rank in 2 layers. Between nodes the count does not hold.
     """

@@ -207,7 +207,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         _truncate,
         rf"{FILES[2]}: has \d+ bytes of data, the header says \d+, truncated",
     ),
-    "a header is truncated": (_cut_the_header, rf"{FILES[2]}: is truncated or no safetensors file; copy"),
+    "a header is truncated": (
+        _cut_the_header,
+        rf"{FILES[2]}: is truncated \(\d+ bytes end inside the header\); copy",
+    ),
     "the index is missing": (lambda folder: (folder / INDEX).unlink(), rf"{INDEX}: no such weights; give"),
     "the index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "the index is damaged"),
     "the index leads elsewhere": (

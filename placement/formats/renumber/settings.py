@@ -1,6 +1,5 @@
 """Settings of a checkpoint that depend on the numbers of experts: config.json, and files of quantisation."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +71,6 @@ def _new_name(source: Path, name: str, num_hidden_layers: int, orders: Orders) -
     if role.kind != Kind.OWN or role.expert not in order:
         return name
     return renamed(f"{name}.weight", role, order.index(role.expert)).removesuffix(".weight")
-
-
-def write_settings(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from exflow.encodings import utf8_text
 from exflow.errors import InputError
-from exflow.files import atomic_folder, check_writable, read_json
+from exflow.files import atomic_folder, check_writable, read_json, unique_keys, write_json
 from exflow.placement.formats.renumber.permute import (
     Change,
     Orders,
@@ -32,9 +32,8 @@ from exflow.placement.formats.renumber.settings import (
     read_config,
     routing_groups,
     with_new_names,
-    write_settings,
 )
-from exflow.placement.formats.renumber.shards import REMEDY, Shard, Tensor, unique_keys
+from exflow.placement.formats.renumber.shards import REMEDY, Shard, Tensor
 from exflow.placement.formats.renumber.tensors import Kind, Role, role_of
 from exflow.placement.plan.plan import Plan
 
@@ -51,7 +50,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Renumbered:
-    """What was done. draft: tensors of multi-token prediction, which are as they were.
+    """Result of renumbering. draft: tensors of multi-token prediction, which are as they were.
 
     left_out: files of the model that are not in the copy, since they hold weights in another form.
     """
@@ -134,9 +133,9 @@ def renumber(
             if file not in checkpoint.settings:
                 _copy(model / file, staging / file, link)
         for file, content in checkpoint.settings.items():
-            write_settings(staging / file, content)
+            write_json(staging / file, content)
         if checkpoint.index is not None:
-            write_settings(staging / INDEX, checkpoint.new_index())
+            write_json(staging / INDEX, checkpoint.new_index())
         _write_placement(staging / PLACEMENT, plan)
     changes = checkpoint.changes.items()
     return Renumbered(
@@ -285,10 +284,6 @@ def _copy(source: Path, target: Path, link: bool) -> None:
 
 def _write_placement(path: Path, plan: Plan) -> None:
     """Write the plan, and for each MoE layer the old id of each new expert."""
-    plan.save(path)
-    document = read_json(path, "plan", REMEDY)
-    orders = orders_of(plan)
-    with path.open("w", encoding="utf-8") as file:
-        old_ids = {str(layer): list(order) for layer, order in orders.items()}
-        content = {"format": "exflow-renumbered", "version": 1, "old_ids": old_ids, "plan": document}
-        file.write(json.dumps(content) + "\n")
+    old_ids = {str(layer): list(order) for layer, order in orders_of(plan).items()}
+    document = plan.document().model_dump()
+    write_json(path, {"format": "exflow-renumbered", "version": 1, "old_ids": old_ids, "plan": document})
