@@ -1,6 +1,10 @@
 """Effect of the options of `exflow place`, in JSON and in tables."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +137,6 @@ def test_topology_is_what_the_file_says(trace: Path, tmp_path: Path) -> None:
     assert plan.topology == load_topology(cluster)
     assert plan.topology.link_cost is not None
     assert "messages_node_coherent" in shown
-
-
-def test_topology_is_what_nvidia_smi_or_a_cost_matrix_says(trace: Path, tmp_path: Path) -> None:
-    saved, costs = tmp_path / "saved", tmp_path / "costs.json"
-    saved.write_text("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
-    costs.write_text("[[0, 0.8192], [0.8192, 0]]")
-    of_pair = ((0.0, 0.8192), (0.8192, 0.0))
-    plan, _ = placed(tmp_path / "plan.json", trace, "--topology", saved)
-    assert plan.topology == Topology(gpus_per_node=2, link_cost=of_pair)
-    plan, _ = placed(tmp_path / "plan.json", trace, "--cost-matrix", costs, "--nodes", "2")
-    assert plan.topology == Topology(num_nodes=2, gpus_per_node=1, link_cost=of_pair)
 
 
 def test_nodes_are_equal(trace: Path, tmp_path: Path) -> None:
@@ -286,3 +279,72 @@ def test_help_shows_the_panels() -> None:
     assert places == sorted(places)
     assert shown.index("--redundant-experts") < places[1] < shown.index("--worst-case") < places[2]
     assert shown.index("--method") > places[-1]
+
+
+# Ctrl-C.
+
+_INTERRUPTED = """
+import os, signal, sys, time
+from exflow.cli import main, place
+
+class Line(place.TimedWork):
+    told = None
+    def tell(self, detail):
+        if Line.told is None and detail.startswith("objective"):
+            Line.told = time.monotonic()
+            os.killpg(0, signal.SIGINT)
+
+place.TimedWork = Line
+try:
+    main()
+finally:
+    with open(os.environ["SECONDS"], "w") as file:
+        file.write(str(time.monotonic() - Line.told))
+"""
+
+
+@dataclass
+class Interrupted:
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float  # from Ctrl-C to the end
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    """A search that has its first result and seconds to go, over an older plan, when Ctrl-C comes."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    experts = np.random.default_rng(0).integers(0, 64, (500, 24, 2))
+    RoutingTrace.from_arrays(experts, num_experts=64).save(folder / "trace")
+    (folder / "plan.json").write_text("an older plan")
+    arguments = ["place", "trace", "--gpus", "8", "-o", "plan.json", "--time-limit", "4", *MESSAGES]
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, *arguments],
+        cwd=folder,
+        env=os.environ | {"SECONDS": str(folder / "seconds")},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=60,
+    )
+    seconds = float((folder / "seconds").read_text())
+    return Interrupted(done.returncode, done.stdout, done.stderr, seconds, folder)
+
+
+@pytest.mark.slow
+def test_ctrl_c_writes_the_best_so_far(interrupted: Interrupted) -> None:
+    assert interrupted.code == 0
+    assert "messages coherent" in interrupted.stdout
+    assert (
+        interrupted.stderr.startswith("exflow: The trace has 500 tokens")
+        and interrupted.stderr.count("\n") == 1
+    )
+    assert Plan.load(interrupted.folder / "plan.json").num_ranks == 8
+    assert {path.name for path in interrupted.folder.iterdir()} == {"plan.json", "seconds", "trace"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_search_soon(interrupted: Interrupted) -> None:
+    assert interrupted.seconds < 1

@@ -13,6 +13,7 @@ from exflow.errors import InputError
 from exflow.placement.fastest_plan import compared, references
 from exflow.placement.plan.plan import Plan
 from exflow.placement.plan.strategy import Strategy
+from exflow.placement.plan.topology import Topology
 from exflow.placement.time.machines import machine_named
 from exflow.placement.time.serving import TARGETS, Serving
 from exflow.placement.time.sizes import UNKNOWN, sizes_for_trace, sizes_of
@@ -229,3 +230,14 @@ def test_an_engine_is_told_where_redundant_experts_cost_time(trace: Path, tmp_pa
     assert plan.num_slots == 12
     assert shown["time"]["without_replicas_us"] >= shown["time"]["step_us"]
     assert Plan.load(tmp_path / "plan.json").serving_rank is not None
+
+
+def test_topology_is_what_nvidia_smi_or_a_cost_matrix_says(trace: Path, tmp_path: Path) -> None:
+    saved, costs = tmp_path / "saved", tmp_path / "costs.json"
+    saved.write_text("\tGPU0\tGPU1\nGPU0\t X \tSYS\nGPU1\tSYS\t X \n")
+    costs.write_text("[[0, 0.8192], [0.8192, 0]]")
+    of_pair = ((0.0, 0.8192), (0.8192, 0.0))
+    plan, _ = placed(tmp_path / "plan.json", trace, "--topology", saved)
+    assert plan.topology == Topology(gpus_per_node=2, link_cost=of_pair)
+    plan, _ = placed(tmp_path / "plan.json", trace, "--cost-matrix", costs, "--nodes", "2")
+    assert plan.topology == Topology(num_nodes=2, gpus_per_node=1, link_cost=of_pair)

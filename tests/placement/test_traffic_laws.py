@@ -1,5 +1,6 @@
 """Counted traffic against a slow count of the rule itself, and laws that hold for any plan."""
 
+import math
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -42,7 +43,8 @@ def slow_serving_rank(plan: Plan, layer: int, expert: int, owner: int) -> int:
         return near[waiting.index(owner) % len(near)]
     nodes = {node[rank] for rank in replicas}
     waiting = [rank for rank in range(plan.num_ranks) if node[rank] not in nodes]
-    return replicas[waiting.index(owner) % len(replicas)]
+    i, n = waiting.index(owner), len(replicas)
+    return replicas[(i + i // math.lcm(plan.topology.gpus_per_node, n)) % n]
 
 
 def slow_count(trace: RoutingTrace, plan: Plan, group_size: int, hierarchical: bool = False) -> SlowCount:
