@@ -75,6 +75,9 @@ class Recorder:
         try:
             if self._staging is not None:
                 self._staging.flush()
+        except BaseException:  # a signal, say: without its rows the recording must not replace what was there
+            cut_short = True
+            raise
         finally:
             if self._writer is not None:
                 self._writer.close(cut_short)

@@ -143,6 +143,22 @@ def test_an_exception_keeps_every_whole_pass(tmp_path: Path) -> None:
     check_announced(model, recorder.trace)
 
 
+def test_a_stop_before_the_rows_are_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = FakeModel(), FakeModel()
+    with record(before, tmp_path / "t"):
+        before.generate(batch=2, steps=2)
+
+    def stopped(staging: Staging) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Staging, "flush", stopped)
+    with pytest.raises(KeyboardInterrupt), record(after, tmp_path / "t"):
+        after.generate(batch=2, steps=2)
+    check_announced(before, RoutingTrace.load(tmp_path / "t"))
+
+
 def test_a_pass_that_was_cut_short_and_tried_again_counts_once() -> None:
     model = FakeModel()
     with record(model) as recorder:
